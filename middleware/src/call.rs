@@ -1,0 +1,393 @@
+//! A client's request on its way down the stack, and a server's answer on its way up.
+//!
+//! Both are typed and free of transports: HTTP is left behind at the edge, gRPC begins in the pool. A reply ends when its
+//! *body* ends: whoever holds something for a call, or wants to know how it went, puts it into the body.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::Stream;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, Method, StatusCode};
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use crate::cluster::{Candidates, Known};
+use crate::error::Error;
+use crate::instruments::ModelMeters;
+use crate::names::{ModelName, ServerId};
+use crate::peek::Peek;
+use crate::route::Route;
+
+/// One request of a client, on its way to a server.
+#[derive(Debug)]
+pub struct Call {
+    /// What was asked, the same for every attempt.
+    pub head: Arc<Head>,
+    /// Its body.
+    pub payload: Payload,
+    /// What the cluster knows of the model, once `model-route` has looked.
+    pub known: Option<Arc<Known>>,
+    /// The servers still in question.
+    pub candidates: Candidates,
+    /// Whether to keep away from pooled connections: the last attempt died on one.
+    pub fresh: bool,
+    /// Attempts before this one.
+    pub attempts: u32,
+}
+
+/// What a client asked, peeked at once at the edge and never changed.
+#[derive(Debug)]
+pub struct Head {
+    /// Its id: the `X-Olol-Request` header of the answer.
+    pub id: RequestId,
+    /// What it asks for.
+    pub route: Route,
+    /// Its method: a route may take two.
+    pub method: Method,
+    /// Path and query, as the client sent them.
+    pub path: PathAndQuery,
+    /// Its end-to-end headers.
+    pub headers: HeaderMap,
+    /// What was seen of its body.
+    pub peek: Peek,
+    /// The model it names, if the name is one that Ollama would take.
+    pub model: Option<ModelName>,
+    /// Where it came from.
+    pub client: Option<SocketAddr>,
+    /// When it came.
+    pub arrived: Instant,
+    /// When its client stops waiting.
+    pub deadline: Option<Instant>,
+}
+
+impl Call {
+    /// A call that nobody has looked at yet: every server is in question.
+    pub fn new(head: Head, payload: Payload, candidates: Candidates) -> Self {
+        Self { head: Arc::new(head), payload, known: None, candidates, fresh: false, attempts: 0 }
+    }
+
+    /// The same call once more, for another attempt; `None` if its body cannot be sent twice.
+    pub fn again(&self) -> Option<Self> {
+        Some(Self {
+            head: self.head.clone(),
+            payload: self.payload.again()?,
+            known: self.known.clone(),
+            candidates: self.candidates.clone(),
+            fresh: self.fresh,
+            attempts: self.attempts,
+        })
+    }
+}
+
+impl Deref for Call {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        &self.head
+    }
+}
+
+/// The id of a request: what the client may see and the logs tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestId(Arc<str>);
+
+impl RequestId {
+    /// A new random id: 16 hexadecimal digits.
+    pub fn random() -> Self {
+        Self(format!("{:016x}", fastrand::u64(..)).into())
+    }
+
+    /// An id from elsewhere, if it is fit to be printed: at most 64 visible ASCII characters.
+    pub fn from_text(text: &str) -> Option<Self> {
+        let fit = !text.is_empty() && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_graphic());
+        fit.then(|| Self(text.into()))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A stream of body pieces.
+pub type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, Error>> + Send>>;
+
+/// The body of a call.
+pub enum Payload {
+    /// All of it is here, in the pieces in which it came; may be sent again.
+    Whole(SmallVec<[Bytes; 1]>),
+    /// It is still coming, and can be sent once.
+    Stream {
+        /// What the client said of its length, in bytes.
+        length: Option<u64>,
+        /// The pieces.
+        pieces: Pieces,
+    },
+}
+
+impl Payload {
+    /// No body.
+    pub fn empty() -> Self {
+        Self::Whole(SmallVec::new())
+    }
+
+    /// A body in one piece.
+    pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
+        Self::Whole(SmallVec::from_buf([bytes.into()]))
+    }
+
+    /// The same body once more, without copying its bytes; `None` if it is a stream.
+    pub fn again(&self) -> Option<Self> {
+        match self {
+            Self::Whole(pieces) => Some(Self::Whole(pieces.clone())),
+            Self::Stream { .. } => None,
+        }
+    }
+
+    /// Its length in bytes, if that is known.
+    pub fn length(&self) -> Option<u64> {
+        match self {
+            Self::Whole(pieces) => Some(pieces.iter().map(|piece| piece.len() as u64).sum()),
+            Self::Stream { length, .. } => *length,
+        }
+    }
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Whole(pieces) => write!(f, "Whole({} pieces)", pieces.len()),
+            Self::Stream { length, .. } => write!(f, "Stream({length:?})"),
+        }
+    }
+}
+
+/// The answer to a call: a head, and a body that is still coming.
+#[derive(Debug)]
+pub struct Reply {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// End-to-end headers, as the server sent them.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Body,
+}
+
+impl Reply {
+    /// An answer of which everything is known.
+    pub fn full(status: StatusCode, headers: HeaderMap, bytes: impl Into<Bytes>) -> Self {
+        let bytes = bytes.into();
+        let length = bytes.len() as u64;
+        let chunk = (!bytes.is_empty()).then(|| Ok(Chunk::from(bytes)));
+        Self { status, headers, body: Body::new(futures_util::stream::iter(chunk)).with_length(Some(length)) }
+    }
+
+    /// Keeps something until the body ends or is dropped.
+    pub fn hold(mut self, guard: impl Send + 'static) -> Self {
+        self.body.watchers.push(Box::new(Hold(Some(Box::new(guard)))));
+        self
+    }
+
+    /// Lets somebody follow the body.
+    pub fn watch(mut self, watcher: impl Watcher + 'static) -> Self {
+        self.body.watchers.push(Box::new(watcher));
+        self
+    }
+}
+
+/// A piece of a body: one line of NDJSON, one SSE event, or just bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// The bytes as the server made them.
+    pub bytes: Bytes,
+    /// The counts of the whole answer, if this piece tells them.
+    pub end: Option<Counters>,
+}
+
+impl From<Bytes> for Chunk {
+    fn from(bytes: Bytes) -> Self {
+        Self { bytes, end: None }
+    }
+}
+
+/// What a server says of an answer when it is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u64,
+    /// Tokens made.
+    pub output_tokens: u64,
+    /// Time for the tokens made; zero if the dialect does not tell.
+    pub eval_duration: Duration,
+    /// Time that the model took to load; zero if the dialect does not tell.
+    pub load_duration: Duration,
+}
+
+/// How an answer came about, known when its body ends.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// The servers that were asked, in turn; the last one answered.
+    pub servers: SmallVec<[ServerId; 1]>,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// What the answering server counted.
+    pub counters: Option<Counters>,
+    /// The metrics of the model that answered, if it is one that a server has.
+    pub model: Option<Arc<ModelMeters>>,
+    /// Servers that should have taken part and did not.
+    pub absent: Vec<ServerId>,
+}
+
+/// How a body ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All of it was delivered.
+    Whole,
+    /// It broke off; the word is [`Error::kind`].
+    Broken(&'static str),
+    /// Its reader went away.
+    Dropped,
+}
+
+/// Follows a body: sees every chunk, and its end exactly once.
+pub trait Watcher: Send {
+    /// A chunk passes by.
+    fn chunk(&mut self, _chunk: &Chunk) {}
+    /// The body has ended, in whichever way.
+    fn end(&mut self, _end: End, _outcome: &Outcome) {}
+}
+
+/// Keeps a value until the end.
+struct Hold(Option<Box<dyn std::any::Any + Send>>);
+
+impl Watcher for Hold {
+    fn end(&mut self, _end: End, _outcome: &Outcome) {
+        self.0 = None;
+    }
+}
+
+/// A body of chunks, with those who follow it.
+pub struct Body {
+    chunks: Pin<Box<dyn Stream<Item = Result<Chunk, Error>> + Send>>,
+    length: Option<u64>,
+    delivered: u64,
+    watchers: SmallVec<[Box<dyn Watcher>; 3]>,
+    ended: bool,
+    /// How the answer came about so far.
+    pub outcome: Outcome,
+}
+
+impl Body {
+    /// A body of these chunks.
+    pub fn new(chunks: impl Stream<Item = Result<Chunk, Error>> + Send + 'static) -> Self {
+        Self {
+            chunks: Box::pin(chunks),
+            length: None,
+            delivered: 0,
+            watchers: SmallVec::new(),
+            ended: false,
+            outcome: Outcome::default(),
+        }
+    }
+
+    /// Says how long the body is, in bytes, where that is known.
+    #[must_use]
+    pub fn with_length(mut self, length: Option<u64>) -> Self {
+        self.length = length;
+        self
+    }
+
+    /// Its length in bytes, if that is known.
+    pub fn length(&self) -> Option<u64> {
+        self.length
+    }
+
+    /// A body of nothing.
+    pub fn empty() -> Self {
+        Self::new(futures_util::stream::empty()).with_length(Some(0))
+    }
+
+    /// Reads the next chunk.
+    pub async fn next(&mut self) -> Option<Result<Chunk, Error>> {
+        futures_util::StreamExt::next(self).await
+    }
+
+    /// Reads the whole body, up to a limit in bytes; what is longer is an error.
+    pub async fn collect(mut self, limit: usize) -> Result<Bytes, Error> {
+        let mut joined = bytes::BytesMut::new();
+        let mut first = Bytes::new();
+        while let Some(chunk) = self.next().await {
+            let bytes = chunk?.bytes;
+            if joined.len() + first.len() + bytes.len() > limit {
+                return Err(Error::Internal(format!("an answer of a server is longer than {limit} bytes")));
+            }
+            if first.is_empty() && joined.is_empty() {
+                first = bytes;
+            } else {
+                joined.extend_from_slice(&std::mem::take(&mut first));
+                joined.extend_from_slice(&bytes);
+            }
+        }
+        Ok(if joined.is_empty() { first } else { joined.freeze() })
+    }
+
+    fn finish(&mut self, end: End) {
+        if !std::mem::replace(&mut self.ended, true) {
+            for watcher in &mut self.watchers {
+                watcher.end(end, &self.outcome);
+            }
+        }
+    }
+}
+
+impl Stream for Body {
+    type Item = Result<Chunk, Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        let next = ready!(this.chunks.as_mut().poll_next(cx));
+        match &next {
+            Some(Ok(chunk)) => {
+                if let Some(counters) = chunk.end {
+                    this.outcome.counters = Some(counters);
+                }
+                for watcher in &mut this.watchers {
+                    watcher.chunk(chunk);
+                }
+                this.delivered += chunk.bytes.len() as u64;
+                // Who has been given all the bytes that were promised need not ask for more.
+                if this.length == Some(this.delivered) {
+                    this.finish(End::Whole);
+                }
+            }
+            Some(Err(error)) => this.finish(End::Broken(error.kind())),
+            None => this.finish(End::Whole),
+        }
+        Poll::Ready(next)
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.finish(End::Dropped);
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Body").field("length", &self.length).field("outcome", &self.outcome).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,644 @@
+//! What is known of the servers: an immutable snapshot that calls read, and those who keep it true.
+//!
+//! Topology and load are two things. Models and states change seldom and are rebuilt into a new snapshot, at most 20 times
+//! a second; what a server is doing right now is a handful of atomics beside it. Reading takes no lock.
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use smallvec::SmallVec;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use crate::instruments::{ModelMeters, ServerMeters};
+use crate::names::{ModelName, ServerId};
+use crate::slots::Load;
+
+/// Shortest time between two snapshots.
+const REBUILD_PAUSE: Duration = Duration::from_millis(50);
+/// A server that failed is left alone this long, or until a check finds it well.
+const EJECTION: Duration = Duration::from_secs(10);
+/// Calls in a row that must fail before a server that can be reached is left alone.
+const FAILURES_TO_EJECT: u32 = 2;
+
+/// A server as the operator configured it.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its name.
+    pub id: ServerId,
+    /// How much more it gets than a server of weight one.
+    pub weight: NonZeroU32,
+}
+
+/// Whether a server takes calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nobody has asked it yet.
+    Unknown,
+    /// It answers.
+    Up,
+    /// It does not answer.
+    Down,
+}
+
+impl State {
+    /// The word for status pages and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// What a server says of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Version of its engine.
+    pub version: String,
+    /// Models on its disk.
+    pub models: Vec<Model>,
+    /// Models in its memory.
+    pub loaded: Vec<Loaded>,
+}
+
+/// A model on a server's disk.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Model {
+    /// The name as the server lists it.
+    pub name: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Bytes on the disk.
+    pub size: u64,
+    /// Family: "llama".
+    pub family: String,
+    /// Parameters as Ollama writes them: "3.2B".
+    pub parameter_size: String,
+    /// Quantization level: "`Q4_K_M`".
+    pub quantization: String,
+    /// Context it was trained for, tokens; 0: unknown.
+    pub context_length: u32,
+    /// What it can do.
+    pub capabilities: Vec<String>,
+    /// RFC 3339 time of the last change.
+    pub modified_at: String,
+}
+
+/// A model in a server's memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Loaded {
+    /// The name under which it was loaded.
+    pub name: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Bytes in all memories.
+    pub size: u64,
+    /// Bytes of it in graphics memory.
+    pub size_vram: u64,
+    /// RFC 3339 time at which it goes when it stays idle.
+    pub expires_at: String,
+    /// Context of one slot, tokens; 0: unknown.
+    pub context_length: u32,
+    /// Calls that its runner answers side by side; 0: unknown.
+    pub slots: u32,
+}
+
+/// A server, as it was when the snapshot was made, and its live figures.
+#[derive(Debug)]
+pub struct Server {
+    /// Its name.
+    pub id: ServerId,
+    /// Its place in [`Snapshot::servers`].
+    pub index: usize,
+    /// How much more it gets than a server of weight one.
+    pub weight: NonZeroU32,
+    /// Whether it takes calls.
+    pub state: State,
+    /// Why it is down; empty otherwise.
+    pub reason: String,
+    /// What it said last.
+    pub report: Arc<Report>,
+    /// Live: what it is doing for us.
+    pub load: Arc<Load>,
+    /// Live: how the last calls went.
+    pub health: Arc<Health>,
+    /// Its metrics.
+    pub meters: Arc<ServerMeters>,
+}
+
+impl Server {
+    /// Whether calls should go there while others can take them.
+    pub fn is_usable(&self) -> bool {
+        self.state != State::Down && !self.health.is_ejected()
+    }
+}
+
+/// How the last calls at a server went, seen from the calls themselves.
+#[derive(Debug)]
+pub struct Health {
+    born: Instant,
+    failures: AtomicU32,
+    /// Milliseconds since `born` until which the server is left alone; 0: it is not.
+    ejected_until: AtomicU64,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { born: Instant::now(), failures: AtomicU32::new(0), ejected_until: AtomicU64::new(0) }
+    }
+}
+
+impl Health {
+    /// A call was answered.
+    pub fn succeeded(&self) {
+        // Reading first keeps the line shared between cores while all is well.
+        if self.failures.load(Ordering::Relaxed) != 0 {
+            self.failures.store(0, Ordering::Relaxed);
+        }
+        if self.ejected_until.load(Ordering::Relaxed) != 0 {
+            self.ejected_until.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// A call failed; one that could not even connect counts in full.
+    pub fn failed(&self, unreachable: bool) {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
+        if unreachable || failures >= FAILURES_TO_EJECT {
+            let until = self.born.elapsed() + EJECTION;
+            self.ejected_until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+    }
+
+    fn is_ejected(&self) -> bool {
+        let until = self.ejected_until.load(Ordering::Relaxed);
+        until != 0 && self.born.elapsed() < Duration::from_millis(until)
+    }
+}
+
+/// Where a model is.
+#[derive(Debug)]
+pub struct Known {
+    /// Its canonical name.
+    pub name: ModelName,
+    /// The servers that have it on disk.
+    pub installed: Bits,
+    /// Those of them that have it in memory.
+    pub loaded: Bits,
+    /// Its metrics.
+    pub meters: Arc<ModelMeters>,
+}
+
+/// Everything that is known at one moment.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// The servers; a [`Server::index`] is a place in this list.
+    pub servers: Vec<Arc<Server>>,
+    /// The models by canonical name.
+    pub models: HashMap<ModelName, Arc<Known>>,
+}
+
+impl Snapshot {
+    /// What is known of a model.
+    pub fn known(&self, model: &ModelName) -> Option<&Arc<Known>> {
+        self.models.get(model)
+    }
+
+    /// Every server.
+    pub fn all(self: &Arc<Self>) -> Candidates {
+        Candidates { bits: Bits::first(self.servers.len()), snapshot: self.clone() }
+    }
+}
+
+/// A set of servers, by their index.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bits(SmallVec<[u64; 2]>);
+
+impl Bits {
+    fn first(count: usize) -> Self {
+        let mut bits = Self::default();
+        (0..count).for_each(|index| bits.insert(index));
+        bits
+    }
+
+    /// Adds a server.
+    pub fn insert(&mut self, index: usize) {
+        if self.0.len() <= index / 64 {
+            self.0.resize(index / 64 + 1, 0);
+        }
+        self.0[index / 64] |= 1 << (index % 64);
+    }
+
+    /// Takes a server out.
+    pub fn remove(&mut self, index: usize) {
+        if let Some(word) = self.0.get_mut(index / 64) {
+            *word &= !(1 << (index % 64));
+        }
+    }
+
+    /// Whether a server is in.
+    pub fn contains(&self, index: usize) -> bool {
+        self.0.get(index / 64).is_some_and(|word| word & (1 << (index % 64)) != 0)
+    }
+
+    /// Whether nobody is in.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    /// The servers that are in both sets.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        Self(self.0.iter().zip(&other.0).map(|(a, b)| a & b).collect())
+    }
+
+    /// The indices, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.iter().enumerate().flat_map(|(at, word)| {
+            let mut word = *word;
+            std::iter::from_fn(move || {
+                (word != 0).then(|| {
+                    let bit = word.trailing_zeros() as usize;
+                    word &= word - 1;
+                    at * 64 + bit
+                })
+            })
+        })
+    }
+}
+
+/// The servers that are still in question for a call, and the snapshot they belong to.
+#[derive(Clone, Debug)]
+pub struct Candidates {
+    snapshot: Arc<Snapshot>,
+    bits: Bits,
+}
+
+impl Candidates {
+    /// The snapshot.
+    pub fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// Keeps only those that are in a set.
+    pub fn keep(&mut self, bits: &Bits) {
+        self.bits = self.bits.and(bits);
+    }
+
+    /// Keeps only one, which may have been out before.
+    pub fn only(&mut self, index: usize) {
+        self.bits = Bits::default();
+        self.bits.insert(index);
+    }
+
+    /// Takes a server out by its name.
+    pub fn drop_server(&mut self, id: &ServerId) {
+        if let Some(server) = self.snapshot.servers.iter().find(|server| server.id == *id) {
+            self.bits.remove(server.index);
+        }
+    }
+
+    /// Whether nobody is left.
+    pub fn is_empty(&self) -> bool {
+        self.bits.is_empty()
+    }
+
+    /// Those that are left.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Server>> {
+        self.bits.iter().filter_map(|index| self.snapshot.servers.get(index))
+    }
+}
+
+/// Keeps the snapshot: told by the pool what servers say, read by every call.
+#[derive(Debug)]
+pub struct Cluster {
+    snapshot: ArcSwap<Snapshot>,
+    book: Mutex<Book>,
+    refreshes: Vec<Refresh>,
+    /// To go on with from a task that must not keep the cluster alive.
+    this: Weak<Self>,
+}
+
+/// What snapshots are made from.
+#[derive(Debug)]
+struct Book {
+    entries: Vec<Entry>,
+    models: HashMap<ModelName, Arc<ModelMeters>>,
+    rebuilt: Option<Instant>,
+    scheduled: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    member: Member,
+    state: State,
+    reason: String,
+    failures: u32,
+    report: Arc<Report>,
+    load: Arc<Load>,
+    health: Arc<Health>,
+    meters: Arc<ServerMeters>,
+}
+
+/// How to ask for news of a server, and to hear that they came.
+#[derive(Debug)]
+struct Refresh {
+    wanted: Notify,
+    begun: AtomicU64,
+    done: watch::Sender<u64>,
+}
+
+impl Cluster {
+    /// Begins with servers of which nothing is known.
+    pub fn new(members: Vec<Member>) -> Arc<Self> {
+        let refreshes = members
+            .iter()
+            .map(|_| Refresh { wanted: Notify::new(), begun: AtomicU64::new(0), done: watch::Sender::new(0) })
+            .collect();
+        let entries = members
+            .into_iter()
+            .map(|member| Entry {
+                meters: Arc::new(ServerMeters::new(&member.id)),
+                member,
+                state: State::Unknown,
+                reason: String::new(),
+                failures: 0,
+                report: Arc::default(),
+                load: Arc::default(),
+                health: Arc::default(),
+            })
+            .collect();
+        let book = Book { entries, models: HashMap::new(), rebuilt: None, scheduled: false };
+        let cluster = Arc::new_cyclic(|this| Self {
+            snapshot: ArcSwap::from_pointee(Snapshot::default()),
+            book: Mutex::new(book),
+            refreshes,
+            this: this.clone(),
+        });
+        cluster.rebuild(&mut cluster.book());
+        cluster
+    }
+
+    /// What is known now.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// A server said what it is.
+    pub fn report(&self, index: usize, report: Report) {
+        let mut book = self.book();
+        let Some(entry) = book.entries.get_mut(index) else { return };
+        entry.failures = 0;
+        entry.health.succeeded();
+        let same = entry.state == State::Up && *entry.report == report;
+        if same {
+            return;
+        }
+        if entry.state != State::Up {
+            tracing::info!(server = %entry.member.id, "server is up");
+        }
+        entry.state = State::Up;
+        entry.reason.clear();
+        entry.report = Arc::new(report);
+        self.changed(book);
+    }
+
+    /// A check of a server failed; after `threshold` in a row it is down.
+    pub fn check_failed(&self, index: usize, reason: String, threshold: u32) {
+        let mut book = self.book();
+        let Some(entry) = book.entries.get_mut(index) else { return };
+        entry.failures += 1;
+        if entry.state == State::Down || entry.failures < threshold {
+            return;
+        }
+        tracing::warn!(server = %entry.member.id, reason, "server is down");
+        entry.state = State::Down;
+        entry.reason = reason;
+        self.changed(book);
+    }
+
+    /// A server was seen to have a model in memory, or not any more.
+    pub fn note_loaded(&self, server: &ServerId, model: &ModelName, is_loaded: bool) {
+        self.amend(server, |report| {
+            report.loaded.retain(|loaded| ModelName::parse(&loaded.name).as_ref() != Some(model));
+            if is_loaded {
+                report.loaded.push(Loaded { name: model.to_string(), ..Loaded::default() });
+            }
+        });
+    }
+
+    /// A server said that it does not have a model that it was believed to have.
+    pub fn forget(&self, server: &ServerId, model: &ModelName) {
+        self.amend(server, |report| {
+            report.models.retain(|held| ModelName::parse(&held.name).as_ref() != Some(model));
+            report.loaded.retain(|loaded| ModelName::parse(&loaded.name).as_ref() != Some(model));
+        });
+    }
+
+    fn amend(&self, server: &ServerId, change: impl FnOnce(&mut Report)) {
+        let mut book = self.book();
+        let Some(entry) = book.entries.iter_mut().find(|entry| entry.member.id == *server) else { return };
+        let mut report = Report::clone(&entry.report);
+        change(&mut report);
+        if report != *entry.report {
+            entry.report = Arc::new(report);
+            self.changed(book);
+        }
+    }
+
+    /// Asks for fresh news of one server, without waiting for them.
+    pub fn want_news_of(&self, server: &ServerId) {
+        let snapshot = self.snapshot();
+        let found = snapshot.servers.iter().find(|known| known.id == *server);
+        if let Some(refresh) = found.and_then(|server| self.refreshes.get(server.index)) {
+            refresh.wanted.notify_one();
+        }
+    }
+
+    /// Asks for fresh news of every server and waits until those that are up have told them, or the time is over.
+    pub async fn refresh(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let snapshot = self.snapshot();
+        let waits: Vec<_> = snapshot
+            .servers
+            .iter()
+            .filter_map(|server| {
+                let refresh = self.refreshes.get(server.index)?;
+                let round = refresh.begun.load(Ordering::SeqCst) + 1;
+                refresh.wanted.notify_one();
+                (server.state != State::Down).then(|| (refresh.done.subscribe(), round))
+            })
+            .collect();
+        for (mut done, round) in waits {
+            let _ = tokio::time::timeout_at(deadline, done.wait_for(|done| *done >= round)).await;
+        }
+    }
+
+    /// Waits until somebody wants news of a server.
+    pub async fn news_wanted(&self, index: usize) {
+        match self.refreshes.get(index) {
+            Some(refresh) => refresh.wanted.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// A round of asking a server begins; give what this returns to [`Cluster::round_ends`].
+    pub fn round_begins(&self, index: usize) -> u64 {
+        self.refreshes.get(index).map_or(0, |refresh| refresh.begun.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    /// That round is over, whatever came of it.
+    pub fn round_ends(&self, index: usize, round: u64) {
+        if let Some(refresh) = self.refreshes.get(index) {
+            refresh.done.send_replace(round);
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a new snapshot now, or as soon as the pause after the last one is over.
+    fn changed(&self, mut book: MutexGuard<'_, Book>) {
+        if book.scheduled {
+            return;
+        }
+        let due = book.rebuilt.map_or_else(Instant::now, |last| last + REBUILD_PAUSE);
+        if due <= Instant::now() {
+            self.rebuild(&mut book);
+            return;
+        }
+        book.scheduled = true;
+        let this = self.this.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep_until(due).await;
+            if let Some(cluster) = this.upgrade() {
+                let mut book = cluster.book();
+                book.scheduled = false;
+                cluster.rebuild(&mut book);
+            }
+        });
+    }
+
+    fn rebuild(&self, book: &mut Book) {
+        let mut models: HashMap<ModelName, (Bits, Bits)> = HashMap::new();
+        for (index, entry) in book.entries.iter().enumerate() {
+            for name in entry.report.models.iter().filter_map(|model| ModelName::parse(&model.name)) {
+                models.entry(name).or_default().0.insert(index);
+            }
+            for name in entry.report.loaded.iter().filter_map(|loaded| ModelName::parse(&loaded.name)) {
+                // A runner may outlive the model on the disk; only what can be asked for by name counts.
+                if let Some((_, loaded)) = models.get_mut(&name) {
+                    loaded.insert(index);
+                }
+            }
+        }
+        book.models.retain(|name, _| models.contains_key(name));
+        let models = models
+            .into_iter()
+            .map(|(name, (installed, loaded))| {
+                let meters = book.models.entry(name.clone()).or_insert_with(|| Arc::new(ModelMeters::new(&name)));
+                let known = Known { installed, loaded, meters: meters.clone(), name: name.clone() };
+                (name, Arc::new(known))
+            })
+            .collect();
+        let servers = book
+            .entries
+            .iter()
+            .enumerate()
+            .map(|(index, entry)| {
+                Arc::new(Server {
+                    id: entry.member.id.clone(),
+                    index,
+                    weight: entry.member.weight,
+                    state: entry.state,
+                    reason: entry.reason.clone(),
+                    report: entry.report.clone(),
+                    load: entry.load.clone(),
+                    health: entry.health.clone(),
+                    meters: entry.meters.clone(),
+                })
+            })
+            .collect();
+        self.snapshot.store(Arc::new(Snapshot { servers, models }));
+        book.rebuilt = Some(Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_servers_say_is_known_under_canonical_names() {
+        let cluster = testing::cluster(&[&["Tiny:latest"], &["tiny", "other:q4"]]).await;
+        let snapshot = cluster.snapshot();
+        let tiny = snapshot.known(&ModelName::parse("TINY").unwrap()).unwrap();
+        assert_eq!(tiny.installed.iter().collect::<Vec<_>>(), [0, 1]);
+        assert!(tiny.loaded.is_empty());
+        cluster.note_loaded(&ServerId::new("1"), &tiny.name, true);
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        let loaded = cluster.snapshot().known(&tiny.name).unwrap().loaded.clone();
+        assert_eq!(loaded.iter().collect::<Vec<_>>(), [1]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_is_down_after_checks_in_a_row() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        cluster.check_failed(0, "no answer".into(), 2);
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        assert_eq!(cluster.snapshot().servers[0].state, State::Up);
+        cluster.check_failed(0, "no answer".into(), 2);
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        assert_eq!(cluster.snapshot().servers[0].state, State::Down);
+        cluster.report(0, Report::default());
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        assert_eq!(cluster.snapshot().servers[0].state, State::Up);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_fails_is_left_alone_for_a_while() {
+        let health = Health::default();
+        health.failed(false);
+        assert!(!health.is_ejected());
+        health.failed(false);
+        assert!(health.is_ejected());
+        tokio::time::advance(EJECTION).await;
+        assert!(!health.is_ejected());
+        health.failed(true);
+        assert!(health.is_ejected());
+        health.succeeded();
+        assert!(!health.is_ejected());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn news_that_were_asked_for_are_waited_for() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let asking = tokio::spawn({
+            let cluster = cluster.clone();
+            async move { cluster.refresh(Duration::from_secs(9)).await }
+        });
+        cluster.news_wanted(0).await;
+        let round = cluster.round_begins(0);
+        assert!(!asking.is_finished());
+        cluster.round_ends(0, round);
+        asking.await.unwrap();
+    }
+
+    #[test]
+    fn bits_hold_any_number_of_servers() {
+        let mut bits = Bits::default();
+        for index in [0, 63, 64, 999] {
+            bits.insert(index);
+        }
+        bits.remove(63);
+        assert_eq!(bits.iter().collect::<Vec<_>>(), [0, 64, 999]);
+        assert!(bits.contains(999) && !bits.contains(63) && !bits.contains(5000));
+    }
+}

@@ -1,0 +1,45 @@
+//! The path of a call, from the edge of the proxy to a server: each concern a tower layer, free of transports.
+//!
+//! What a call meets, in the default order:
+//!
+//! | layer | file | what it does |
+//! |---|---|---|
+//! | `trace` | [`trace`] | tells the log what was asked and how it ended |
+//! | `metrics` | [`metrics`](mod@metrics) | counts and times |
+//! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
+//! | `retry` | [`retry`] | asks another server when one fails before its first byte |
+//! | | [`pick`] | the leaf: takes the least loaded of the candidates and a place on it |
+//!
+//! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
+
+pub mod call;
+pub mod cluster;
+pub mod error;
+pub mod instruments;
+pub mod json;
+pub mod metrics;
+pub mod model_route;
+pub mod names;
+pub mod peek;
+pub mod pick;
+pub mod retry;
+pub mod route;
+pub mod shared;
+pub mod slots;
+pub mod stack;
+pub mod trace;
+
+#[cfg(test)]
+mod testing;
+
+pub use call::{Call, Chunk, Counters, End, Head, Outcome, Payload, Reply, RequestId};
+pub use cluster::{Candidates, Cluster, Server, Snapshot};
+pub use error::{BoxError, Error, Phase};
+pub use names::{ModelName, ServerId};
+pub use peek::Peek;
+pub use route::{Dialect, Route, Scope};
+pub use shared::Shared;
+pub use stack::Stack;
+
+/// What a layer that has to wait returns.
+pub type ReplyFuture = std::pin::Pin<Box<dyn Future<Output = Result<Reply, Error>> + Send>>;

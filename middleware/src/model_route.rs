@@ -1,0 +1,245 @@
+//! Narrows the candidates to the servers that have the model: those that have it in memory first, then those that have it
+//! on disk.
+//!
+//! Belongs outside `retry`, which then stays among them. When nobody is known to have the model every server stays in
+//! question, so that the refusal is Ollama's own. A server that says 404 although it was believed to have the model (or
+//! nobody was) makes the cluster look again at once, and the call goes where the model turns out to be.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use http::StatusCode;
+use serde::Deserialize;
+use tower::{Layer, Service, ServiceExt};
+
+use crate::call::{Call, Reply};
+use crate::cluster::{Cluster, Known, Snapshot};
+use crate::error::Error;
+use crate::route::Scope;
+
+/// The `[model-route]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Calls that a server which has the model in memory may be answering, per unit of its weight, before a server that
+    /// would first have to load it is considered too.
+    pub spill_after: u32,
+    /// Milliseconds that a call waits for news of the servers when one says 404 to a model.
+    pub refresh_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { spill_after: 4, refresh_ms: 1000 }
+    }
+}
+
+/// Puts [`ModelRoute`] around a service.
+#[derive(Clone, Debug)]
+pub struct ModelRouteLayer {
+    route: Arc<Router>,
+}
+
+impl ModelRouteLayer {
+    /// Routes by what the cluster knows.
+    pub fn new(config: Config, cluster: Arc<Cluster>) -> Self {
+        Self { route: Arc::new(Router { config, cluster }) }
+    }
+}
+
+impl<S> Layer<S> for ModelRouteLayer {
+    type Service = ModelRoute<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ModelRoute { inner, router: self.route.clone() }
+    }
+}
+
+/// Sends calls on to those who have the model.
+#[derive(Clone, Debug)]
+pub struct ModelRoute<S> {
+    inner: S,
+    router: Arc<Router>,
+}
+
+#[derive(Debug)]
+struct Router {
+    config: Config,
+    cluster: Arc<Cluster>,
+}
+
+impl<S> Service<Call> for ModelRoute<S>
+where
+    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    type Response = Reply;
+    type Error = Error;
+    type Future = BoxFuture<'static, Result<Reply, Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, call: Call) -> Self::Future {
+        if call.model.is_none() || !matches!(call.route.scope(), Scope::One | Scope::Same) {
+            return Box::pin(self.inner.call(call));
+        }
+        let next = self.inner.clone();
+        let ready = std::mem::replace(&mut self.inner, next);
+        Box::pin(route(self.router.clone(), ready, call))
+    }
+}
+
+async fn route<S>(router: Arc<Router>, mut ready: S, mut call: Call) -> Result<Reply, Error>
+where
+    S: Service<Call, Response = Reply, Error = Error> + Clone,
+{
+    router.narrow(&mut call);
+    let several = call.candidates.snapshot().servers.len() > 1;
+    let spare = several.then(|| call.again()).flatten();
+    let head = call.head.clone();
+    let next = ready.clone();
+    let reply = ready.call(call).await?;
+    if reply.status != StatusCode::NOT_FOUND {
+        router.learn(&head, &reply);
+        return Ok(reply);
+    }
+    match spare {
+        Some(spare) => router.look_again(next, spare, reply).await,
+        None => Ok(reply),
+    }
+}
+
+impl Router {
+    /// Leaves only those who have the model, if anybody has.
+    fn narrow(&self, call: &mut Call) {
+        let snapshot = call.candidates.snapshot().clone();
+        let Some(known) = call.model.as_ref().and_then(|model| snapshot.known(model)) else { return };
+        call.known = Some(known.clone());
+        let loaded_has_room = known
+            .loaded
+            .iter()
+            .filter_map(|index| snapshot.servers.get(index))
+            .any(|server| server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get()));
+        call.candidates.keep(if loaded_has_room { &known.loaded } else { &known.installed });
+    }
+
+    /// Remembers what a good answer shows about the model.
+    fn learn(&self, head: &crate::call::Head, reply: &Reply) {
+        let (Some(model), Some(server)) = (&head.model, reply.body.outcome.servers.last()) else { return };
+        if !head.route.infers() || !reply.status.is_success() {
+            return;
+        }
+        let snapshot = self.cluster.snapshot();
+        let Some(known) = snapshot.known(model) else { return };
+        let is_loaded = !head.peek.unloads();
+        if was_loaded(&snapshot, known, server) != is_loaded {
+            self.cluster.note_loaded(server, model, is_loaded);
+        }
+    }
+
+    /// A server said that it does not have the model: forgets that it had, and asks the others, the likeliest first.
+    async fn look_again<S>(&self, mut next: S, mut spare: Call, mut refusal: Reply) -> Result<Reply, Error>
+    where
+        S: Service<Call, Response = Reply, Error = Error> + Clone,
+    {
+        let mut asked = Vec::new();
+        let mut refreshed = false;
+        loop {
+            let Some(model) = spare.model.clone() else { return Ok(refusal) };
+            if let Some(server) = refusal.body.outcome.servers.last() {
+                self.cluster.forget(server, &model);
+                asked.push(server.clone());
+            }
+            loop {
+                spare.candidates = self.cluster.snapshot().all();
+                self.narrow(&mut spare);
+                asked.iter().for_each(|server| spare.candidates.drop_server(server));
+                let somebody = !spare.candidates.is_empty()
+                    && spare.candidates.snapshot().known(&model).is_some_and(|known| !known.installed.is_empty());
+                if somebody {
+                    break;
+                }
+                if std::mem::replace(&mut refreshed, true) {
+                    return Ok(refusal);
+                }
+                self.cluster.refresh(Duration::from_millis(self.config.refresh_ms)).await;
+            }
+            let Some(call) = spare.again() else { return Ok(refusal) };
+            let reply = next.ready().await?.call(call).await?;
+            if reply.status != StatusCode::NOT_FOUND {
+                self.learn(&spare.head, &reply);
+                return Ok(reply);
+            }
+            refusal = reply;
+        }
+    }
+}
+
+fn was_loaded(snapshot: &Snapshot, known: &Known, server: &crate::ServerId) -> bool {
+    known.loaded.iter().any(|index| snapshot.servers.get(index).is_some_and(|found| found.id == *server))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, ask};
+
+    fn names(call: &Call) -> Vec<String> {
+        call.candidates.iter().map(|server| server.id.to_string()).collect()
+    }
+
+    async fn candidates_for(cluster: &Arc<Cluster>, model: &str) -> Vec<String> {
+        let (mut service, mut inner) = testing::spawn(&ModelRouteLayer::new(Config::default(), cluster.clone()));
+        let answer = ask(&mut service, testing::call_in(cluster, model));
+        let (call, respond) = inner.next_request().await.unwrap();
+        respond.send_response(testing::reply("hi"));
+        answer.await.unwrap();
+        names(&call)
+    }
+
+    #[tokio::test]
+    async fn only_those_that_have_the_model_are_left() {
+        let cluster = testing::cluster(&[&["tiny"], &["big"], &["tiny", "big"]]).await;
+        assert_eq!(candidates_for(&cluster, "tiny").await, ["0", "2"]);
+        assert_eq!(candidates_for(&cluster, "BIG:latest").await, ["1", "2"]);
+        assert_eq!(candidates_for(&cluster, "nobodys").await, ["0", "1", "2"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_have_it_loaded_come_first_until_they_are_busy() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        cluster.note_loaded(&crate::ServerId::new("1"), &crate::ModelName::parse("tiny").unwrap(), true);
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        assert_eq!(candidates_for(&cluster, "tiny").await, ["1"]);
+        let load = cluster.snapshot().servers[1].load.clone();
+        let _busy: Vec<_> = (0..4).map(|_| load.lease()).collect();
+        assert_eq!(candidates_for(&cluster, "tiny").await, ["0", "1"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_404_sends_the_call_where_the_model_is() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        let (mut service, mut inner) = testing::spawn(&ModelRouteLayer::new(Config::default(), cluster.clone()));
+        let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!(names(&call), ["0", "1"]);
+        respond.send_response(testing::refusal("0"));
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!(names(&call), ["1"]);
+        respond.send_response(testing::reply("hi"));
+        assert_eq!(answer.await.unwrap().status, StatusCode::OK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_nobody_has_it_the_refusal_is_the_servers_own() {
+        let cluster = testing::cluster(&[&["big"], &["big"]]).await;
+        let (mut service, mut inner) = testing::spawn(&ModelRouteLayer::new(Config::default(), cluster.clone()));
+        let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
+        inner.next_request().await.unwrap().1.send_response(testing::refusal("0"));
+        assert_eq!(answer.await.unwrap().status, StatusCode::NOT_FOUND);
+    }
+}

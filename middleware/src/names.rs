@@ -1,0 +1,144 @@
+//! Names of models and servers: parsed once at the edge, compared cheaply ever after.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::sync::Arc;
+
+/// Registry host that a name without one belongs to.
+const DEFAULT_HOST: &str = "registry.ollama.ai";
+/// Namespace that a name without one belongs to.
+const DEFAULT_NAMESPACE: &str = "library";
+/// Tag that a name without one means.
+const DEFAULT_TAG: &str = "latest";
+
+/// A model's canonical name: lower case, with its tag, without the parts that Ollama fills in by default.
+///
+/// `Llama3`, `llama3:latest` and `registry.ollama.ai/library/llama3` are the same model: `llama3:latest`. Only for looking
+/// up: the bytes that a client sent go to the server unchanged.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ModelName(Arc<str>);
+
+impl ModelName {
+    /// Parses a name by the rules of Ollama's `types/model/name.go`; `None` if Ollama would refuse it.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (rest, tag) = match (text.rfind(':'), text.rfind('/')) {
+            (Some(colon), slash) if slash.is_none_or(|slash| colon > slash) => (&text[..colon], &text[colon + 1..]),
+            _ => (text, DEFAULT_TAG),
+        };
+        let (rest, model) = cut_last(rest);
+        let (rest, namespace) = rest.map_or((None, DEFAULT_NAMESPACE), cut_last);
+        let host = rest.map_or(DEFAULT_HOST, |host| host.split_once("://").map_or(host, |(_, host)| host));
+        let valid = part_is_valid(host, 350, b"_-.:")
+            && part_is_valid(namespace, 80, b"_-")
+            && part_is_valid(model, 80, b"_-.")
+            && part_is_valid(tag, 80, b"_-.");
+        if !valid {
+            return None;
+        }
+        let mut name = String::with_capacity(text.len() + DEFAULT_TAG.len() + 1);
+        let host_shown = !host.eq_ignore_ascii_case(DEFAULT_HOST);
+        if host_shown {
+            name.extend([host, "/"]);
+        }
+        if host_shown || !namespace.eq_ignore_ascii_case(DEFAULT_NAMESPACE) {
+            name.extend([namespace, "/"]);
+        }
+        name.extend([model, ":", tag]);
+        name.make_ascii_lowercase();
+        Some(Self(name.into()))
+    }
+
+    /// The canonical text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The tag alone.
+    pub fn tag(&self) -> &str {
+        self.0.rsplit_once(':').map_or(DEFAULT_TAG, |(_, tag)| tag)
+    }
+}
+
+/// Splits at the last slash: what is before it, if there is one, and what is behind it.
+fn cut_last(text: &str) -> (Option<&str>, &str) {
+    text.rsplit_once('/').map_or((None, text), |(rest, last)| (Some(rest), last))
+}
+
+/// Whether a part is neither empty nor too long, begins with a letter, a digit or `_`, and has no foreign characters.
+fn part_is_valid(part: &str, longest: usize, marks: &[u8]) -> bool {
+    let bytes = part.as_bytes();
+    let Some(first) = bytes.first() else { return false };
+    bytes.len() <= longest
+        && (first.is_ascii_alphanumeric() || *first == b'_')
+        && bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || marks.contains(byte))
+}
+
+impl fmt::Display for ModelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Borrow<str> for ModelName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The name of a server: what the operator calls it, else its address as configured.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServerId(Arc<str>);
+
+impl ServerId {
+    /// Names a server.
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name for a metric's label, without copying it.
+    pub(crate) fn shared(&self) -> Arc<str> {
+        self.0.clone()
+    }
+}
+
+impl fmt::Display for ServerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn canonical(text: &str) -> Option<String> {
+        ModelName::parse(text).map(|name| name.to_string())
+    }
+
+    #[test]
+    fn names_for_one_model_are_one_name() {
+        for text in ["Llama3", "llama3:latest", "library/llama3", "registry.ollama.ai/library/LLAMA3:Latest", "https://registry.ollama.ai/library/llama3"] {
+            assert_eq!(canonical(text).as_deref(), Some("llama3:latest"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_default_is_kept() {
+        assert_eq!(canonical("ada/tiny").as_deref(), Some("ada/tiny:latest"));
+        assert_eq!(canonical("hf.co/ada/tiny:Q4_K_M").as_deref(), Some("hf.co/ada/tiny:q4_k_m"));
+        assert_eq!(canonical("127.0.0.1:5000/library/tiny").as_deref(), Some("127.0.0.1:5000/library/tiny:latest"));
+    }
+
+    #[test]
+    fn what_ollama_refuses_is_refused() {
+        for text in ["", ":", "a b", "tiny@sha256:00", "tiny:", "/tiny", "-tiny", "a/b/c/d/e f", "tiny:ä"] {
+            assert_eq!(canonical(text), None, "{text:?}");
+        }
+        assert_eq!(canonical(&"x".repeat(81)), None);
+    }
+}

@@ -1,0 +1,303 @@
+//! What routing needs to know of a body, found in one pass and remembered as spans.
+//!
+//! Go's rules hold, since Ollama is written in Go: keys match in any case, the last duplicate wins, `null` leaves a member
+//! as it was, and what follows the first value is ignored. The bytes themselves are never changed here.
+
+use bytes::Bytes;
+
+use crate::json::{self, Kind, Malformed, Reader, Span};
+
+/// What was seen of a request's body. Everything is optional: a body that cannot be read is the server's to refuse.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peek {
+    /// The text that names the model: `model`, or `name` where that is empty; `source` of a copy.
+    pub model: Option<String>,
+    /// The base of a `create`.
+    pub from: Option<String>,
+    /// The digests in `files` and `adapters` of a `create`.
+    pub digests: Vec<String>,
+    /// Where the value of `model` stands, quotes included.
+    pub model_span: Option<Span>,
+    /// Where the value of `options` stands.
+    pub options: Option<Span>,
+    /// Where the value of `keep_alive` stands.
+    pub keep_alive: Option<Span>,
+    /// `stream`, if it was said.
+    pub stream: Option<bool>,
+    /// Whether there is something to answer: a prompt or a message.
+    pub asks: bool,
+    /// Whether `keep_alive` is zero.
+    pub keeps_not: bool,
+}
+
+impl Peek {
+    /// Looks at a JSON body in one pass.
+    pub fn json(pieces: &[Bytes]) -> Self {
+        let mut found = Members::default();
+        // A body that ends early still told what came before.
+        let _ = found.read(pieces);
+        found.finish()
+    }
+
+    /// Looks for the `model` field of a multipart form.
+    pub fn multipart(pieces: &[Bytes]) -> Self {
+        const FIELD: &[u8] = b"name=\"model\"";
+        let model = pieces.iter().find_map(|piece| {
+            let after = &piece[memchr::memmem::find(piece, FIELD)? + FIELD.len()..];
+            let value = &after[memchr::memmem::find(after, b"\r\n\r\n")? + 4..];
+            let value = &value[..memchr::memmem::find(value, b"\r\n")?];
+            Some(String::from_utf8_lossy(value).into_owned())
+        });
+        Self { model, asks: true, ..Self::default() }
+    }
+
+    /// Whether a generate or chat call only unloads its model.
+    pub fn unloads(&self) -> bool {
+        !self.asks && self.keeps_not
+    }
+}
+
+/// The members on the way, before the rules that span several of them are applied.
+#[derive(Default)]
+struct Members {
+    peek: Peek,
+    name: Option<String>,
+    source: Option<String>,
+}
+
+impl Members {
+    fn read(&mut self, pieces: &[Bytes]) -> Result<(), Malformed> {
+        let mut reader = Reader::new(pieces);
+        if !reader.take(b'{')? || reader.take(b'}')? {
+            return Ok(());
+        }
+        loop {
+            let key = reader.string()?;
+            if !reader.take(b':')? {
+                return Err(Malformed);
+            }
+            match Key::of(&json::cut(pieces, key)) {
+                Some(key) => self.member(key, &mut reader, pieces)?,
+                None => {
+                    reader.value()?;
+                }
+            }
+            if !reader.take(b',')? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn member(&mut self, key: Key, reader: &mut Reader<'_>, pieces: &[Bytes]) -> Result<(), Malformed> {
+        let (kind, span) = reader.value()?;
+        if kind == Kind::Null {
+            return Ok(());
+        }
+        let text = || match kind {
+            Kind::String { .. } => {
+                Some(json::unescape(&json::cut(pieces, Span { start: span.start + 1, end: span.end - 1 })))
+            }
+            _ => None,
+        };
+        match key {
+            Key::Model => {
+                self.peek.model = text();
+                self.peek.model_span = Some(span);
+            }
+            Key::Name => self.name = text(),
+            Key::Source => self.source = text(),
+            Key::From => self.peek.from = text(),
+            Key::Files | Key::Adapters => self.digests(&json::cut(pieces, span)),
+            Key::Options => self.peek.options = Some(span),
+            Key::KeepAlive => {
+                self.peek.keep_alive = Some(span);
+                self.peek.keeps_not = is_zero(&json::cut(pieces, span));
+            }
+            Key::Stream => {
+                if let Kind::Bool(stream) = kind {
+                    self.peek.stream = Some(stream);
+                }
+            }
+            Key::Prompt | Key::Messages | Key::Input => {
+                self.peek.asks |= !matches!(kind, Kind::String { empty: true } | Kind::Nested { empty: true });
+            }
+        }
+        Ok(())
+    }
+
+    /// The values of an object of texts.
+    fn digests(&mut self, object: &[u8]) {
+        let pieces = [Bytes::copy_from_slice(object)];
+        let mut reader = Reader::new(&pieces);
+        let mut read = || -> Result<(), Malformed> {
+            if !reader.take(b'{')? || reader.take(b'}')? {
+                return Ok(());
+            }
+            loop {
+                reader.string()?;
+                if !reader.take(b':')? {
+                    return Err(Malformed);
+                }
+                let (kind, span) = reader.value()?;
+                if matches!(kind, Kind::String { .. }) {
+                    let inner = Span { start: span.start + 1, end: span.end - 1 };
+                    self.peek.digests.push(json::unescape(&json::cut(&pieces, inner)));
+                }
+                if !reader.take(b',')? {
+                    return Ok(());
+                }
+            }
+        };
+        let _ = read();
+    }
+
+    fn finish(self) -> Peek {
+        let said = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+        let mut peek = self.peek;
+        if !said(&peek.model) {
+            peek.model = self.name.or(self.source).or(peek.model);
+        }
+        peek
+    }
+}
+
+/// A member that somebody looks at.
+#[derive(Clone, Copy)]
+enum Key {
+    Model,
+    Name,
+    Source,
+    From,
+    Files,
+    Adapters,
+    Options,
+    KeepAlive,
+    Stream,
+    Prompt,
+    Messages,
+    Input,
+}
+
+impl Key {
+    const ALL: [(&'static str, Self); 12] = [
+        ("model", Self::Model),
+        ("name", Self::Name),
+        ("source", Self::Source),
+        ("from", Self::From),
+        ("files", Self::Files),
+        ("adapters", Self::Adapters),
+        ("options", Self::Options),
+        ("keep_alive", Self::KeepAlive),
+        ("stream", Self::Stream),
+        ("prompt", Self::Prompt),
+        ("messages", Self::Messages),
+        ("input", Self::Input),
+    ];
+
+    /// Finds a key as Go compares it: in any case, and with the two letters outside ASCII that fold into it.
+    fn of(raw: &[u8]) -> Option<Self> {
+        let plain = raw.iter().all(|byte| byte.is_ascii() && *byte != b'\\');
+        if plain {
+            return Self::ALL.iter().find(|(name, _)| name.as_bytes().eq_ignore_ascii_case(raw)).map(|(_, key)| *key);
+        }
+        let folded: String = json::unescape(raw)
+            .chars()
+            .map(|c| match c {
+                '\u{17f}' => 's',
+                '\u{212a}' => 'k',
+                other => other.to_ascii_lowercase(),
+            })
+            .collect();
+        Self::ALL.iter().find(|(name, _)| *name == folded).map(|(_, key)| *key)
+    }
+}
+
+/// Whether a `keep_alive` is no time at all: the number 0, or a Go duration of zeros.
+fn is_zero(value: &[u8]) -> bool {
+    let text = value.strip_prefix(b"\"").and_then(|text| text.strip_suffix(b"\"")).unwrap_or(value);
+    !text.is_empty() && text.iter().any(|b| *b == b'0') && !text.iter().any(|b| matches!(b, b'1'..=b'9'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peek(text: &str) -> Peek {
+        let by_threes: Vec<Bytes> = text.as_bytes().chunks(3).map(Bytes::copy_from_slice).collect();
+        let peek = Peek::json(&by_threes);
+        assert_eq!(peek, Peek::json(&[Bytes::copy_from_slice(text.as_bytes())]));
+        peek
+    }
+
+    fn model(text: &str) -> Option<String> {
+        peek(text).model
+    }
+
+    #[test]
+    fn go_finds_the_model_in_the_same_places() {
+        for text in [
+            r#"{"model":"tiny"}"#,
+            r#" { "stream" : true , "MODEL" : "tiny" }"#,
+            r#"{"model":"other","Model":"tiny"}"#,
+            r#"{"model":"tiny","model":null} trailing"#,
+            r#"{"mod\u0065l":"t\u0069ny"}"#,
+            r#"{"model":"","name":"tiny"}"#,
+            r#"{"messages":[{"content":"\"model\":\"x\"}"}],"model":"tiny"#.trim_end(),
+            r#"{"source":"tiny","destination":"copy"}"#,
+        ] {
+            let closed = if text.ends_with("tiny") { format!("{text}\"}}") } else { text.to_owned() };
+            assert_eq!(model(&closed).as_deref(), Some("tiny"), "{closed}");
+        }
+    }
+
+    #[test]
+    fn what_came_before_the_break_is_known() {
+        assert_eq!(model(r#"{"model":"tiny","prompt":"wh"#).as_deref(), Some("tiny"));
+        assert_eq!(model("[]"), None);
+        assert_eq!(model("null"), None);
+    }
+
+    #[test]
+    fn an_unload_is_told_from_a_question() {
+        for zero in ["0", "\"0s\"", "\"0m0s\"", "0.0", "\"0\""] {
+            assert!(peek(&format!(r#"{{"model":"m","prompt":"","keep_alive":{zero}}}"#)).unloads(), "{zero}");
+        }
+        assert!(!peek(r#"{"model":"m","prompt":"hi","keep_alive":0}"#).unloads());
+        assert!(!peek(r#"{"model":"m","keep_alive":10}"#).unloads());
+        assert!(!peek(r#"{"model":"m","keep_alive":"1m0s"}"#).unloads());
+        assert!(!peek(r#"{"model":"m"}"#).unloads());
+        assert!(peek(r#"{"model":"m","messages":[],"keep_alive":0}"#).unloads());
+    }
+
+    #[test]
+    fn the_parts_of_a_create_are_known() {
+        let peek = peek(r#"{"model":"m","from":"base","files":{"a.gguf":"sha256:aa","b":"sha256:bb"}}"#);
+        assert_eq!(peek.from.as_deref(), Some("base"));
+        assert_eq!(peek.digests, ["sha256:aa", "sha256:bb"]);
+    }
+
+    #[test]
+    fn a_form_names_its_model() {
+        let form = Bytes::from_static(
+            b"--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nRIFF",
+        );
+        assert_eq!(Peek::multipart(&[form]).model.as_deref(), Some("whisper"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_it_fail(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = Peek::json(&[Bytes::from(bytes)]);
+        }
+
+        #[test]
+        fn serde_agrees(name in "\\PC{0,12}", prompt in "\\PC{0,40}", size in 1_usize..9) {
+            let body = serde_json::json!({"prompt": prompt, "nested": [{"model": "no"}], "model": name, "stream": false}).to_string();
+            let pieces: Vec<Bytes> = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+            let peek = Peek::json(&pieces);
+            proptest::prop_assert_eq!(peek.model, Some(name));
+            proptest::prop_assert_eq!(peek.stream, Some(false));
+            proptest::prop_assert_eq!(peek.asks, !prompt.is_empty());
+        }
+    }
+}

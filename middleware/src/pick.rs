@@ -1,0 +1,168 @@
+//! The leaf of the stack: takes the least loaded of the candidates, a place on it, and sends the call there.
+//!
+//! Servers that failed or do not answer are skipped while others are left; when nobody else is left they are asked all
+//! the same, since what is believed of them may be old. The place is free again when the reply's body ends.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_util::future::BoxFuture;
+use smallvec::SmallVec;
+use tower::{Service, ServiceExt};
+
+use crate::call::{Call, End, Outcome, Reply, Watcher};
+use crate::cluster::{Candidates, Server};
+use crate::error::{Error, Phase};
+
+/// Where the services of the servers come from.
+pub trait Fleet: Clone + Send + Sync + 'static {
+    /// The service of one server.
+    type Service: Service<Call, Response = Reply, Error = Error, Future: Send + 'static> + Send + 'static;
+
+    /// The service of a server of the current snapshot, if it is still there.
+    fn service(&self, server: &Server) -> Option<Self::Service>;
+}
+
+/// Sends each call to one of its candidates.
+#[derive(Clone, Debug)]
+pub struct Pick<F> {
+    fleet: F,
+}
+
+impl<F: Fleet> Pick<F> {
+    /// Picks from a fleet.
+    pub fn new(fleet: F) -> Self {
+        Self { fleet }
+    }
+}
+
+impl<F: Fleet> Service<Call> for Pick<F> {
+    type Response = Reply;
+    type Error = Error;
+    type Future = BoxFuture<'static, Result<Reply, Error>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, call: Call) -> Self::Future {
+        let Some(server) = choose(&call.candidates) else {
+            let why = if call.candidates.snapshot().servers.is_empty() {
+                "the proxy has no servers; name some with --servers"
+            } else {
+                "every server that could be asked has failed"
+            };
+            return Box::pin(std::future::ready(Err(Error::NoServer(why.to_owned()))));
+        };
+        match self.fleet.service(&server) {
+            Some(service) => Box::pin(send(server, service, call)),
+            None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
+        }
+    }
+}
+
+/// The least loaded usable candidate; of equals the better of two taken at random.
+fn choose(candidates: &Candidates) -> Option<Arc<Server>> {
+    let mut servers: SmallVec<[&Arc<Server>; 16]> = candidates.iter().filter(|server| server.is_usable()).collect();
+    if servers.is_empty() {
+        servers = candidates.iter().collect();
+    }
+    // Calls per unit of weight, this one included, compared without dividing.
+    let load = |server: &Server| u64::from(server.load.in_flight()) + 1;
+    let is_less = |a: &Server, b: &Server| load(a) * u64::from(b.weight.get()) < load(b) * u64::from(a.weight.get());
+    let best = *servers.iter().reduce(|best, next| if is_less(next, best) { next } else { best })?;
+    servers.retain(|server| !is_less(best, server));
+    let random = || servers.get(fastrand::usize(..servers.len().max(1))).copied().unwrap_or(best);
+    let (one, other) = (random(), random());
+    Some(if is_less(other, one) { other } else { one }.clone())
+}
+
+async fn send(server: Arc<Server>, service: impl Service<Call, Response = Reply, Error = Error>, call: Call) -> Result<Reply, Error> {
+    let lease = server.load.lease();
+    let attempts = call.attempts + 1;
+    let model = call.known.as_ref().map(|known| known.meters.clone());
+    let answer = service.oneshot(call).await;
+    match answer {
+        Ok(mut reply) => {
+            server.meters.attempt(true);
+            let outcome = &mut reply.body.outcome;
+            outcome.servers.push(server.id.clone());
+            outcome.attempts = attempts;
+            outcome.model = model;
+            Ok(reply.hold(lease).watch(Verdict(server)))
+        }
+        Err(error) => {
+            server.meters.attempt(false);
+            if let Error::Server { phase, reused, .. } = &error
+                // A pooled connection that had died says nothing about its server.
+                && !reused
+            {
+                server.health.failed(*phase == Phase::Connecting);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Judges a server by how its answer ends.
+struct Verdict(Arc<Server>);
+
+impl Watcher for Verdict {
+    fn end(&mut self, end: End, _outcome: &Outcome) {
+        match end {
+            End::Whole => self.0.health.succeeded(),
+            End::Broken(_) => self.0.health.failed(false),
+            End::Dropped => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+    use std::collections::HashMap;
+
+    async fn counts(cluster: &crate::Cluster, calls: usize) -> HashMap<String, usize> {
+        let mut counts = HashMap::new();
+        let mut leases = Vec::new();
+        for _ in 0..calls {
+            let server = choose(&cluster.snapshot().all()).unwrap();
+            leases.push(server.load.lease());
+            *counts.entry(server.id.to_string()).or_default() += 1;
+        }
+        counts
+    }
+
+    #[tokio::test]
+    async fn calls_spread_evenly() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
+        assert_eq!(counts(&cluster, 30).await.into_values().collect::<Vec<_>>(), [10, 10, 10]);
+    }
+
+    #[tokio::test]
+    async fn a_heavier_server_gets_more() {
+        let cluster = testing::weighted_cluster(&[1, 3]).await;
+        assert_eq!(counts(&cluster, 40).await["1"], 30);
+    }
+
+    #[tokio::test]
+    async fn a_failing_server_is_skipped_while_another_is_left() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        cluster.snapshot().servers[0].health.failed(true);
+        assert_eq!(counts(&cluster, 10).await["1"], 10);
+        cluster.snapshot().servers[1].health.failed(true);
+        assert_eq!(counts(&cluster, 10).await.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_place_is_kept_until_the_body_ends() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let load = cluster.snapshot().servers[0].load.clone();
+        let mut pick = Pick::new(testing::Always);
+        let reply = pick.call(testing::call_in(&cluster, "tiny")).await.unwrap();
+        assert_eq!(load.in_flight(), 1);
+        drop(reply);
+        assert_eq!(load.in_flight(), 0);
+    }
+}
