@@ -1,1 +1,26 @@
-//! OLOL
+//! OLOL: many Ollama servers behind one address that behaves exactly like one Ollama server.
+//!
+//! This is the program as a library: a [`proxy::Proxy`], the [`agent::Agent`] that stands beside an Ollama, and what they are
+//! made of. The layers that a call passes are in the crate `olol-middleware`, the wire contract is in `olol-proto`.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`serve`] | takes connections |
+//! | [`api`] | HTTP to a call, a reply to HTTP |
+//! | [`scatter`] | calls that concern several servers |
+//! | [`pool`] | the servers as services |
+//! | [`ollama`] | how to talk to an Ollama |
+//! | [`rpc`] | the gRPC face |
+
+pub mod agent;
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod ollama;
+pub mod pool;
+pub mod proxy;
+pub mod rpc;
+pub mod scatter;
+pub mod serve;
+pub mod status;
+pub mod telemetry;

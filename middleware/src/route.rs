@@ -175,7 +175,7 @@ impl Route {
             Self::Root | Self::Version | Self::Tags => "HEAD, GET",
             Self::Status | Self::Ps | Self::Recommendations | Self::V1Models | Self::V1Model => "GET",
             Self::Delete | Self::UserKey => "DELETE",
-            Self::Blob => "POST, HEAD",
+            Self::Blob => "HEAD, POST",
             _ => "POST",
         }
     }

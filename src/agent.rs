@@ -1,0 +1,123 @@
+//! The agent, `olol server`: a gRPC server beside an Ollama, which it talks to over HTTP.
+//!
+//! It relays calls byte for byte, ends them when their caller goes, and tells the proxies that watch it how its Ollama is.
+
+mod runners;
+mod state;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use olol_middleware::ServerId;
+use olol_proto::v1::DescribeResponse;
+use olol_proto::v1::server_server::ServerServer;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::Service;
+
+use crate::ollama::{Endpoint, Ollama};
+use crate::rpc::{self, Face, SelfDescription};
+use crate::serve::{self, Answers};
+
+/// What an agent needs to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Address to listen on; port 0 takes any.
+    pub listen: SocketAddr,
+    /// Its Ollama.
+    pub ollama: Endpoint,
+    /// Name of this server; empty: the machine's.
+    pub name: String,
+    /// What runs behind it: `ollama` or `embedded`.
+    pub engine: &'static str,
+    /// How long calls may go on after a stop was asked for.
+    pub grace: Duration,
+}
+
+/// An agent that listens.
+#[derive(Debug)]
+pub struct Agent {
+    address: SocketAddr,
+    stop: CancellationToken,
+    running: tokio::task::JoinHandle<bool>,
+    // Ends with the agent.
+    _watching: JoinSet<()>,
+}
+
+impl Agent {
+    /// Starts an agent.
+    pub async fn start(options: Options) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(options.listen).await?;
+        let address = listener.local_addr()?;
+        let name = if options.name.is_empty() {
+            gethostname::gethostname().to_string_lossy().into_owned()
+        } else {
+            options.name
+        };
+        let ollama = Ollama::new(ServerId::new(&name), options.ollama, Duration::from_secs(3));
+        let mut watching = JoinSet::new();
+        let watch = state::Watch::start(ollama.clone(), &mut watching);
+        let about = SelfDescription { description: describe(&name, address, options.engine), state: watch.state() };
+        let send: rpc::Send = std::sync::Arc::new(move |ask| {
+            let (ollama, watch) = (ollama.clone(), watch.clone());
+            Box::pin(async move { watch.follow(ask, &ollama).await })
+        });
+        let stop = CancellationToken::new();
+        let answers = Grpc(rpc::service(send, Some(about)));
+        let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
+        Ok(Self { address, stop, running, _watching: watching })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Takes nothing new, lets what runs finish, and returns whether all of it did in time.
+    pub async fn stop(self) -> bool {
+        self.stop.cancel();
+        self.running.await.unwrap_or(false)
+    }
+}
+
+fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    DescribeResponse {
+        name: name.to_owned(),
+        instance_id: format!("{:016x}", fastrand::u64(..)),
+        olol_version: env!("CARGO_PKG_VERSION").to_owned(),
+        engine: engine.to_owned(),
+        host: address.ip().to_string(),
+        port: u32::from(address.port()),
+        os: std::env::consts::OS.to_owned(),
+        arch: std::env::consts::ARCH.to_owned(),
+        cpu_count: std::thread::available_parallelism().map_or(0, |count| u32::try_from(count.get()).unwrap_or(0)),
+        started_at_ms: u64::try_from(since.as_millis()).unwrap_or(0),
+        ..DescribeResponse::default()
+    }
+}
+
+/// gRPC and nothing else.
+#[derive(Clone)]
+struct Grpc(ServerServer<Face>);
+
+impl Answers for Grpc {
+    type Body = tonic::body::Body;
+
+    async fn answer(&self, request: Request<Incoming>, _client: SocketAddr) -> Response<tonic::body::Body> {
+        if request.version() != http::Version::HTTP_2 {
+            let mut answer = Response::new(tonic::body::Body::new(http_body_util::Full::new(bytes::Bytes::from_static(
+                b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n",
+            ))));
+            *answer.status_mut() = http::StatusCode::BAD_REQUEST;
+            return answer;
+        }
+        match self.0.clone().call(request).await {
+            Ok(answer) => answer,
+            Err(never) => match never {},
+        }
+    }
+}

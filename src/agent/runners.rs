@@ -1,0 +1,115 @@
+//! How many calls the runners of this machine's Ollama answer side by side, and with which context: read from their command
+//! lines, since Ollama itself does not tell.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use olol_middleware::cluster::Loaded;
+use serde_json::json;
+
+use crate::ollama::{Ask, Ollama};
+
+/// What the command line of a runner says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Runner {
+    slots: u32,
+    context: u32,
+}
+
+/// Knows which weights belong to which model.
+#[derive(Debug, Default)]
+pub(super) struct Runners {
+    /// Digest of a model → name of the file with its weights.
+    weights: HashMap<String, String>,
+}
+
+impl Runners {
+    /// Adds slots and context to models in memory, as far as their runners are found.
+    pub(super) async fn amend(&mut self, ollama: &Ollama, loaded: &mut [Loaded]) {
+        if loaded.is_empty() {
+            return;
+        }
+        let Ok(running) = tokio::task::spawn_blocking(|| find(Path::new("/proc"))).await else { return };
+        if running.is_empty() {
+            return;
+        }
+        self.weights.retain(|digest, _| loaded.iter().any(|model| model.digest == *digest));
+        for model in loaded {
+            if !self.weights.contains_key(&model.digest) {
+                let file = weights(ollama, &model.name).await.unwrap_or_default();
+                self.weights.insert(model.digest.clone(), file);
+            }
+            if let Some(runner) = self.weights.get(&model.digest).and_then(|file| running.get(file)) {
+                model.slots = runner.slots;
+                if model.context_length == 0 && runner.slots != 0 {
+                    model.context_length = runner.context / runner.slots;
+                }
+            }
+        }
+    }
+}
+
+/// The file of a model's weights, as its Modelfile names it.
+async fn weights(ollama: &Ollama, model: &str) -> Option<String> {
+    let ask = Ask { infers: false, ..Ask::post("/api/show", json!({"model": model}).to_string()) };
+    let body = ollama.send(ask).await.ok()?.body.collect(64 << 20).await.ok()?;
+    let shown: serde_json::Value = serde_json::from_slice(&body).ok()?;
+    let from = shown["modelfile"].as_str()?.lines().find_map(|line| line.strip_prefix("FROM "))?;
+    file_name(from.trim().trim_matches('"'))
+}
+
+fn file_name(path: &str) -> Option<String> {
+    Some(Path::new(path).file_name()?.to_str()?.to_owned())
+}
+
+/// The runners of this machine, by the file of their weights.
+fn find(proc: &Path) -> HashMap<String, Runner> {
+    let Ok(processes) = std::fs::read_dir(proc) else { return HashMap::new() };
+    processes
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()))
+        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+        .filter_map(|line| read(&line))
+        .collect()
+}
+
+/// Reads one command line, its arguments ended by zero bytes.
+fn read(line: &[u8]) -> Option<(String, Runner)> {
+    let arguments: Vec<&str> = line.split(|byte| *byte == 0).filter_map(|argument| std::str::from_utf8(argument).ok()).collect();
+    let program = file_name(arguments.first()?)?;
+    if !program.contains("llama-server") && !(program.contains("ollama") && arguments.contains(&"runner")) {
+        return None;
+    }
+    let value = |names: &[&str]| {
+        let at = arguments.iter().position(|argument| names.contains(argument))?;
+        arguments.get(at + 1).copied()
+    };
+    let number = |names: &[&str]| value(names).and_then(|text| text.parse().ok()).unwrap_or(0);
+    let file = file_name(value(&["--model", "-m"])?)?;
+    Some((file, Runner { slots: number(&["-np", "--parallel"]).max(1), context: number(&["-c", "--ctx-size"]) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_tells_slots_and_context() {
+        let line = b"/usr/lib/ollama/llama-server\0--model\0/models/blobs/sha256-aa\0--port\09\0-c\08192\0-np\04\0";
+        assert_eq!(read(line), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192 })));
+        let older = b"/usr/bin/ollama\0runner\0--model\0/m/sha256-bb\0--ctx-size\02048\0--parallel\02\0";
+        assert_eq!(read(older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048 })));
+        assert_eq!(read(b"/usr/bin/vim\0--model\0x\0"), None);
+        assert_eq!(read(b""), None);
+    }
+
+    #[test]
+    fn runners_are_found_among_processes() {
+        let proc = tempfile::tempdir().unwrap();
+        for (pid, line) in [("12", "llama-server\0-m\0/b/sha256-aa\0-np\02\0"), ("self", "llama-server\0-m\0/b/x\0")] {
+            std::fs::create_dir(proc.path().join(pid)).unwrap();
+            std::fs::write(proc.path().join(pid).join("cmdline"), line).unwrap();
+        }
+        assert_eq!(find(proc.path()), HashMap::from([("sha256-aa".to_owned(), Runner { slots: 2, context: 0 })]));
+    }
+}

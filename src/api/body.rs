@@ -1,0 +1,188 @@
+//! Bodies of clients on their way in, and bodies of answers on their way out.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{FutureExt, Stream, StreamExt};
+use http::header::{self, HeaderMap};
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use olol_middleware::call::{Body, Pieces};
+use olol_middleware::{BoxError, Error, Payload};
+use smallvec::SmallVec;
+use tower_http::timeout::TimeoutBody;
+
+/// What a mid-stream failure becomes where a line may tell it: what Ollama says when its runner dies.
+const BROKEN_LINE: &[u8] = b"{\"error\":\"an error was encountered while running the model: unexpected EOF\"}\n";
+
+/// Memory for bodies of clients, shared by all requests.
+#[derive(Debug)]
+pub struct Room {
+    left: AtomicU64,
+    /// Longest time between two pieces of a body.
+    pause: Duration,
+}
+
+impl Room {
+    /// So many bytes for all requests together, and a limit for the pause between two pieces of one.
+    pub fn new(bytes: u64, pause: Duration) -> Arc<Self> {
+        Arc::new(Self { left: AtomicU64::new(bytes), pause })
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)).is_ok()
+    }
+}
+
+/// What one request holds of the room.
+#[derive(Debug)]
+pub(super) struct Taken {
+    room: Arc<Room>,
+    bytes: u64,
+}
+
+impl Taken {
+    fn grow(&mut self, bytes: usize) -> bool {
+        let grown = self.room.take(bytes as u64);
+        if grown {
+            self.bytes += bytes as u64;
+        }
+        grown
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if self.bytes != 0 {
+            self.room.left.fetch_add(self.bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Reads a body: as a whole while there is room for it, else what there is and a stream of the rest.
+pub(super) async fn read(
+    mut incoming: Incoming,
+    headers: &HeaderMap,
+    streams: bool,
+    room: &Arc<Room>,
+) -> Result<(Payload, Taken), Error> {
+    let mut taken = Taken { room: room.clone(), bytes: 0 };
+    let mut pieces = SmallVec::new();
+    if incoming.is_end_stream() {
+        return Ok((Payload::Whole(pieces), taken));
+    }
+    let length = super::header_text(headers, &header::CONTENT_LENGTH).and_then(|length| length.parse().ok());
+    if streams {
+        return Ok((Payload::Stream { length, pieces: rest(incoming, room.pause) }, taken));
+    }
+    // A small body is nearly always here already, and needs no clock.
+    while !incoming.is_end_stream() {
+        let Some(frame) = incoming.frame().now_or_never() else { break };
+        match frame {
+            None => return Ok((Payload::Whole(pieces), taken)),
+            Some(frame) => keep(frame.map_err(|error| Error::Body(error.into()))?, &mut pieces),
+        }
+    }
+    if !taken.grow(pieces.iter().map(Bytes::len).sum()) {
+        return Ok((spilt(pieces, rest(incoming, room.pause), length), taken));
+    }
+    if incoming.is_end_stream() {
+        return Ok((Payload::Whole(pieces), taken));
+    }
+    let mut rest = rest(incoming, room.pause);
+    while let Some(piece) = rest.next().await {
+        let piece = piece?;
+        let has_room = taken.grow(piece.len());
+        pieces.push(piece);
+        if !has_room {
+            return Ok((spilt(pieces, rest, length), taken));
+        }
+    }
+    Ok((Payload::Whole(pieces), taken))
+}
+
+fn keep(frame: Frame<Bytes>, pieces: &mut SmallVec<[Bytes; 1]>) {
+    if let Ok(piece) = frame.into_data()
+        && !piece.is_empty()
+    {
+        pieces.push(piece);
+    }
+}
+
+/// What did not fit: sent once, as it comes.
+fn spilt(pieces: SmallVec<[Bytes; 1]>, rest: Pieces, length: Option<u64>) -> Payload {
+    Payload::Stream { length, pieces: Box::pin(futures_util::stream::iter(pieces.into_iter().map(Ok)).chain(rest)) }
+}
+
+/// The rest of a body, with a limit for the pauses of its sender.
+fn rest(incoming: Incoming, pause: Duration) -> Pieces {
+    let body = Box::pin(TimeoutBody::new(pause, incoming));
+    Box::pin(body.into_data_stream().map(|piece| piece.map_err(Error::Body)))
+}
+
+/// The body of an answer to a client.
+#[derive(Debug)]
+pub enum HttpBody {
+    /// All of it.
+    Full(Bytes),
+    /// What a server sends. The flag: whether a failure is told by a line, or by cutting the connection.
+    Chunks(Body, bool),
+    /// What axum made.
+    Axum(axum::body::Body),
+    /// What tonic made.
+    Grpc(tonic::body::Body),
+}
+
+impl http_body::Body for HttpBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.get_mut();
+        match this {
+            Self::Full(bytes) => {
+                let bytes = std::mem::take(bytes);
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+            }
+            Self::Chunks(body, has_lines) => loop {
+                match std::task::ready!(Pin::new(&mut *body).poll_next(cx)) {
+                    // A chunk that only tells counts.
+                    Some(Ok(chunk)) if chunk.bytes.is_empty() => {}
+                    Some(Ok(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk.bytes)))),
+                    Some(Err(error)) if !*has_lines => return Poll::Ready(Some(Err(error.into()))),
+                    Some(Err(error)) => {
+                        tracing::debug!(%error, "an answer broke off");
+                        *this = Self::Full(Bytes::new());
+                        return Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(BROKEN_LINE)))));
+                    }
+                    None => return Poll::Ready(None),
+                }
+            },
+            Self::Axum(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Grpc(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Full(bytes) => bytes.is_empty(),
+            Self::Chunks(body, _) => body.length() == Some(0),
+            Self::Axum(body) => body.is_end_stream(),
+            Self::Grpc(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Chunks(body, _) => body.length().map_or_else(SizeHint::default, SizeHint::with_exact),
+            Self::Axum(body) => body.size_hint(),
+            Self::Grpc(body) => body.size_hint(),
+        }
+    }
+}

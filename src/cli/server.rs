@@ -1,0 +1,58 @@
+//! `olol server`: the agent beside an Ollama.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::agent::{Agent, Options};
+use crate::config::listen_address;
+use crate::ollama::Endpoint;
+use crate::pool::{AGENT_PORT, OLLAMA_PORT};
+
+/// Run the agent beside an Ollama.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// Address to listen on; 0.0.0.0 serves other machines too
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 takes any
+    #[arg(long, default_value_t = AGENT_PORT)]
+    port: u16,
+    /// The Ollama to serve
+    #[arg(long, default_value = "http://127.0.0.1:11434", value_name = "URL")]
+    ollama_host: String,
+    /// Name of this server [default: the machine's]
+    #[arg(long, default_value = "", hide_default_value = true)]
+    name: String,
+    /// Worker threads; 0: one a processor
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Seconds that running answers may take after a stop was asked for
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    grace: u64,
+    /// Accepted for compatibility: the server is always asynchronous
+    #[arg(long = "async", hide = true)]
+    _async: bool,
+}
+
+impl Arguments {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let options = Options {
+            listen: listen_address(&self.host, self.port).map_err(anyhow::Error::msg)?,
+            ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
+            name: self.name,
+            engine: "ollama",
+            grace: Duration::from_secs(self.grace),
+        };
+        super::runtime(self.threads)?.block_on(async {
+            let (listen, ollama) = (options.listen, options.ollama.clone());
+            let started = Agent::start(options).await;
+            let agent = started.map_err(|error| anyhow::anyhow!("cannot listen on {listen}: {error}"))?;
+            tracing::info!(address = %agent.address(), %ollama, "the agent listens");
+            super::stop_asked().await?;
+            tracing::info!("stopping: answers may finish, nothing new is taken");
+            agent.stop().await;
+            Ok(())
+        })
+    }
+}

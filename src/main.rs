@@ -1,0 +1,16 @@
+//! The `olol` command.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match olol::cli::Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut out = std::io::stderr().lock();
+            let _ = std::io::Write::write_fmt(&mut out, format_args!("olol: {error:#}\n"));
+            ExitCode::FAILURE
+        }
+    }
+}

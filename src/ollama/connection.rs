@@ -1,0 +1,277 @@
+//! Connections to one Ollama: made, kept for the next call, and closed.
+//!
+//! A connection has no task of its own. Whoever uses it drives it, so that a piece of an answer wakes one task instead of
+//! two, and dropping a call closes its connection there and then.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use http::{HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use olol_middleware::BoxError;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Instant;
+use tokio_util::either::Either;
+
+use super::exchange::Outgoing;
+
+/// Idle connections that are kept for one server.
+const KEEP_IDLE: usize = 512;
+/// An idle connection is closed after this time.
+const IDLE_FOR: Duration = Duration::from_secs(60);
+
+/// Where an Ollama listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Endpoint {
+    /// Host name or address, and port.
+    Tcp {
+        /// Name or address; an IPv6 address without brackets.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+/// Text that is no address.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct EndpointError(pub String);
+
+impl Endpoint {
+    /// Reads `host:port`, `[v6]:port`, `http://host:port` or a lone host, with a port for when none is given.
+    pub fn parse(text: &str, default_port: u16) -> Result<Self, EndpointError> {
+        let bad = |why: &str| EndpointError(format!("'{text}' is not an address: {why}"));
+        if text.starts_with("https://") {
+            return Err(bad("servers are reached over plain HTTP in this version; put the agent `olol server` beside it"));
+        }
+        let rest = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        if let Some((_, after)) = rest.split_once('/') {
+            return Err(bad(&format!("remove the path '/{after}'")));
+        }
+        let (host, port) = match rest.strip_prefix('[') {
+            Some(v6) => {
+                let (host, after) = v6.split_once(']').ok_or_else(|| bad("the bracket of the IPv6 address is not closed"))?;
+                host.parse::<std::net::Ipv6Addr>().map_err(|_| bad("what stands in brackets is no IPv6 address"))?;
+                (host, after.strip_prefix(':').or((!after.is_empty()).then_some(after)))
+            }
+            None if rest.matches(':').count() > 1 => return Err(bad("write an IPv6 address in brackets: [::1]:50051")),
+            None => rest.split_once(':').map_or((rest, None), |(host, port)| (host, Some(port))),
+        };
+        if host.is_empty() {
+            return Err(bad("the host is missing"));
+        }
+        if host.chars().any(|c| c.is_whitespace() || c == '@' || c == '?' || c == '#') {
+            return Err(bad("a host name has no blanks, '@', '?' or '#'"));
+        }
+        let port = match port {
+            None => default_port,
+            Some(port) => match u16::from_str(port) {
+                Ok(port) if port != 0 => port,
+                _ => return Err(bad(&format!("'{port}' is no port (1 to 65535)"))),
+            },
+        };
+        Ok(Self::Tcp { host: host.to_owned(), port })
+    }
+
+    /// What stands in the `Host` header of a request to it.
+    pub(super) fn host_header(&self) -> HeaderValue {
+        let host = match self {
+            Self::Tcp { .. } => self.to_string(),
+            Self::Unix(_) => "localhost".to_owned(),
+        };
+        HeaderValue::from_str(&host).unwrap_or(HeaderValue::from_static("localhost"))
+    }
+
+    async fn connect(&self) -> std::io::Result<Either<TcpStream, UnixStream>> {
+        match self {
+            Self::Tcp { host, port } => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                stream.set_nodelay(true)?;
+                Ok(Either::Left(stream))
+            }
+            Self::Unix(path) => Ok(Either::Right(UnixStream::connect(path).await?)),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// One connection, driven by who holds it.
+pub(super) struct Link {
+    sender: http1::SendRequest<Outgoing>,
+    connection: http1::Connection<TokioIo<Either<TcpStream, UnixStream>>, Outgoing>,
+    /// Whether the connection is over.
+    closed: bool,
+    reused: bool,
+    idle_since: Instant,
+}
+
+impl Link {
+    /// Whether it has carried a call before.
+    pub(super) fn is_reused(&self) -> bool {
+        self.reused
+    }
+
+    /// Sends a request, and waits for the head of the answer.
+    pub(super) async fn ask(&mut self, request: Request<Outgoing>) -> hyper::Result<Response<Incoming>> {
+        let mut answer = std::pin::pin!(self.sender.send_request(request));
+        let (connection, closed) = (&mut self.connection, &mut self.closed);
+        std::future::poll_fn(|cx| {
+            if !*closed {
+                match Pin::new(&mut *connection).poll(cx) {
+                    Poll::Ready(Err(error)) => {
+                        *closed = true;
+                        return Poll::Ready(Err(error));
+                    }
+                    Poll::Ready(Ok(())) => *closed = true,
+                    Poll::Pending => {}
+                }
+            }
+            answer.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    /// Moves bytes. True if that may have brought something for the reader of the body.
+    pub(super) fn drive(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.closed {
+            return false;
+        }
+        // An error reaches the reader through the body, with its reason.
+        self.closed = Pin::new(&mut self.connection).poll(cx).is_ready();
+        true
+    }
+
+    /// Whether another call can be sent over it.
+    fn is_alive(&mut self, cx: &mut Context<'_>) -> bool {
+        self.drive(cx);
+        !self.closed && matches!(self.sender.poll_ready(cx), Poll::Ready(Ok(())))
+    }
+}
+
+/// The connections of one server.
+pub(super) struct Links {
+    endpoint: Endpoint,
+    timeout: Duration,
+    idle: Mutex<Vec<Link>>,
+}
+
+impl Links {
+    pub(super) fn new(endpoint: Endpoint, timeout: Duration) -> Self {
+        Self { endpoint, timeout, idle: Mutex::new(Vec::new()) }
+    }
+
+    pub(super) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// A connection that is ready: the one used last, or a new one.
+    pub(super) async fn get(&self, fresh: bool) -> Result<Link, BoxError> {
+        if !fresh {
+            let mut cx = Context::from_waker(Waker::noop());
+            while let Some(mut link) = self.pop() {
+                if link.is_alive(&mut cx) {
+                    link.reused = true;
+                    return Ok(link);
+                }
+            }
+        }
+        match tokio::time::timeout(self.timeout, self.connect()).await {
+            Ok(link) => link,
+            Err(_) => Err(format!("no connection after {} ms", self.timeout.as_millis()).into()),
+        }
+    }
+
+    async fn connect(&self) -> Result<Link, BoxError> {
+        let io = TokioIo::new(self.endpoint.connect().await?);
+        let (sender, connection) = http1::Builder::new().handshake(io).await?;
+        Ok(Link { sender, connection, closed: false, reused: false, idle_since: Instant::now() })
+    }
+
+    /// Keeps a connection for the next call, if it can carry one.
+    pub(super) fn put(&self, mut link: Link, cx: &mut Context<'_>) {
+        if link.is_alive(cx) {
+            link.idle_since = Instant::now();
+            let mut idle = self.idle();
+            if idle.len() < KEEP_IDLE {
+                idle.push(link);
+            }
+        }
+    }
+
+    /// Closes what has died or was idle for too long.
+    pub(super) fn sweep(&self) {
+        let mut cx = Context::from_waker(Waker::noop());
+        self.idle().retain_mut(|link| link.idle_since.elapsed() < IDLE_FOR && link.is_alive(&mut cx));
+    }
+
+    fn pop(&self) -> Option<Link> {
+        self.idle().pop()
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Link>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Links").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read() {
+        for (text, shown) in [
+            ("a:50051", "a:50051"),
+            ("a", "a:11434"),
+            ("http://b:1/", "b:1"),
+            ("[::1]:50051", "[::1]:50051"),
+            ("[::1]", "[::1]:11434"),
+            ("http://[::1]:8", "[::1]:8"),
+        ] {
+            assert_eq!(Endpoint::parse(text, 11434).unwrap().to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_with_a_reason() {
+        for (text, why) in [
+            ("", "the host is missing"),
+            (":80", "the host is missing"),
+            ("a:b", "'b' is no port"),
+            ("a:0", "'0' is no port"),
+            ("a:99999", "is no port"),
+            ("::1:80", "in brackets"),
+            ("[::1:80", "not closed"),
+            ("[xyz]:80", "no IPv6 address"),
+            ("http://a/path", "remove the path '/path'"),
+            ("https://a", "plain HTTP"),
+            ("a b", "no blanks"),
+        ] {
+            let error = Endpoint::parse(text, 1).unwrap_err().to_string();
+            assert!(error.contains(why), "{text:?}: {error}");
+        }
+    }
+}

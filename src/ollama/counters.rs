@@ -1,0 +1,109 @@
+//! Finds what an answer says of itself: counts and durations, in each dialect, without parsing its tokens.
+//!
+//! A quotation mark inside a JSON string is always escaped, so `"done":true` or `"usage":{` in the bytes is never text of a
+//! model. Numbers stand behind the texts, so the last occurrence is the true one.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use memchr::memmem;
+use olol_middleware::Counters;
+
+use super::lines::Boundary;
+
+/// How much of the end of an answer in one JSON object holds its counts.
+const TAIL: usize = 640;
+
+/// Watches an answer for its counts.
+#[derive(Debug)]
+pub(super) struct Count {
+    boundary: Boundary,
+    /// The last bytes of an answer that is one JSON object.
+    tail: BytesMut,
+}
+
+impl Count {
+    pub(super) fn new(boundary: Boundary) -> Self {
+        Self { boundary, tail: BytesMut::new() }
+    }
+
+    /// Looks at a piece.
+    pub(super) fn see(&mut self, piece: &Bytes) -> Option<Counters> {
+        match self.boundary {
+            Boundary::Line => memmem::find(piece, b"\"done\":true").and_then(|_| counters(piece)),
+            Boundary::Event => memmem::find(piece, b"\"usage\":{").and_then(|_| counters(piece)),
+            Boundary::None => {
+                if piece.len() >= TAIL {
+                    self.tail.clear();
+                }
+                self.tail.extend_from_slice(&piece[piece.len().saturating_sub(TAIL)..]);
+                let excess = self.tail.len().saturating_sub(2 * TAIL);
+                let _ = self.tail.split_to(excess);
+                None
+            }
+        }
+    }
+
+    /// Looks at the end of an answer that was one JSON object.
+    pub(super) fn finish(&mut self) -> Option<Counters> {
+        counters(&self.tail)
+    }
+}
+
+/// The counts in the bytes, native or of a `usage`.
+fn counters(bytes: &[u8]) -> Option<Counters> {
+    let number = |key: &[u8]| number_behind(bytes, key);
+    let first = |keys: &[&[u8]]| keys.iter().find_map(|key| number(key));
+    let output_tokens = first(&[b"\"eval_count\":", b"\"completion_tokens\":", b"\"output_tokens\":"]);
+    let prompt_tokens = first(&[b"\"prompt_eval_count\":", b"\"prompt_tokens\":", b"\"input_tokens\":"]);
+    if output_tokens.is_none() && prompt_tokens.is_none() {
+        return None;
+    }
+    Some(Counters {
+        prompt_tokens: prompt_tokens.unwrap_or(0),
+        output_tokens: output_tokens.unwrap_or(0),
+        eval_duration: Duration::from_nanos(number(b"\"eval_duration\":").unwrap_or(0)),
+        load_duration: Duration::from_nanos(number(b"\"load_duration\":").unwrap_or(0)),
+    })
+}
+
+fn number_behind(bytes: &[u8], key: &[u8]) -> Option<u64> {
+    let at = memmem::rfind(bytes, key)? + key.len();
+    let digits = bytes[at..].iter().take_while(|byte| byte.is_ascii_digit());
+    let mut value = None;
+    for digit in digits {
+        value = Some(value.unwrap_or(0_u64).saturating_mul(10).saturating_add(u64::from(digit - b'0')));
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(boundary: Boundary, pieces: &[&'static str]) -> Option<(u64, u64)> {
+        let mut count = Count::new(boundary);
+        let seen: Vec<_> = pieces.iter().filter_map(|piece| count.see(&Bytes::from_static(piece.as_bytes()))).collect();
+        let end = seen.last().copied().or_else(|| count.finish());
+        end.map(|end| (end.prompt_tokens, end.output_tokens))
+    }
+
+    #[test]
+    fn the_last_line_tells_the_counts() {
+        let last = r#"{"response":"","done":true,"context":[1],"prompt_eval_count":15,"eval_count":12,"eval_duration":7}"#;
+        assert_eq!(tokens(Boundary::Line, &[r#"{"response":"\"eval_count\":9","done":false}"#, last]), Some((15, 12)));
+    }
+
+    #[test]
+    fn usage_is_read_in_every_dialect() {
+        assert_eq!(tokens(Boundary::Event, &[r#"data: {"usage":{"prompt_tokens":3,"completion_tokens":4}}"#]), Some((3, 4)));
+        let anthropic = [r#"{"usage":{"input_tokens":6,"output_tokens":0}}"#, r#"{"usage":{"input_tokens":15,"output_tokens":8}}"#];
+        assert_eq!(tokens(Boundary::Event, &anthropic), Some((15, 8)));
+    }
+
+    #[test]
+    fn one_object_may_come_in_pieces() {
+        assert_eq!(tokens(Boundary::None, &[r#"{"response":"hi","prompt_eval_co"#, r#"unt":2,"eval_count":1}"#]), Some((2, 1)));
+        assert_eq!(tokens(Boundary::None, &[r#"{"models":[]}"#]), None);
+    }
+}

@@ -1,0 +1,128 @@
+//! What an Ollama says of itself: version, models on its disk, models in its memory.
+
+use std::time::Duration;
+
+use olol_middleware::cluster::{Loaded, Model, Report};
+use olol_middleware::{BoxError, ModelName};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::{Ask, Ollama};
+
+/// The longest answer to one question about its state, bytes.
+const LONGEST: usize = 64 << 20;
+
+/// Why there is no state.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// No answer.
+    #[error(transparent)]
+    Silent(#[from] olol_middleware::Error),
+    /// An answer that is not Ollama's.
+    #[error("{path} is not answered as Ollama answers it: {source}")]
+    Foreign {
+        /// The question.
+        path: &'static str,
+        /// What is wrong with the answer.
+        source: BoxError,
+    },
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: String,
+}
+
+#[derive(Deserialize)]
+struct List<T> {
+    models: Option<Vec<T>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Entry {
+    name: String,
+    digest: String,
+    size: u64,
+    size_vram: u64,
+    modified_at: String,
+    expires_at: String,
+    context_length: u32,
+    capabilities: Option<Vec<String>>,
+    details: Details,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Details {
+    family: String,
+    parameter_size: String,
+    quantization_level: String,
+    context_length: u32,
+}
+
+impl Ollama {
+    /// Asks for everything at once. While a model loads, Ollama does not say which models are in memory: after `patience`
+    /// those of the last report stand.
+    pub async fn report(&self, last: &[Loaded], patience: Duration) -> Result<Report, StateError> {
+        let in_memory = async {
+            match tokio::time::timeout(patience, self.question::<List<Entry>>("/api/ps")).await {
+                Ok(Ok(ps)) => Ok(ps.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect()),
+                Ok(Err(error)) => Err(error),
+                Err(_) => Ok(last.to_vec()),
+            }
+        };
+        let (version, tags, loaded) =
+            tokio::try_join!(self.version(), self.question::<List<Entry>>("/api/tags"), in_memory)?;
+        let models = tags.models.unwrap_or_default().into_iter().map(Entry::into_model).collect();
+        Ok(Report { version, models, loaded })
+    }
+
+    /// Its version alone.
+    pub async fn version(&self) -> Result<String, StateError> {
+        Ok(self.question::<Version>("/api/version").await?.version)
+    }
+
+    async fn question<T: DeserializeOwned>(&self, path: &'static str) -> Result<T, StateError> {
+        let foreign = |source: BoxError| StateError::Foreign { path, source };
+        // A pooled connection may just have died; the second try makes a new one.
+        let reply = match self.send(Ask::get(path)).await {
+            Err(error) if error.is_retryable() => self.send(Ask { fresh: true, ..Ask::get(path) }).await?,
+            other => other?,
+        };
+        if !reply.status.is_success() {
+            return Err(foreign(format!("status {}", reply.status.as_u16()).into()));
+        }
+        let body = reply.body.collect(LONGEST).await?;
+        serde_json::from_slice(&body).map_err(|error| foreign(error.into()))
+    }
+}
+
+impl Entry {
+    fn into_model(self) -> Model {
+        Model {
+            name: self.name,
+            digest: self.digest,
+            size: self.size,
+            family: self.details.family,
+            parameter_size: self.details.parameter_size,
+            quantization: self.details.quantization_level,
+            context_length: self.details.context_length,
+            capabilities: self.capabilities.unwrap_or_default(),
+            modified_at: self.modified_at,
+        }
+    }
+
+    fn into_loaded(self) -> Loaded {
+        let name = ModelName::parse(&self.name).map_or(self.name, |name| name.to_string());
+        Loaded {
+            name,
+            digest: self.digest,
+            size: self.size,
+            size_vram: self.size_vram,
+            expires_at: self.expires_at,
+            context_length: self.context_length,
+            slots: 0,
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! The servers behind the proxy, each a service: agents over gRPC and bare Ollamas over HTTP, side by side.
+//!
+//! This is where a [`Call`] leaves the process. The pool also keeps the cluster's knowledge true (`health`), and keeps a
+//! load alive when the client that caused it has gone (`linger`).
+
+mod grpc;
+mod health;
+mod linger;
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::task::{self, Poll};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use http::HeaderValue;
+use olol_middleware::cluster::Member;
+use olol_middleware::pick::Fleet;
+use olol_middleware::{Call, Cluster, Error, Reply, Server, ServerId};
+use serde::Deserialize;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tower::Service;
+
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+
+pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
+pub use linger::Linger;
+
+/// Port of an agent when none is given.
+pub const AGENT_PORT: u16 = 50051;
+/// Port of an Ollama when none is given.
+pub const OLLAMA_PORT: u16 = 11434;
+
+/// The `[pool]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Milliseconds after which a server that takes no connection counts as failed.
+    pub connect_timeout_ms: u64,
+    /// Milliseconds between two checks of a bare Ollama (jittered by a tenth), and the longest silence of an agent.
+    pub check_interval_ms: u64,
+    /// Milliseconds after which a check without an answer counts as failed.
+    pub check_timeout_ms: u64,
+    /// Failed checks in a row after which a server is down.
+    pub check_failures: u32,
+    /// Seconds that a load goes on after its client has left.
+    pub load_linger_s: u64,
+    /// Loads without a client that may go on at one server at the same time.
+    pub load_linger_max: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            connect_timeout_ms: 3000,
+            check_interval_ms: 5000,
+            check_timeout_ms: 3000,
+            check_failures: 2,
+            load_linger_s: 600,
+            load_linger_max: 4,
+        }
+    }
+}
+
+/// How a server is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Through its agent.
+    Agent(Endpoint),
+    /// Directly: an Ollama, or the built-in engine.
+    Ollama(Endpoint),
+}
+
+/// One server as configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerSpec {
+    /// Its name; the address if the operator gave none.
+    pub id: ServerId,
+    /// How it is reached.
+    pub way: Way,
+    /// How much more it gets than a server of weight one.
+    pub weight: NonZeroU32,
+}
+
+impl ServerSpec {
+    /// Reads `[NAME@]host:port[=WEIGHT]` (an agent) or `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
+    pub fn parse(text: &str) -> Result<Self, EndpointError> {
+        let text = text.trim();
+        let (rest, weight) = match text.rsplit_once('=') {
+            None => (text, NonZeroU32::MIN),
+            Some((rest, weight)) => {
+                let weight = weight.trim().parse().ok().filter(|weight: &NonZeroU32| weight.get() <= 1000);
+                let error = || EndpointError(format!("the weight in '{text}' must be a whole number from 1 to 1000"));
+                (rest, weight.ok_or_else(error)?)
+            }
+        };
+        let (name, address) = rest.split_once('@').map_or((None, rest), |(name, address)| (Some(name), address));
+        if name.is_some_and(|name| name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))) {
+            return Err(EndpointError(format!("the name in '{text}' must be of letters, digits, '-', '_' and '.'")));
+        }
+        let way = if address.starts_with("http://") || address.starts_with("https://") {
+            Way::Ollama(Endpoint::parse(address, OLLAMA_PORT)?)
+        } else {
+            Way::Agent(Endpoint::parse(address, AGENT_PORT)?)
+        };
+        let shown = match &way {
+            Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
+        };
+        Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, weight })
+    }
+
+    /// Reads a list with commas between the servers. Names and addresses must differ.
+    pub fn parse_list(text: &str) -> Result<Vec<Self>, EndpointError> {
+        let mut servers: Vec<Self> = Vec::new();
+        for part in text.split(',').filter(|part| !part.trim().is_empty()) {
+            let server = Self::parse(part)?;
+            if let Some(twin) = servers.iter().find(|other| other.id == server.id || other.way == server.way) {
+                return Err(EndpointError(format!("server '{}' stands twice in the list ('{}')", server.id, twin.id)));
+            }
+            servers.push(server);
+        }
+        Ok(servers)
+    }
+}
+
+/// One server as a thing to send calls to.
+#[derive(Debug)]
+enum Backend {
+    Agent(grpc::Agent),
+    Ollama(Ollama),
+}
+
+impl Backend {
+    /// Sends a call and returns when the head of the answer is there.
+    async fn ask(&self, ask: Ask, context: Context) -> Result<Reply, Error> {
+        let reply = match self {
+            Self::Ollama(ollama) => ollama.send(ask).await,
+            Self::Agent(agent) => agent.relay(ask, context).await,
+        }?;
+        // Only a proxy of ours marks its answers: a server of ours that leads to one would go round in circles.
+        if reply.headers.contains_key("x-olol-server") { Err(Error::Loop) } else { Ok(reply) }
+    }
+}
+
+/// What an agent is told of a call besides the call.
+#[derive(Debug, Default)]
+struct Context {
+    deadline: Option<Instant>,
+    session: String,
+    request_id: String,
+}
+
+/// All servers.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    backends: Arc<[Arc<Backend>]>,
+    cluster: Arc<Cluster>,
+    linger: Arc<Linger>,
+    hop: HeaderValue,
+}
+
+impl Pool {
+    /// A pool of these servers. `hop` marks what this proxy sends, so that it knows its own requests again.
+    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue) -> Self {
+        let members = servers.iter().map(|server| Member { id: server.id.clone(), weight: server.weight }).collect();
+        let cluster = Cluster::new(members);
+        let connect = Duration::from_millis(config.connect_timeout_ms);
+        let backend = |server: &ServerSpec| match &server.way {
+            Way::Agent(endpoint) => Backend::Agent(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)),
+            Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
+        };
+        let backends = servers.iter().map(|server| Arc::new(backend(server))).collect();
+        let linger = Arc::new(Linger::new(Duration::from_secs(config.load_linger_s), config.load_linger_max));
+        Self { backends, cluster, linger, hop: hop.clone() }
+    }
+
+    /// What is known of the servers.
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        &self.cluster
+    }
+
+    /// Starts to keep the cluster's knowledge true, until the set of tasks is dropped.
+    pub fn watch(&self, config: &Config) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        for (index, backend) in self.backends.iter().enumerate() {
+            tasks.spawn(health::keep_true(self.cluster.clone(), index, backend.clone(), config.clone()));
+        }
+        tasks
+    }
+}
+
+impl Fleet for Pool {
+    type Service = One;
+
+    fn service(&self, server: &Server) -> Option<One> {
+        let backend = self.backends.get(server.index)?.clone();
+        Some(One { backend, index: server.index, linger: self.linger.clone(), hop: self.hop.clone() })
+    }
+}
+
+/// One server as a service.
+#[derive(Debug)]
+pub struct One {
+    backend: Arc<Backend>,
+    index: usize,
+    linger: Arc<Linger>,
+    hop: HeaderValue,
+}
+
+impl Service<Call> for One {
+    type Response = Reply;
+    type Error = Error;
+    type Future = BoxFuture<'static, Result<Reply, Error>>;
+
+    fn poll_ready(&mut self, _cx: &mut task::Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, call: Call) -> Self::Future {
+        let loading = linger::loads(&call, self.index);
+        let (ask, context) = self.prepare(call);
+        let backend = self.backend.clone();
+        let answer = Box::pin(async move { backend.ask(ask, context).await });
+        match loading {
+            Some(model) => Box::pin(linger::Outliving::new(answer, model, self.backend.clone(), self.linger.clone())),
+            None => answer,
+        }
+    }
+}
+
+impl One {
+    fn prepare(&self, call: Call) -> (Ask, Context) {
+        let mut headers = call.headers.clone();
+        headers.insert(HOP, self.hop.clone());
+        let session = headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        let context = Context { deadline: call.deadline, session, request_id: call.id.to_string() };
+        let ask = Ask {
+            method: call.method.clone(),
+            path: call.path.clone().into(),
+            headers,
+            fresh: call.fresh,
+            infers: call.route.infers(),
+            payload: call.payload,
+        };
+        (ask, context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_servers_is_read() {
+        let servers = ServerSpec::parse_list("a:50051=2, big@http://b:11434,[::1]:50051,http://c").unwrap();
+        let shown: Vec<_> = servers.iter().map(|server| (server.id.as_str(), server.weight.get())).collect();
+        assert_eq!(shown, [("a:50051", 2), ("big", 1), ("[::1]:50051", 1), ("c:11434", 1)]);
+        assert!(matches!(servers[1].way, Way::Ollama(_)) && matches!(servers[2].way, Way::Agent(_)));
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_list_is_said() {
+        for (text, why) in [
+            ("a:1=0", "the weight in 'a:1=0'"),
+            ("a:1=x", "the weight"),
+            ("b c@a:1", "the name in"),
+            ("a:1,a:1", "stands twice"),
+            ("x@a:1,x@b:1", "stands twice"),
+            ("a:70000", "is no port"),
+        ] {
+            let error = ServerSpec::parse_list(text).unwrap_err().to_string();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! Agents: a call becomes messages here, and messages become a reply, and nowhere else in the proxy.
+//!
+//! Each agent has two HTTP/2 connections, so that a model on its way to the disk never stands before an answer: one for
+//! calls, one for bodies that are still coming. Both are made when first needed and again when they were lost.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, future::BoxFuture};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use olol_middleware::call::Body;
+use olol_middleware::cluster::{Loaded, Model, Report};
+use olol_middleware::{BoxError, Chunk, Counters, Error, Payload, Phase, Reply, ServerId};
+use olol_proto::v1::server_client::ServerClient;
+use olol_proto::v1::{Header, RelayHead, RelayRequest, RelayResponse, ServerState, WatchRequest};
+use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+use tonic::{Code, Request, Status, Streaming};
+
+use crate::ollama::{Ask, Endpoint};
+
+/// The largest message that either side takes: a line of an answer, joined, and its head.
+pub const LARGEST_MESSAGE: usize = 4 << 20;
+/// The largest piece of a body in one message.
+pub const LARGEST_PIECE: usize = 1 << 20;
+/// Bytes of one stream that may be on the way unread: one stalled reader holds no more than this.
+pub const STREAM_WINDOW: u32 = 256 << 10;
+/// Bytes of all streams of a connection together: never the limit, so that streams do not wait for each other.
+pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+/// The trailer that tells how far a call had come when it failed.
+pub const PHASE: &str = "olol-phase";
+/// Silence after which a connection is probed, and after which a probe counts as lost.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// One agent.
+#[derive(Debug)]
+pub(super) struct Agent {
+    id: ServerId,
+    calls: Line,
+    bulk: Line,
+}
+
+impl Agent {
+    pub(super) fn new(id: ServerId, endpoint: Endpoint, timeout: Duration) -> Self {
+        Self { id, calls: Line::new(endpoint.clone(), timeout), bulk: Line::new(endpoint, timeout) }
+    }
+
+    /// Relays a call and returns when the head of the answer is there.
+    pub(super) async fn relay(&self, ask: Ask, context: super::Context) -> Result<Reply, Error> {
+        let (channel, reused) = if matches!(ask.payload, Payload::Stream { .. }) {
+            self.bulk.get(ask.fresh).await
+        } else {
+            self.calls.get(ask.fresh).await
+        }
+        .map_err(|error| self.failed(Phase::Connecting, false, error))?;
+        let mut request = Request::new(Messages(messages(ask, context)));
+        request.metadata_mut().insert("te", tonic::metadata::MetadataValue::from_static("trailers"));
+        let mut stream = match client(channel).relay(request).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return Err(self.error(status, Phase::Waiting, reused)),
+        };
+        match stream.message().await {
+            Ok(Some(mut first @ RelayResponse { head: Some(_), .. })) => {
+                let head = first.head.take().unwrap_or_default();
+                let status = u16::try_from(head.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
+                let status = status.ok_or_else(|| self.failed(Phase::Waiting, false, "the agent sent no valid status".into()))?;
+                let headers = from_wire(head.headers);
+                let length = headers.get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+                let body = Body::new(Answer { id: self.id.clone(), first: Some(chunk(first)), stream, over: false });
+                Ok(Reply { status, headers, body: body.with_length(length) })
+            }
+            Ok(_) => Err(self.failed(Phase::Waiting, reused, "the agent's answer does not begin with a head".into())),
+            Err(status) => Err(self.error(status, Phase::Waiting, reused)),
+        }
+    }
+
+    /// The agent's state, whenever it changes.
+    pub(super) async fn watch(&self, limit: Duration) -> Result<Streaming<ServerState>, BoxError> {
+        let watching = async {
+            let (channel, _) = self.calls.get(false).await?;
+            let states = client(channel).watch(WatchRequest { interval_ms: 1000 }).await;
+            states.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned().into())
+        };
+        tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
+    }
+
+    fn failed(&self, phase: Phase, reused: bool, source: BoxError) -> Error {
+        Error::Server { server: self.id.clone(), phase, reused, source }
+    }
+
+    /// What a status means: the agent's own word on its Ollama, or the loss of the agent.
+    fn error(&self, status: Status, phase: Phase, reused: bool) -> Error {
+        let told = status.metadata().get(PHASE).and_then(|phase| Phase::from_word(phase.to_str().ok()?));
+        if told.is_none() && status.code() == Code::InvalidArgument {
+            return Error::Body(status.message().to_owned().into());
+        }
+        let source: BoxError = status.message().to_owned().into();
+        Error::Server { server: self.id.clone(), phase: told.unwrap_or(phase), reused: told.is_none() && reused, source }
+    }
+}
+
+fn client(channel: Channel) -> ServerClient<Channel> {
+    ServerClient::with_origin(channel, Uri::from_static("http://olol")).max_decoding_message_size(LARGEST_MESSAGE)
+}
+
+/// A call as messages: the head with the first piece, then the rest.
+fn messages(ask: Ask, context: super::Context) -> BoxStream {
+    let head = RelayHead {
+        method: ask.method.as_str().to_owned(),
+        path: ask.path.to_string(),
+        headers: to_wire(&ask.headers),
+        deadline_ms: context.deadline.map_or(0, |deadline| {
+            u64::try_from(deadline.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(0).max(1)
+        }),
+        session: context.session,
+        request_id: context.request_id,
+        fresh: ask.fresh,
+    };
+    match ask.payload {
+        Payload::Whole(pieces) => {
+            let mut pieces = pieces.into_iter().flat_map(|piece| cut(piece)).peekable();
+            let first = pieces.next().unwrap_or_default();
+            let first = RelayRequest { head: Some(head), body: first, last: pieces.peek().is_none() };
+            let mut rest = pieces;
+            let rest = std::iter::from_fn(move || {
+                let body = rest.next()?;
+                Some(RelayRequest { head: None, body, last: rest.peek().is_none() })
+            });
+            Box::pin(futures_util::stream::iter(std::iter::once(first).chain(rest)))
+        }
+        Payload::Stream { pieces, .. } => {
+            let first = RelayRequest { head: Some(head), body: Bytes::new(), last: false };
+            // A body that breaks off has no last message: the agent then knows that its client went away.
+            let body = pieces
+                .map(Some)
+                .chain(futures_util::stream::iter([None]))
+                .scan((), |(), piece| {
+                    std::future::ready(match piece {
+                        Some(Ok(piece)) => Some(cut(piece).map(|body| RelayRequest { head: None, body, last: false }).collect()),
+                        Some(Err(_)) => None,
+                        None => Some(vec![RelayRequest { head: None, body: Bytes::new(), last: true }]),
+                    })
+                })
+                .flat_map(futures_util::stream::iter);
+            Box::pin(futures_util::stream::iter([first]).chain(body))
+        }
+    }
+}
+
+type BoxStream = Pin<Box<dyn Stream<Item = RelayRequest> + Send>>;
+
+/// The messages of a call, under a name: the compiler cannot prove of the bare box that tonic may send it.
+struct Messages(BoxStream);
+
+impl Stream for Messages {
+    type Item = RelayRequest;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<RelayRequest>> {
+        self.0.as_mut().poll_next(cx)
+    }
+}
+
+/// A piece in pieces that fit a message, without copying.
+fn cut(mut piece: Bytes) -> impl Iterator<Item = Bytes> + Send {
+    std::iter::from_fn(move || {
+        let next = piece.split_to(piece.len().min(LARGEST_PIECE));
+        (!next.is_empty()).then_some(next)
+    })
+}
+
+/// Headers as messages.
+pub fn to_wire(headers: &HeaderMap) -> Vec<Header> {
+    let header = |(name, value): (&HeaderName, &HeaderValue)| Header {
+        name: name.as_str().to_owned(),
+        value: Bytes::copy_from_slice(value.as_bytes()),
+    };
+    headers.iter().map(header).collect()
+}
+
+/// Messages as headers; what is no header is left out.
+pub fn from_wire(headers: Vec<Header>) -> HeaderMap {
+    headers
+        .into_iter()
+        .filter_map(|header| {
+            Some((HeaderName::from_bytes(header.name.as_bytes()).ok()?, HeaderValue::from_maybe_shared(header.value).ok()?))
+        })
+        .fold(HeaderMap::new(), |mut headers, (name, value)| {
+            headers.append(name, value);
+            headers
+        })
+}
+
+/// A state of an agent as the cluster takes it; an agent without its engine is no server.
+pub(super) fn report(state: ServerState) -> Result<Report, String> {
+    if !state.online {
+        let error = state.checks.into_iter().map(|check| check.error).find(|error| !error.is_empty());
+        return Err(error.unwrap_or_else(|| "the agent's engine does not answer".to_owned()));
+    }
+    let models = state
+        .models
+        .into_iter()
+        .map(|model| Model {
+            name: model.name,
+            digest: model.digest,
+            size: model.size_bytes,
+            family: model.family,
+            parameter_size: model.parameter_size,
+            quantization: model.quantization,
+            context_length: model.context_length,
+            capabilities: model.capabilities,
+            modified_at: model.modified_at,
+        })
+        .collect();
+    let loaded = state
+        .loaded
+        .into_iter()
+        .map(|loaded| Loaded {
+            name: loaded.name,
+            digest: loaded.digest,
+            size: loaded.size_bytes,
+            size_vram: loaded.size_vram_bytes,
+            expires_at: loaded.expires_at,
+            context_length: loaded.context_length,
+            slots: loaded.slots,
+        })
+        .collect();
+    Ok(Report { version: state.ollama_version, models, loaded })
+}
+
+/// The body of an answer that an agent relays.
+struct Answer {
+    id: ServerId,
+    first: Option<Chunk>,
+    stream: Streaming<RelayResponse>,
+    over: bool,
+}
+
+impl Stream for Answer {
+    type Item = Result<Chunk, Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.over {
+            return Poll::Ready(None);
+        }
+        if let Some(first) = this.first.take().filter(|first| !first.bytes.is_empty()) {
+            return Poll::Ready(Some(Ok(first)));
+        }
+        Poll::Ready(match std::task::ready!(this.stream.poll_next_unpin(cx)) {
+            Some(Ok(message)) => Some(Ok(chunk(message))),
+            Some(Err(status)) => {
+                this.over = true;
+                let source = status.message().to_owned().into();
+                Some(Err(Error::Server { server: this.id.clone(), phase: Phase::Streaming, reused: false, source }))
+            }
+            None => {
+                this.over = true;
+                None
+            }
+        })
+    }
+}
+
+fn chunk(message: RelayResponse) -> Chunk {
+    let end = message.counters.map(|counters| Counters {
+        prompt_tokens: counters.prompt_tokens,
+        output_tokens: counters.output_tokens,
+        eval_duration: Duration::from_nanos(counters.eval_duration_ns),
+        load_duration: Duration::from_nanos(counters.load_duration_ns),
+    });
+    Chunk { bytes: message.body, end }
+}
+
+/// One HTTP/2 connection to an agent, made anew when it was lost.
+struct Line {
+    endpoint: Endpoint,
+    timeout: Duration,
+    current: ArcSwapOption<Sender>,
+    connecting: Mutex<()>,
+}
+
+type Sender = http2::SendRequest<tonic::body::Body>;
+
+impl Line {
+    fn new(endpoint: Endpoint, timeout: Duration) -> Self {
+        Self { endpoint, timeout, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
+    }
+
+    /// The connection, and whether it was there before.
+    async fn get(&self, fresh: bool) -> Result<(Channel, bool), BoxError> {
+        if let Some(channel) = self.ready(fresh) {
+            return Ok((channel, true));
+        }
+        let _one_at_a_time = self.connecting.lock().await;
+        // Who waited here may find what another has made.
+        if let Some(channel) = self.ready(fresh) {
+            return Ok((channel, true));
+        }
+        let connecting = tokio::time::timeout(self.timeout, self.connect()).await;
+        let sender = connecting.map_err(|_| format!("no connection after {} ms", self.timeout.as_millis()))??;
+        self.current.store(Some(Arc::new(sender.clone())));
+        Ok((Channel(sender), false))
+    }
+
+    fn ready(&self, fresh: bool) -> Option<Channel> {
+        let current = self.current.load();
+        let sender = current.as_ref().filter(|sender| !fresh && !sender.is_closed())?;
+        Some(Channel(Sender::clone(sender)))
+    }
+
+    async fn connect(&self) -> Result<Sender, BoxError> {
+        let Endpoint::Tcp { host, port } = &self.endpoint else {
+            return Err("an agent is reached over TCP".into());
+        };
+        let stream = TcpStream::connect((host.as_str(), *port)).await?;
+        stream.set_nodelay(true)?;
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(64 << 10)
+            .keep_alive_interval(PROBE)
+            .keep_alive_timeout(PROBE)
+            .keep_alive_while_idle(true)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        // Ends with the last handle to the connection.
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection to an agent ended");
+            }
+        });
+        Ok(sender)
+    }
+}
+
+impl std::fmt::Debug for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Line").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
+}
+
+/// A connection as tonic's client takes it: without the queue and the task that its own channel would add.
+#[derive(Clone)]
+struct Channel(Sender);
+
+impl tower::Service<http::Request<tonic::body::Body>> for Channel {
+    type Response = http::Response<hyper::body::Incoming>;
+    type Error = hyper::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, hyper::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}

@@ -1,0 +1,94 @@
+//! Keeps what the cluster knows of one server true: listens to its agent, or asks a bare Ollama again and again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use olol_middleware::Cluster;
+
+use super::{Backend, Config, grpc};
+use crate::ollama::Ollama;
+
+/// Shortest time between two rounds that somebody asked for.
+const SHORTEST: Duration = Duration::from_millis(20);
+
+/// Runs until it is dropped.
+pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<Backend>, config: Config) {
+    match &*backend {
+        Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config).await,
+        Backend::Agent(agent) => listen(&cluster, index, agent, &config).await,
+    }
+}
+
+/// Asks a bare Ollama, at intervals and whenever somebody wants news.
+async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) {
+    let limit = Duration::from_millis(config.check_timeout_ms);
+    loop {
+        let round = cluster.round_begins(index);
+        look(cluster, index, ollama, limit, config.check_failures).await;
+        cluster.round_ends(index, round);
+        ollama.sweep();
+        tokio::time::sleep(SHORTEST).await;
+        tokio::select! {
+            () = tokio::time::sleep(jittered(config)) => {}
+            () = cluster.news_wanted(index) => {}
+        }
+    }
+}
+
+async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration, failures: u32) {
+    let last = cluster.snapshot().servers.get(index).map(|server| server.report.clone()).unwrap_or_default();
+    match tokio::time::timeout(limit, ollama.report(&last.loaded, limit / 2)).await {
+        Ok(Ok(report)) => cluster.report(index, report),
+        Ok(Err(error)) => cluster.check_failed(index, error.to_string(), failures),
+        Err(_) => cluster.check_failed(index, format!("no answer after {} ms", limit.as_millis()), failures),
+    }
+}
+
+/// Listens to an agent, which speaks whenever something changes, and at least every second.
+async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &Config) {
+    let silence = Duration::from_millis(config.check_interval_ms.max(2000));
+    loop {
+        let round = cluster.round_begins(index);
+        let mut told = Some(round);
+        let error = match agent.watch(Duration::from_millis(config.check_timeout_ms)).await {
+            Err(error) => error.to_string(),
+            Ok(mut states) => loop {
+                let wanted = tokio::select! {
+                    state = tokio::time::timeout(silence, states.message()) => Some(state),
+                    () = cluster.news_wanted(index), if told.is_none() => None,
+                };
+                match wanted {
+                    // A new stream begins with a fresh state.
+                    None => break String::new(),
+                    Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
+                    Some(Ok(Err(status))) => break status.message().to_owned(),
+                    Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
+                    Some(Ok(Ok(Some(state)))) => match grpc::report(state) {
+                        Ok(report) => {
+                            cluster.report(index, report);
+                            if let Some(round) = told.take() {
+                                cluster.round_ends(index, round);
+                            }
+                        }
+                        Err(reason) => cluster.check_failed(index, reason, config.check_failures),
+                    },
+                }
+            },
+        };
+        if let Some(round) = told {
+            cluster.round_ends(index, round);
+        }
+        if error.is_empty() {
+            continue;
+        }
+        cluster.check_failed(index, error, config.check_failures);
+        tokio::select! {
+            () = tokio::time::sleep(jittered(config) / 5) => {}
+            () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
+        }
+    }
+}
+
+fn jittered(config: &Config) -> Duration {
+    Duration::from_millis(config.check_interval_ms).mul_f64(0.9 + 0.2 * fastrand::f64())
+}

@@ -1,0 +1,171 @@
+//! The proxy as a whole: servers, layers, and the face towards clients, started and stopped together.
+
+use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response};
+use http_body_util::BodyExt;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments, stack};
+use olol_proto::v1::server_server::ServerServer;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::{Service, ServiceExt};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::api::{Api, Gate, HttpBody, Origins, Own, Room};
+use crate::config::Config;
+use crate::pool::Pool;
+use crate::rpc::{self, Face};
+use crate::scatter::Scatter;
+use crate::serve::{self, Answers};
+use crate::status::About;
+
+/// Time between two rounds of keeping histograms small.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// A proxy that listens.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    cluster: Arc<Cluster>,
+    stop: CancellationToken,
+    running: tokio::task::JoinHandle<bool>,
+    // End with the proxy.
+    _tasks: Vec<JoinSet<()>>,
+}
+
+impl Proxy {
+    /// Starts a proxy.
+    pub async fn start(config: &Config) -> anyhow::Result<Self> {
+        config.validate()?;
+        let wanted = config.address()?;
+        let listener = TcpListener::bind(wanted).await.map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;
+        let address = listener.local_addr()?;
+        let instance = format!("{:016x}", fastrand::u64(..));
+        let hop = HeaderValue::from_str(&instance)?;
+        let pool = Pool::new(&config.servers()?, &config.pool, &hop);
+        let cluster = pool.cluster().clone();
+        let about = About {
+            instance,
+            stack: config.stack.order.iter().map(ToString::to_string).collect(),
+            address: address.to_string(),
+        };
+        let shared = Shared::new(cluster.clone());
+        let watching = pool.watch(&config.pool);
+        let leaf = Scatter::new(pool, cluster.clone(), &config.spool, about.clone());
+        let stack = stack::build(&config.layers(), &shared, Stack::new(leaf))?;
+        let origins = std::env::var("OLLAMA_ORIGINS").unwrap_or_default();
+        let listed: Vec<&str> = config.proxy.origins.iter().map(String::as_str).chain([origins.as_str()]).filter(|o| !o.is_empty()).collect();
+        let gate = Gate::new(Origins::new(&listed.join(",")).map_err(anyhow::Error::msg)?, address.ip());
+        let room = Room::new(config.limits.body_memory, Duration::from_secs(config.limits.body_pause_s));
+        let metrics = recorder()?;
+        let mut upkeep = JoinSet::new();
+        upkeep.spawn(keep_up(metrics.clone()));
+        let own = Own::new(shared.clone(), about, metrics);
+        let api = Arc::new(Api::new(stack, shared, gate, room, own, hop));
+        let stop = CancellationToken::new();
+        let grace = Duration::from_secs(config.limits.grace_s);
+        let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
+        Ok(Self { address, cluster, stop, running, _tasks: vec![watching, upkeep] })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What it knows of its servers.
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        &self.cluster
+    }
+
+    /// Takes nothing new, lets answers finish, and returns whether all of them did in time.
+    pub async fn stop(self) -> bool {
+        self.stop.cancel();
+        self.running.await.unwrap_or(false)
+    }
+}
+
+/// The recorder of this process: one, however many proxies run in it.
+fn recorder() -> anyhow::Result<PrometheusHandle> {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    if let Some(handle) = HANDLE.get() {
+        return Ok(handle.clone());
+    }
+    let recorder = PrometheusBuilder::new().set_buckets(&instruments::BUCKETS)?.build_recorder();
+    let handle = HANDLE.get_or_init(|| recorder.handle()).clone();
+    // A second proxy of the process may have been quicker; then its recorder serves both.
+    if metrics::set_global_recorder(recorder).is_ok() {
+        instruments::describe();
+    }
+    Ok(handle)
+}
+
+async fn keep_up(metrics: PrometheusHandle) {
+    loop {
+        tokio::time::sleep(UPKEEP).await;
+        metrics.run_upkeep();
+    }
+}
+
+/// What a connection talks to: Ollama's API or gRPC; a panic of ours ends one request, not the process.
+#[derive(Clone)]
+struct Edge {
+    api: Arc<Api>,
+    grpc: ServerServer<Face>,
+}
+
+impl Edge {
+    fn new(api: Arc<Api>) -> Self {
+        let inner = api.clone();
+        let send: rpc::Send = Arc::new(move |ask| {
+            let api = inner.clone();
+            Box::pin(async move { api.ask(ask).await })
+        });
+        Self { api, grpc: rpc::service(send, None) }
+    }
+}
+
+impl Answers for Edge {
+    type Body = UnsyncBoxBody<Bytes, BoxError>;
+
+    async fn answer(&self, request: Request<Incoming>, client: SocketAddr) -> Response<Self::Body> {
+        let edge = self.clone();
+        let service = tower::service_fn(move |request: Request<Incoming>| {
+            let mut edge = edge.clone();
+            AssertUnwindSafe(async move {
+                if !Api::is_grpc(&request) {
+                    return Ok::<_, std::convert::Infallible>(edge.api.handle(request, Some(client)).await);
+                }
+                match edge.grpc.call(request).await {
+                    Ok(answer) => Ok(answer.map(HttpBody::Grpc)),
+                    Err(never) => match never {},
+                }
+            })
+            .0
+        });
+        let guarded = tower::ServiceBuilder::new().layer(CatchPanicLayer::custom(panicked)).service(service);
+        match guarded.oneshot(request).await {
+            Ok(answer) => answer.map(|body| body.map_err(Into::into).boxed_unsync()),
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// The answer to a request on which our own code failed.
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response<http_body_util::Full<Bytes>> {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let error = Error::Internal(text.unwrap_or("panic").to_owned());
+    tracing::error!(%error, "a defect of OLOL; please report it");
+    let mut answer = Response::new(http_body_util::Full::from(serde_json::json!({"error": error.to_string()}).to_string()));
+    *answer.status_mut() = error.status();
+    answer.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json; charset=utf-8"));
+    answer
+}

@@ -1,0 +1,258 @@
+//! The gRPC face of an agent and of the proxy: `olol.v1.Server`.
+//!
+//! Both faces are one: whatever comes in becomes an [`Ask`], and where it goes is the only difference: to the Ollama beside
+//! an agent, or down the proxy's stack.
+
+mod typed;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, Stream, StreamExt};
+use olol_middleware::call::{Body, Pieces};
+use olol_middleware::{Chunk, Error, Payload, Reply};
+use olol_proto::v1::server_server::{Server, ServerServer};
+use olol_proto::v1::{
+    ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse, EmbedRequest,
+    EmbedResponse, EndSessionRequest, EndSessionResponse, GenerateRequest, GenerateResponse, ListModelsRequest,
+    ListModelsResponse, PullModelRequest, PullModelResponse, RelayCounters, RelayHead, RelayRequest, RelayResponse,
+    RelayResponseHead, ServerState, Session, ShowModelRequest, ShowModelResponse, WatchRequest,
+};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::ollama::Ask;
+use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
+
+/// Where calls go.
+pub type Send = Arc<dyn Fn(Ask) -> BoxFuture<'static, Result<Reply, Error>> + std::marker::Send + Sync>;
+
+/// A stream of answers.
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + std::marker::Send>>;
+
+/// What an agent tells of itself. The proxy has no such face: its state is at `/api/status`.
+#[derive(Clone, Debug)]
+pub struct SelfDescription {
+    /// What does not change.
+    pub description: DescribeResponse,
+    /// What does; `None` until the engine was asked for the first time.
+    pub state: watch::Receiver<Option<ServerState>>,
+}
+
+/// The service.
+#[derive(Clone)]
+pub struct Face {
+    send: Send,
+    about: Option<SelfDescription>,
+}
+
+/// A face that sends calls there, ready to be served.
+pub fn service(send: Send, about: Option<SelfDescription>) -> ServerServer<Face> {
+    ServerServer::new(Face { send, about }).max_decoding_message_size(LARGEST_MESSAGE)
+}
+
+#[tonic::async_trait]
+impl Server for Face {
+    type RelayStream = Answers<RelayResponse>;
+    type WatchStream = Answers<ServerState>;
+    type GenerateStream = Answers<GenerateResponse>;
+    type ChatStream = Answers<ChatResponse>;
+    type PullModelStream = Answers<PullModelResponse>;
+    type ChatMessageStream = Answers<ChatResponse>;
+
+    async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("the call has no message"))?;
+        let head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
+        let deadline = Duration::from_millis(head.deadline_ms);
+        let payload = if first.last { whole(first.body) } else { streamed(first.body, messages, &head) };
+        let sending = (self.send)(ask(head, payload)?);
+        let reply = if deadline.is_zero() {
+            sending.await
+        } else {
+            tokio::time::timeout(deadline, sending).await.map_err(|_| Status::deadline_exceeded("the caller stopped waiting"))?
+        };
+        let Reply { status, headers, mut body } = reply.map_err(|error| failure(&error))?;
+        // What came with the head goes with the head.
+        let first = body.next().now_or_never().flatten();
+        let (first, broken) = match first {
+            Some(Ok(chunk)) => (chunk, None),
+            Some(Err(error)) => (Chunk::from(bytes::Bytes::new()), Some(failure(&error))),
+            None => (Chunk::from(bytes::Bytes::new()), None),
+        };
+        let head = RelayResponseHead { status: u32::from(status.as_u16()), headers: to_wire(&headers) };
+        let first = RelayResponse { head: Some(head), ..piece(first) };
+        let rest = Relayed { body, over: broken.is_some() };
+        let head = futures_util::stream::iter(std::iter::once(Ok(first)).chain(broken.map(Err)));
+        Ok(Response::new(Box::pin(head.chain(rest))))
+    }
+
+    async fn describe(&self, _request: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        Ok(Response::new(self.about()?.description.clone()))
+    }
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let interval = match request.into_inner().interval_ms {
+            0 => Duration::from_secs(1),
+            given => Duration::from_millis(u64::from(given).clamp(50, 60_000)),
+        };
+        let mut state = self.about()?.state.clone();
+        state.mark_changed();
+        Ok(Response::new(Box::pin(futures_util::stream::unfold(state, move |mut state| async move {
+            loop {
+                // Who watches has it at once when something changed, and knows at intervals that we live.
+                if let Ok(Err(_gone)) = tokio::time::timeout(interval, state.changed()).await {
+                    return None;
+                }
+                let now = state.borrow_and_update().clone();
+                if let Some(now) = now {
+                    return Some((Ok(now), state));
+                }
+            }
+        }))))
+    }
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let ask = typed::generate(request.into_inner())?;
+        Ok(Response::new(typed::lines(self.good(ask).await?, typed::generated)))
+    }
+
+    async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<Self::ChatStream>, Status> {
+        let ask = typed::chat(request.into_inner())?;
+        Ok(Response::new(typed::lines(self.good(ask).await?, typed::chatted)))
+    }
+
+    async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+        let ask = typed::embed(request.into_inner())?;
+        Ok(Response::new(typed::embedded(&typed::object(self.good(ask).await?).await?)))
+    }
+
+    async fn list_models(&self, _request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        let (tags, ps) = tokio::try_join!(self.good(Ask::get("/api/tags")), self.good(Ask::get("/api/ps")))?;
+        let (tags, ps) = tokio::try_join!(typed::object(tags), typed::object(ps))?;
+        Ok(Response::new(typed::listed(&tags, &ps)))
+    }
+
+    async fn show_model(&self, request: Request<ShowModelRequest>) -> Result<Response<ShowModelResponse>, Status> {
+        let request = request.into_inner();
+        let shown = typed::object(self.good(typed::show(&request)).await?).await?;
+        Ok(Response::new(typed::shown(&request.model, &shown)))
+    }
+
+    async fn pull_model(&self, request: Request<PullModelRequest>) -> Result<Response<Self::PullModelStream>, Status> {
+        let ask = typed::pull(&request.into_inner());
+        Ok(Response::new(typed::lines(self.good(ask).await?, typed::pulled)))
+    }
+
+    async fn create_session(&self, _request: Request<CreateSessionRequest>) -> Result<Response<Session>, Status> {
+        Err(no_sessions())
+    }
+
+    async fn chat_message(&self, _request: Request<ChatMessageRequest>) -> Result<Response<Self::ChatMessageStream>, Status> {
+        Err(no_sessions())
+    }
+
+    async fn end_session(&self, _request: Request<EndSessionRequest>) -> Result<Response<EndSessionResponse>, Status> {
+        Err(no_sessions())
+    }
+}
+
+impl Face {
+    fn about(&self) -> Result<&SelfDescription, Status> {
+        let reason = "an agent describes itself; the state of the proxy is at GET /api/status";
+        self.about.as_ref().ok_or_else(|| Status::unimplemented(reason))
+    }
+
+    /// Sends a typed call and returns its answer if it is a good one; else the error as a status.
+    async fn good(&self, ask: Ask) -> Result<Reply, Status> {
+        let reply = (self.send)(ask).await.map_err(|error| failure(&error))?;
+        if reply.status.is_success() { Ok(reply) } else { Err(typed::refusal(reply).await) }
+    }
+}
+
+fn no_sessions() -> Status {
+    Status::unimplemented("sessions kept by the server are not there yet; send the whole history with Chat")
+}
+
+fn whole(body: bytes::Bytes) -> Payload {
+    if body.is_empty() { Payload::empty() } else { Payload::from_bytes(body) }
+}
+
+/// A body that is still coming. A stream that ends without its last message is a client that went away.
+fn streamed(first: bytes::Bytes, messages: Streaming<RelayRequest>, head: &RelayHead) -> Payload {
+    let length = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
+    let length = length.and_then(|header| std::str::from_utf8(&header.value).ok()?.parse().ok());
+    let rest = futures_util::stream::unfold((messages, false), |(mut messages, over)| async move {
+        if over {
+            return None;
+        }
+        Some(match messages.message().await {
+            Ok(Some(message)) => (Ok(message.body), (messages, message.last)),
+            Ok(None) => (Err(Error::Body("the body has no end".into())), (messages, true)),
+            Err(status) => (Err(Error::Body(status.message().to_owned().into())), (messages, true)),
+        })
+    });
+    let first = futures_util::stream::iter((!first.is_empty()).then_some(Ok(first)));
+    let filled = first.chain(rest).filter(|piece| std::future::ready(!matches!(piece, Ok(piece) if piece.is_empty())));
+    let pieces: Pieces = Box::pin(filled);
+    Payload::Stream { length, pieces }
+}
+
+fn ask(head: RelayHead, payload: Payload) -> Result<Ask, Status> {
+    let path: http::Uri = head.path.parse().map_err(|_| Status::invalid_argument("the path is no path"))?;
+    Ok(Ask {
+        method: head.method.parse().map_err(|_| Status::invalid_argument("the method is no method"))?,
+        infers: olol_middleware::Route::find(path.path()).is_some_and(olol_middleware::Route::infers),
+        path,
+        headers: from_wire(head.headers),
+        payload,
+        fresh: head.fresh,
+    })
+}
+
+/// The rest of a relayed answer.
+struct Relayed {
+    body: Body,
+    over: bool,
+}
+
+impl Stream for Relayed {
+    type Item = Result<RelayResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<Option<Self::Item>> {
+        if self.over {
+            return std::task::Poll::Ready(None);
+        }
+        let next = std::task::ready!(self.body.poll_next_unpin(cx));
+        self.over = !matches!(next, Some(Ok(_)));
+        std::task::Poll::Ready(next.map(|chunk| chunk.map(piece).map_err(|error| failure(&error))))
+    }
+}
+
+fn piece(chunk: Chunk) -> RelayResponse {
+    let nanos = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+    let counters = chunk.end.map(|end| RelayCounters {
+        prompt_tokens: end.prompt_tokens,
+        output_tokens: end.output_tokens,
+        eval_duration_ns: nanos(end.eval_duration),
+        load_duration_ns: nanos(end.load_duration),
+    });
+    RelayResponse { head: None, body: chunk.bytes, counters }
+}
+
+/// An error as a status, with how far the call had come.
+fn failure(error: &Error) -> Status {
+    let mut status = match error {
+        Error::Server { source, .. } => Status::unavailable(source.to_string()),
+        Error::NoServer(_) => Status::unavailable(error.to_string()),
+        Error::Busy => Status::resource_exhausted(error.to_string()),
+        Error::Body(_) => Status::invalid_argument(error.to_string()),
+        _ => Status::internal(error.to_string()),
+    };
+    if let Error::Server { phase, .. } = error {
+        status.metadata_mut().insert(PHASE, tonic::metadata::MetadataValue::from_static(phase.as_str()));
+    }
+    status
+}

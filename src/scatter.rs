@@ -1,0 +1,198 @@
+//! The leaf below the layers: calls for one server go on to [`Pick`], calls that concern several are sent to each of them.
+//!
+//! With a single server everything goes to it and its bytes pass unchanged. With several, lists are merged (`merge`), and
+//! what changes models is told to everybody it concerns (`tell`, `progress`, `blobs`).
+
+mod blobs;
+mod merge;
+mod progress;
+mod tell;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use http::header::{self, HeaderMap, HeaderValue};
+use http::{Method, StatusCode};
+use olol_middleware::cluster::State;
+use olol_middleware::pick::{Fleet, Pick};
+use olol_middleware::{Call, Candidates, Cluster, Error, ModelName, Reply, Route, Scope, Server};
+use serde::Deserialize;
+use tower::Service;
+
+use crate::status::About;
+
+/// How long silent servers are waited for when lists are merged.
+const MERGE_LIMIT: Duration = Duration::from_secs(1);
+/// The longest answer that is read as a whole, bytes.
+const LONGEST: usize = 64 << 20;
+
+/// The `[spool]` table: where blobs of a `create` wait when there are several servers.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Folder; empty: `olol` in the system's folder for temporary files.
+    pub dir: PathBuf,
+    /// Bytes that may wait there.
+    pub max_bytes: u64,
+    /// Seconds after which a blob that nobody used is removed.
+    pub ttl_s: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { dir: PathBuf::new(), max_bytes: 64 << 30, ttl_s: 3600 }
+    }
+}
+
+/// Sends each call to one server, or to all that it concerns.
+#[derive(Clone, Debug)]
+pub struct Scatter<F> {
+    pick: Pick<F>,
+    shared: Arc<Common>,
+}
+
+/// What all clones share.
+#[derive(Debug)]
+struct Common {
+    cluster: Arc<Cluster>,
+    spool: blobs::Spool,
+    about: About,
+}
+
+impl<F: Fleet> Scatter<F> {
+    /// A leaf over a fleet.
+    pub fn new(fleet: F, cluster: Arc<Cluster>, config: &Config, about: About) -> Self {
+        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), about });
+        Self { pick: Pick::new(fleet), shared }
+    }
+}
+
+impl<F: Fleet> Service<Call> for Scatter<F> {
+    type Response = Reply;
+    type Error = Error;
+    type Future = BoxFuture<'static, Result<Reply, Error>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut call: Call) -> Self::Future {
+        let several = call.candidates.snapshot().servers.len() > 1;
+        match call.route.scope() {
+            // Unloading concerns every server that has the model in memory.
+            Scope::One if several && call.peek.unloads() && matches!(call.route, Route::Generate | Route::Chat) => {
+                let targets = call.known.as_ref().map(|known| known.loaded.clone()).unwrap_or_default();
+                match targets.iter().count() {
+                    0 | 1 => self.pick.call(call),
+                    _ => {
+                        call.candidates.keep(&targets);
+                        Box::pin(self.clone().tell(call))
+                    }
+                }
+            }
+            Scope::One | Scope::Local => self.pick.call(call),
+            Scope::Same => {
+                first_usable(&mut call.candidates);
+                self.pick.call(call)
+            }
+            Scope::Merge if !several || call.route == Route::Status => Box::pin(self.clone().one_list(call)),
+            Scope::Merge => Box::pin(self.clone().merged(call)),
+            Scope::All if !several => Box::pin(self.clone().change_one(call)),
+            Scope::All => match call.route {
+                Route::Blob => Box::pin(self.clone().blob(call)),
+                Route::Pull | Route::Create => Box::pin(self.clone().progress(call)),
+                _ => Box::pin(self.clone().tell(call)),
+            },
+        }
+    }
+}
+
+impl<F: Fleet> Scatter<F> {
+    /// Sends a call to one certain server, and once more on a fresh connection if a pooled one had died.
+    async fn to(&self, call: Call, server: &Server) -> Result<Reply, Error> {
+        let mut call = call;
+        call.candidates.only(server.index);
+        let spare = call.again();
+        match (self.pick.clone().call(call).await, spare) {
+            (Err(Error::Server { reused: true, .. }), Some(mut spare)) => {
+                spare.fresh = true;
+                self.pick.clone().call(spare).await
+            }
+            (answer, _) => answer,
+        }
+    }
+
+    /// A change at the only server: its bytes pass unchanged, and what is known of it is renewed when they are through.
+    async fn change_one(self, call: Call) -> Result<Reply, Error> {
+        let Some(server) = call.candidates.snapshot().servers.first().cloned() else { return self.pick.clone().call(call).await };
+        let news = News { cluster: self.shared.cluster.clone(), servers: vec![server.clone()] };
+        let reply = if matches!(call.payload, olol_middleware::Payload::Stream { .. }) {
+            self.pick.clone().call(call).await?
+        } else {
+            self.to(call, &server).await?
+        };
+        Ok(reply.hold(news))
+    }
+
+    /// A list of the only server, or the status of whoever answers: with our own key, where it is the status.
+    async fn one_list(self, call: Call) -> Result<Reply, Error> {
+        let snapshot = call.candidates.snapshot().clone();
+        let is_status = call.route == Route::Status;
+        let candidates: Vec<Arc<Server>> = snapshot.servers.iter().filter(|server| server.is_usable()).cloned().collect();
+        let target = candidates.first().or(snapshot.servers.first()).cloned();
+        let answer = match target {
+            // A status is wanted most when no server answers: Ollama's keys are then left out, ours are not.
+            Some(server) if !is_status || server.state != State::Down => {
+                let limit = if is_status { MERGE_LIMIT } else { Duration::from_secs(60) };
+                tokio::time::timeout(limit, self.to(call, &server)).await.unwrap_or_else(|_| {
+                    Err(Error::NoServer(format!("server {} did not answer within {} s", server.id, limit.as_secs())))
+                })
+            }
+            _ if !is_status => return self.pick.clone().call(call).await,
+            _ => Err(Error::NoServer("no server is up".to_owned())),
+        };
+        if is_status { merge::status(answer, &snapshot, &self.shared.about).await } else { answer }
+    }
+}
+
+/// Leaves the first server of the list that takes calls and is a candidate.
+fn first_usable(candidates: &mut Candidates) {
+    let first = candidates.iter().find(|server| server.is_usable()).or_else(|| candidates.iter().next());
+    if let Some(index) = first.map(|server| server.index) {
+        candidates.only(index);
+    }
+}
+
+/// Asks for news of servers when it is dropped: when an answer that changed something is through.
+struct News {
+    cluster: Arc<Cluster>,
+    servers: Vec<Arc<Server>>,
+}
+
+impl Drop for News {
+    fn drop(&mut self) {
+        for server in &self.servers {
+            self.cluster.want_news_of(&server.id);
+        }
+    }
+}
+
+/// A reply of JSON as Ollama's handlers write it.
+fn json_reply(status: StatusCode, kind: &'static str, body: impl Into<bytes::Bytes>) -> Reply {
+    Reply::full(status, HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]), body)
+}
+
+/// The servers that have a model.
+fn holders(candidates: &Candidates, model: Option<&ModelName>) -> Vec<Arc<Server>> {
+    let snapshot = candidates.snapshot();
+    let Some(known) = model.and_then(|model| snapshot.known(model)) else { return Vec::new() };
+    known.installed.iter().filter_map(|index| snapshot.servers.get(index)).cloned().collect()
+}
+
+/// Whether a call only looks.
+fn is_head(call: &Call) -> bool {
+    call.method == Method::HEAD
+}

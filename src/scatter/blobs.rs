@@ -1,0 +1,228 @@
+//! Blobs of a `create` for several servers: written once to the disk of the proxy, and given to every server that the
+//! create will run on.
+//!
+//! A client uploads a blob before it says what for. The bytes are never held in memory, their digest is checked on the way,
+//! and what nobody used is removed after a while. Names come from digests only, never from a path of a client.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use http::header::HeaderMap;
+use http::{Method, StatusCode};
+use olol_middleware::call::{Head, Pieces};
+use olol_middleware::pick::Fleet;
+use olol_middleware::{Call, Candidates, Error, Payload, Peek, Reply, RequestId, Route, Server};
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
+
+use super::{Config, Scatter, is_head, json_reply};
+
+/// Bytes read from the spool at a time.
+const READ: usize = 256 << 10;
+const NATIVE: &str = "application/json; charset=utf-8";
+
+/// The folder where blobs wait.
+#[derive(Debug)]
+pub(super) struct Spool {
+    dir: PathBuf,
+    max_bytes: u64,
+    ttl: Duration,
+}
+
+/// A blob in the spool.
+#[derive(Clone, Debug)]
+pub(super) struct Spooled {
+    digest: String,
+    path: PathBuf,
+    length: u64,
+}
+
+impl Spool {
+    pub(super) fn new(config: &Config) -> Self {
+        let dir = if config.dir.as_os_str().is_empty() { std::env::temp_dir().join("olol") } else { config.dir.clone() };
+        Self { dir, max_bytes: config.max_bytes, ttl: Duration::from_secs(config.ttl_s) }
+    }
+
+    /// A blob that is there.
+    pub(super) fn find(&self, digest: &str) -> Option<Spooled> {
+        let hex = hex_of(digest)?;
+        let path = self.dir.join(format!("sha256-{hex}"));
+        let length = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file)?.len();
+        Some(Spooled { digest: format!("sha256:{hex}"), path, length })
+    }
+
+    /// Removes what is too old, and returns the bytes that are left.
+    fn sweep(&self) -> u64 {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else { return 0 };
+        let mut held = 0;
+        for entry in entries.flatten() {
+            let Ok(meta) = entry.metadata() else { continue };
+            let age = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default();
+            if age > self.ttl {
+                let _ = std::fs::remove_file(entry.path());
+            } else {
+                held += meta.len();
+            }
+        }
+        held
+    }
+
+    /// Writes a body, checking its digest.
+    async fn write(&self, hex: &str, mut pieces: Pieces) -> Result<Written, Error> {
+        let storage = |error: std::io::Error| Error::Storage(format!("the spool {} cannot be written: {error}", self.dir.display()));
+        tokio::fs::create_dir_all(&self.dir).await.map_err(storage)?;
+        let mut left = self.max_bytes.saturating_sub(self.sweep());
+        let partial = Partial(self.dir.join(format!("partial-{:016x}", fastrand::u64(..))));
+        let mut file = tokio::fs::File::create(&partial.0).await.map_err(storage)?;
+        let mut hash = Sha256::new();
+        while let Some(piece) = pieces.next().await {
+            let piece = piece?;
+            left = left.checked_sub(piece.len() as u64).ok_or_else(|| {
+                Error::Storage(format!("the spool is full ({} bytes, see [spool] max-bytes)", self.max_bytes))
+            })?;
+            hash.update(&piece);
+            file.write_all(&piece).await.map_err(storage)?;
+        }
+        file.flush().await.map_err(storage)?;
+        let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        if found != hex {
+            return Ok(Written::Mismatch(found));
+        }
+        tokio::fs::rename(&partial.0, self.dir.join(format!("sha256-{hex}"))).await.map_err(storage)?;
+        Ok(Written::New)
+    }
+}
+
+enum Written {
+    New,
+    Mismatch(String),
+}
+
+/// A file that is removed unless it was renamed.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Spooled {
+    /// The blob as a body.
+    async fn read(&self) -> Result<Payload, Error> {
+        let error = |error: std::io::Error| Error::Storage(format!("{} cannot be read: {error}", self.path.display()));
+        let file = tokio::fs::File::open(&self.path).await.map_err(error)?;
+        let pieces = futures_util::stream::unfold(file, |mut file| async move {
+            let mut piece = bytes::BytesMut::with_capacity(READ);
+            match file.read_buf(&mut piece).await {
+                Ok(0) => None,
+                Ok(_) => Some((Ok(piece.freeze()), file)),
+                Err(error) => Some((Err(Error::Body(error.into())), file)),
+            }
+        });
+        Ok(Payload::Stream { length: Some(self.length), pieces: Box::pin(pieces) })
+    }
+}
+
+/// The 64 hexadecimal digits of `sha256:…` or `sha256-…`, in lower case.
+fn hex_of(digest: &str) -> Option<String> {
+    let hex = digest.strip_prefix("sha256:").or_else(|| digest.strip_prefix("sha256-"))?;
+    (hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| hex.to_lowercase())
+}
+
+impl<F: Fleet> Scatter<F> {
+    /// Takes a blob into the spool, or tells whether it is there; in Ollama's words.
+    pub(super) async fn blob(self, call: Call) -> Result<Reply, Error> {
+        let digest = call.path.path().rsplit_once('/').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
+        let Some(hex) = hex_of(&digest) else {
+            let body = if is_head(&call) { "" } else { r#"{"error":"invalid digest format"}"# };
+            return Ok(json_reply(StatusCode::BAD_REQUEST, NATIVE, body));
+        };
+        let known = self.shared.spool.find(&digest).is_some();
+        let plain = |status| Reply::full(status, HeaderMap::new(), Bytes::new());
+        if is_head(&call) {
+            return Ok(plain(if known { StatusCode::OK } else { StatusCode::NOT_FOUND }));
+        }
+        if known {
+            return Ok(plain(StatusCode::OK));
+        }
+        let pieces = match call.payload {
+            Payload::Stream { pieces, .. } => pieces,
+            Payload::Whole(pieces) => Box::pin(futures_util::stream::iter(pieces.into_iter().map(Ok))) as Pieces,
+        };
+        Ok(match self.shared.spool.write(&hex, pieces).await? {
+            Written::New => plain(StatusCode::CREATED),
+            Written::Mismatch(found) => {
+                let text = format!(r#"digest mismatch, expected "sha256:{hex}", got "sha256:{found}""#);
+                json_reply(StatusCode::BAD_REQUEST, NATIVE, serde_json::json!({"error": text}).to_string())
+            }
+        })
+    }
+
+    /// Gives a blob to a server, unless it has it.
+    pub(super) async fn give(&self, candidates: &Candidates, blob: &Spooled, server: &Arc<Server>) -> Result<(), Error> {
+        let looks = self.to(upload(candidates, &blob.digest, Method::HEAD, Payload::empty())?, server).await?;
+        if looks.status == StatusCode::OK {
+            return Ok(());
+        }
+        let reply = self.to(upload(candidates, &blob.digest, Method::POST, blob.read().await?)?, server).await?;
+        if reply.status.is_success() {
+            return Ok(());
+        }
+        Err(Error::Storage(format!("server {} did not take the blob {}: status {}", server.id, blob.digest, reply.status.as_u16())))
+    }
+}
+
+/// A call of ours about a blob.
+fn upload(candidates: &Candidates, digest: &str, method: Method, payload: Payload) -> Result<Call, Error> {
+    let path = format!("/api/blobs/{digest}").parse().ok();
+    let head = Head {
+        id: RequestId::random(),
+        route: Route::Blob,
+        method,
+        path: path.ok_or_else(|| Error::Internal(format!("'{digest}' makes no path")))?,
+        headers: HeaderMap::new(),
+        peek: Peek::default(),
+        model: None,
+        client: None,
+        arrived: Instant::now(),
+        deadline: None,
+    };
+    Ok(Call::new(head, payload, candidates.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_digests_make_names() {
+        let hex = "ab".repeat(32);
+        assert_eq!(hex_of(&format!("sha256:{}", hex.to_uppercase())), Some(hex.clone()));
+        assert_eq!(hex_of(&format!("sha256-{hex}")), Some(hex));
+        for bad in ["", "sha256:", "sha256:../../etc/passwd", "md5:00", &format!("sha256:{}", "z".repeat(64))] {
+            assert_eq!(hex_of(bad), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_does_not_match_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::new(&Config { dir: dir.path().to_owned(), ..Config::default() });
+        let pieces: Pieces = Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"hello"))]));
+        assert!(matches!(spool.write(&"0".repeat(64), pieces).await, Ok(Written::Mismatch(_))));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_full_spool_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::new(&Config { dir: dir.path().to_owned(), max_bytes: 3, ..Config::default() });
+        let pieces: Pieces = Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"hello"))]));
+        assert!(matches!(spool.write(&"0".repeat(64), pieces).await, Err(Error::Storage(_))));
+    }
+}

@@ -1,0 +1,246 @@
+//! Lists of several servers as one: models, loaded models, versions, and the status.
+//!
+//! Entries are joined as the bytes that the servers sent, so that fields of tomorrow's Ollama come through. Every server is
+//! asked live; who is silent for a second is left out and named.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http::StatusCode;
+use olol_middleware::pick::Fleet;
+use olol_middleware::{Call, Error, ModelName, Reply, Route, Server, ServerId, Snapshot};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::{LONGEST, MERGE_LIMIT, Scatter, is_head, json_reply};
+use crate::status::{self, About};
+
+/// Ollama's content type for its own JSON.
+const NATIVE: &str = "application/json; charset=utf-8";
+
+impl<F: Fleet> Scatter<F> {
+    /// Asks every server and joins what they say.
+    pub(super) async fn merged(self, call: Call) -> Result<Reply, Error> {
+        let servers = call.candidates.snapshot().servers.clone();
+        let asking = servers.iter().filter(|server| server.is_usable() || servers.iter().all(|other| !other.is_usable()));
+        let asked: Vec<Arc<Server>> = asking.cloned().collect();
+        let answers = join_all(asked.iter().map(|server| {
+            let call = call.again();
+            let scatter = &self;
+            async move { tokio::time::timeout(MERGE_LIMIT, scatter.list(call?, server)).await.ok().flatten() }
+        }))
+        .await;
+        let mut absent: Vec<ServerId> =
+            servers.iter().filter(|server| !asked.iter().any(|other| other.id == server.id)).map(|server| server.id.clone()).collect();
+        let mut bodies = Vec::new();
+        for (server, answer) in asked.iter().zip(answers) {
+            match answer {
+                Some(body) => bodies.push((server.clone(), body)),
+                None => absent.push(server.id.clone()),
+            }
+        }
+        if bodies.is_empty() {
+            return Err(Error::NoServer("no server answered within a second".to_owned()));
+        }
+        let parts: Vec<Bytes> = bodies.iter().map(|(_, body)| body.clone()).collect();
+        let mut reply = match call.route {
+            Route::Version => json_reply(StatusCode::OK, NATIVE, lowest_version(&parts)),
+            Route::V1Models => json_reply(StatusCode::OK, "application/json", models_v1(&parts)),
+            Route::Ps => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Expiry)),
+            _ => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Modified)),
+        };
+        reply.body.outcome.absent = absent;
+        if is_head(&call) {
+            // As from a server: the length of a long list is not said.
+            let length = reply.body.length().filter(|length| *length < 2048);
+            reply.body = olol_middleware::call::Body::empty();
+            if let Some(length) = length {
+                reply.headers.insert(http::header::CONTENT_LENGTH, http::HeaderValue::from(length));
+            }
+        }
+        Ok(reply)
+    }
+
+    /// The list of one server; `None` if it has none to give.
+    async fn list(&self, call: Call, server: &Server) -> Option<Bytes> {
+        let call = if is_head(&call) { as_get(call) } else { call };
+        let reply = self.to(call, server).await.ok().filter(|reply| reply.status.is_success())?;
+        reply.body.collect(LONGEST).await.ok()
+    }
+}
+
+/// The same call as a GET: the length of a merged list cannot be known without the lists.
+fn as_get(call: Call) -> Call {
+    let head = olol_middleware::Head {
+        id: call.id.clone(),
+        route: call.route,
+        method: http::Method::GET,
+        path: call.path.clone(),
+        headers: call.headers.clone(),
+        peek: call.peek.clone(),
+        model: call.model.clone(),
+        client: call.client,
+        arrived: call.arrived,
+        deadline: call.deadline,
+    };
+    Call::new(head, call.payload, call.candidates)
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    /// Newest first.
+    Modified,
+    /// Latest expiry first.
+    Expiry,
+}
+
+#[derive(Deserialize)]
+struct Models<'a> {
+    #[serde(borrow)]
+    models: Option<Vec<&'a RawValue>>,
+}
+
+#[derive(Deserialize)]
+struct DataList<'a> {
+    #[serde(borrow)]
+    data: Option<Vec<&'a RawValue>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Key {
+    name: String,
+    id: String,
+    digest: String,
+    modified_at: String,
+    expires_at: String,
+    created: i64,
+}
+
+/// `/api/tags` and `/api/ps`: each model once, in Ollama's order.
+fn list(bodies: &[Bytes], order: Order) -> String {
+    let lists: Vec<Models<'_>> = bodies.iter().filter_map(|body| serde_json::from_slice(body).ok()).collect();
+    let entries = lists.iter().flat_map(|list| list.models.iter().flatten()).copied();
+    let mut kept = distinct(entries, |key| key.name.as_str());
+    // Times are compared as text: one writer, one zone, and what differs in precision differs below a second.
+    kept.sort_by(|(a, _), (b, _)| match order {
+        Order::Modified => stamp(&b.modified_at).cmp(&stamp(&a.modified_at)),
+        Order::Expiry => stamp(&b.expires_at).cmp(&stamp(&a.expires_at)),
+    });
+    let items: Vec<&str> = kept.iter().map(|(_, raw)| raw.get()).collect();
+    format!("{{\"models\":[{}]}}", items.join(","))
+}
+
+/// `/v1/models`, with the line feed at its end.
+fn models_v1(bodies: &[Bytes]) -> String {
+    let lists: Vec<DataList<'_>> = bodies.iter().filter_map(|body| serde_json::from_slice(body).ok()).collect();
+    let entries = lists.iter().flat_map(|list| list.data.iter().flatten()).copied();
+    let mut kept = distinct(entries, |key| key.id.as_str());
+    kept.sort_by_key(|(key, _)| std::cmp::Reverse(key.created));
+    let items: Vec<&str> = kept.iter().map(|(_, raw)| raw.get()).collect();
+    let data = if items.is_empty() { "null".to_owned() } else { format!("[{}]", items.join(",")) };
+    format!("{{\"object\":\"list\",\"data\":{data}}}\n")
+}
+
+/// Each model once. Of several with one name the one that most servers have, else the first.
+fn distinct<'a>(entries: impl Iterator<Item = &'a RawValue>, name: impl Fn(&Key) -> &str) -> Vec<(Key, &'a RawValue)> {
+    let entries: Vec<(Key, &RawValue)> =
+        entries.filter_map(|raw| Some((serde_json::from_str::<Key>(raw.get()).ok()?, raw))).collect();
+    let mut counts: HashMap<(String, &str), usize> = HashMap::new();
+    let canonical = |key: &Key| ModelName::parse(name(key)).map_or_else(|| name(key).to_owned(), |name| name.to_string());
+    for (key, _) in &entries {
+        *counts.entry((canonical(key), &key.digest)).or_default() += 1;
+    }
+    let mut best: HashMap<String, (usize, usize)> = HashMap::new();
+    for (at, (key, _)) in entries.iter().enumerate() {
+        let count = counts[&(canonical(key), key.digest.as_str())];
+        let entry = best.entry(canonical(key)).or_insert((at, count));
+        if count > entry.1 {
+            *entry = (at, count);
+        }
+    }
+    let chosen: Vec<bool> = entries.iter().enumerate().map(|(at, (key, _))| best[&canonical(key)].0 == at).collect();
+    entries.into_iter().zip(chosen).filter(|(_, chosen)| *chosen).map(|(entry, _)| entry).collect()
+}
+
+/// A time to the second, without its zone: enough to order what one clock wrote.
+fn stamp(time: &str) -> &str {
+    time.get(..19).unwrap_or(time)
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: String,
+}
+
+/// The lowest version: what every server can do.
+fn lowest_version(bodies: &[Bytes]) -> Bytes {
+    let order = |body: &Bytes| {
+        let version = serde_json::from_slice::<Version>(body).map(|version| version.version).unwrap_or_default();
+        let numbers: Vec<u64> = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
+        // A release candidate comes before its release.
+        (numbers, !version.contains('-'))
+    };
+    bodies.iter().min_by_key(|body| order(body)).cloned().unwrap_or_default()
+}
+
+/// Ollama's own status with our summary in it.
+pub(super) async fn status(answer: Result<Reply, Error>, snapshot: &Snapshot, about: &About) -> Result<Reply, Error> {
+    let ours = serde_json::to_string(&status::summary(snapshot, about)).unwrap_or_default();
+    let theirs = match answer {
+        Ok(reply) if reply.status.is_success() => reply.body.collect(LONGEST).await.unwrap_or_default(),
+        _ => Bytes::new(),
+    };
+    let theirs = std::str::from_utf8(&theirs).unwrap_or_default().trim();
+    let body = match theirs.strip_suffix('}') {
+        Some(open) if open.trim_end() != "{" => format!("{open},\"olol\":{ours}}}"),
+        _ => format!("{{\"olol\":{ours}}}"),
+    };
+    Ok(json_reply(StatusCode::OK, NATIVE, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(texts: &[&'static str]) -> Vec<Bytes> {
+        texts.iter().map(|text| Bytes::from_static(text.as_bytes())).collect()
+    }
+
+    #[test]
+    fn models_of_all_servers_are_listed_once_newest_first() {
+        let merged = list(
+            &bytes(&[
+                r#"{"models":[{"name":"old","digest":"1","modified_at":"2026-01-01T00:00:00Z","new_field":7}]}"#,
+                r#"{"models":[{"name":"New:latest","digest":"2","modified_at":"2026-02-01T00:00:00Z"},{"name":"old:latest","digest":"1","modified_at":"2025-01-01T00:00:00Z"}]}"#,
+            ]),
+            Order::Modified,
+        );
+        assert_eq!(
+            merged,
+            r#"{"models":[{"name":"New:latest","digest":"2","modified_at":"2026-02-01T00:00:00Z"},{"name":"old","digest":"1","modified_at":"2026-01-01T00:00:00Z","new_field":7}]}"#
+        );
+    }
+
+    #[test]
+    fn of_two_digests_the_more_common_one_is_shown() {
+        let one = r#"{"models":[{"name":"m","digest":"1"}]}"#;
+        let two = r#"{"models":[{"name":"m","digest":"2"}]}"#;
+        assert_eq!(list(&bytes(&[one, two, two]), Order::Modified), two);
+    }
+
+    #[test]
+    fn empty_lists_look_like_ollamas() {
+        assert_eq!(list(&bytes(&[r#"{"models":[]}"#, r#"{"models":null}"#]), Order::Expiry), r#"{"models":[]}"#);
+        assert_eq!(models_v1(&bytes(&[r#"{"object":"list","data":null}"#])), "{\"object\":\"list\",\"data\":null}\n");
+    }
+
+    #[test]
+    fn the_lowest_version_is_what_all_can_do() {
+        let versions = bytes(&[r#"{"version":"0.33.0"}"#, r#"{"version":"0.9.10"}"#, r#"{"version":"0.33.0-rc2"}"#]);
+        assert_eq!(lowest_version(&versions), versions[1]);
+        assert_eq!(lowest_version(&[versions[0].clone(), versions[2].clone()]), versions[2]);
+    }
+}

@@ -1,0 +1,348 @@
+//! Pulls and creates at several servers, told to the client as one.
+//!
+//! The client sees one valid stream: each status once all have reached it, each layer at the progress of the slowest, and at
+//! the end `success`, or an error that names who failed. What has been said is never taken back.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream::{self, SelectAll, Stream, StreamExt};
+use http::StatusCode;
+use olol_middleware::call::Body;
+use olol_middleware::pick::Fleet;
+use olol_middleware::{Call, Candidates, Chunk, Error, Reply, Route, Server, ServerId};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{LONGEST, News, Scatter, holders, json_reply};
+
+/// What one server said.
+enum Said {
+    Line(Bytes),
+    Failed(Error),
+    Over,
+}
+
+impl<F: Fleet> Scatter<F> {
+    /// Lets every server concerned do it and follows them all.
+    pub(super) async fn progress(self, call: Call) -> Result<Reply, Error> {
+        let everybody = &call.candidates.snapshot().servers;
+        let mut targets: Vec<Arc<Server>> = everybody.iter().filter(|server| server.is_usable()).cloned().collect();
+        if targets.is_empty() {
+            targets.clone_from(everybody);
+        }
+        if call.route == Route::Create {
+            let base = call.peek.from.as_deref().and_then(olol_middleware::ModelName::parse);
+            let with_base = holders(&call.candidates, base.as_ref());
+            if !with_base.is_empty() {
+                targets = with_base;
+            }
+            let digests = call.peek.digests.clone();
+            let candidates = call.candidates.clone();
+            self.give_blobs(&digests, &candidates, &targets).await?;
+        }
+        let news = News { cluster: self.shared.cluster.clone(), servers: targets.clone() };
+        let mut begun = Vec::new();
+        let mut refused = Vec::new();
+        let answers = futures_util::future::join_all(targets.iter().map(|server| {
+            let call = call.again();
+            let scatter = &self;
+            async move {
+                match call {
+                    Some(call) => scatter.to(call, server).await,
+                    None => Err(Error::Internal("the body cannot be sent to several servers".to_owned())),
+                }
+            }
+        }))
+        .await;
+        for (server, answer) in targets.iter().zip(answers) {
+            match answer {
+                Ok(reply) if reply.status.is_success() => begun.push((server.id.clone(), reply)),
+                other => refused.push((server.id.clone(), other)),
+            }
+        }
+        if begun.is_empty() {
+            // All refuse, and mostly for one reason: the first one's words.
+            let none = || Err(Error::NoServer("the proxy has no servers".to_owned()));
+            return refused.into_iter().next().map_or_else(none, |(_, answer)| answer);
+        }
+        let streams = call.peek.stream != Some(false);
+        let mut headers = begun[0].1.headers.clone();
+        headers.remove(http::header::CONTENT_LENGTH);
+        let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect());
+        let mut absent = Vec::new();
+        for (id, answer) in refused {
+            let why = match answer {
+                Ok(reply) => error_text(&reply.body.collect(LONGEST).await.unwrap_or_default()),
+                Err(error) => error.to_string(),
+            };
+            absent.push(id.clone());
+            told.failures.push((id, why));
+        }
+        if !streams {
+            return whole(begun, told, absent, news).await;
+        }
+        let said = select(begun.into_iter().map(|(_, reply)| reply.body).enumerate());
+        let lines = stream::unfold((said, told, false), |(mut said, mut told, over)| async move {
+            if over {
+                return None;
+            }
+            loop {
+                let (line, over) = match said.next().await {
+                    Some((server, said)) => (told.hear(server, said), false),
+                    None => (Some(told.last()), true),
+                };
+                if let Some(line) = line {
+                    return Some((Ok(Chunk::from(line)), (said, told, over)));
+                }
+            }
+        });
+        let mut reply = Reply { status: StatusCode::OK, headers, body: Body::new(lines) };
+        reply.body.outcome.absent = absent;
+        Ok(reply.hold(news))
+    }
+
+    /// Gives the blobs that a create names to the servers that lack them.
+    async fn give_blobs(&self, digests: &[String], candidates: &Candidates, targets: &[Arc<Server>]) -> Result<(), Error> {
+        for digest in digests {
+            let Some(blob) = self.shared.spool.find(digest) else { continue };
+            for server in targets {
+                self.give(candidates, &blob, server).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// All bodies at once, each chunk with the number of its server.
+fn select(bodies: impl Iterator<Item = (usize, Body)>) -> SelectAll<std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>>> {
+    let one = |(server, body): (usize, Body)| -> std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>> {
+        let lines = body.flat_map(|chunk| {
+            stream::iter(match chunk {
+                Ok(chunk) => lines_of(&chunk.bytes).into_iter().map(Said::Line).collect(),
+                Err(error) => vec![Said::Failed(error)],
+            })
+        });
+        Box::pin(lines.chain(stream::iter([Said::Over])).map(move |said| (server, said)))
+    };
+    stream::select_all(bodies.map(one))
+}
+
+fn lines_of(chunk: &Bytes) -> Vec<Bytes> {
+    let mut lines = Vec::new();
+    let mut start = 0;
+    for end in memchr::memchr_iter(b'\n', chunk) {
+        lines.push(chunk.slice(start..=end));
+        start = end + 1;
+    }
+    if start < chunk.len() {
+        lines.push(chunk.slice(start..));
+    }
+    lines
+}
+
+/// The answers of all, when the client wants one object.
+async fn whole(begun: Vec<(ServerId, Reply)>, mut told: Told, mut absent: Vec<ServerId>, news: News) -> Result<Reply, Error> {
+    let answers = futures_util::future::join_all(begun.into_iter().map(|(id, reply)| async move {
+        (id, reply.headers, reply.body.collect(LONGEST).await)
+    }))
+    .await;
+    let mut good = None;
+    for (id, headers, body) in answers {
+        match body {
+            Ok(body) => good = good.or(Some((headers, body))),
+            Err(error) => {
+                absent.push(id.clone());
+                told.failures.push((id, error.to_string()));
+            }
+        }
+    }
+    let mut reply = match good {
+        Some((headers, body)) if told.failures.is_empty() => Reply::full(StatusCode::OK, headers, body),
+        _ => json_reply(StatusCode::INTERNAL_SERVER_ERROR, "application/json; charset=utf-8", told.failure()),
+    };
+    reply.body.outcome.absent = absent;
+    Ok(reply.hold(news))
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Line {
+    status: String,
+    digest: String,
+    total: u64,
+    completed: u64,
+    error: Option<String>,
+}
+
+/// How far one server is.
+#[derive(Default)]
+struct Course {
+    /// Steps it has reached, in its order: statuses, and layers with their bytes.
+    steps: Vec<Step>,
+    over: bool,
+}
+
+struct Step {
+    line: Bytes,
+    status: String,
+    digest: String,
+    total: u64,
+    completed: u64,
+}
+
+/// What the client has been told so far, and what the servers have said.
+struct Told {
+    ids: Vec<ServerId>,
+    servers: Vec<Course>,
+    failures: Vec<(ServerId, String)>,
+    /// Statuses that were told, and bytes of layers.
+    said: Vec<(String, String, u64)>,
+    success: Option<Bytes>,
+    finished: bool,
+}
+
+impl Told {
+    fn new(ids: Vec<ServerId>) -> Self {
+        let servers = ids.iter().map(|_| Course::default()).collect();
+        Self { ids, servers, failures: Vec::new(), said: Vec::new(), success: None, finished: false }
+    }
+
+    /// Takes what a server said; returns what the client is told now.
+    fn hear(&mut self, server: usize, said: Said) -> Option<Bytes> {
+        match said {
+            Said::Over => self.servers[server].over = true,
+            Said::Failed(error) => self.fail(server, error.to_string()),
+            Said::Line(line) => {
+                let parsed: Line = serde_json::from_slice(&line).unwrap_or_default();
+                if let Some(error) = parsed.error {
+                    self.fail(server, error);
+                } else if parsed.status == "success" {
+                    self.success = Some(line);
+                } else {
+                    self.servers[server].reach(parsed, line);
+                }
+            }
+        }
+        self.next()
+    }
+
+    fn fail(&mut self, server: usize, why: String) {
+        self.failures.push((self.ids[server].clone(), why));
+        self.servers[server].over = true;
+        self.servers[server].steps.clear();
+    }
+
+    /// The servers that still count: those that have not failed.
+    fn counting(&self) -> impl Iterator<Item = &Course> {
+        let failed = |at: usize| self.failures.iter().any(|(id, _)| *id == self.ids[at]);
+        self.servers.iter().enumerate().filter(move |(at, _)| !failed(*at)).map(|(_, server)| server)
+    }
+
+    /// The furthest line that is true of every server and was not told yet.
+    fn next(&mut self) -> Option<Bytes> {
+        let slowest = self.counting().filter(|server| !server.over).min_by_key(|server| server.score())?;
+        let step = slowest.steps.last()?;
+        let known = self.said.iter().position(|(status, digest, _)| *status == step.status && *digest == step.digest);
+        let line = step.line.clone();
+        let said = (step.status.clone(), step.digest.clone(), step.completed);
+        match known {
+            None => self.said.push(said),
+            // Only forward, and only in the layer that was told last.
+            Some(at) if at + 1 == self.said.len() && self.said[at].2 < said.2 => self.said[at].2 = said.2,
+            Some(_) => return None,
+        }
+        Some(line)
+    }
+
+    /// The last line.
+    fn last(&mut self) -> Bytes {
+        self.finished = true;
+        match self.success.take() {
+            Some(line) if self.failures.is_empty() => line,
+            _ => format!("{}\n", self.failure()).into(),
+        }
+    }
+
+    /// Who failed and why; the plain words where all failed alike.
+    fn failure(&self) -> String {
+        let alike = self.failures.windows(2).all(|pair| pair[0].1 == pair[1].1);
+        let all = self.failures.len() >= self.ids.len() && !self.failures.is_empty();
+        let text = match self.failures.first() {
+            Some((_, why)) if alike && all => why.clone(),
+            None => "a server ended without success".to_owned(),
+            Some(_) => self.failures.iter().map(|(id, why)| format!("server {id}: {why}")).collect::<Vec<_>>().join("; "),
+        };
+        json!({"error": text}).to_string()
+    }
+}
+
+impl Course {
+    fn reach(&mut self, line: Line, bytes: Bytes) {
+        let step = Step { line: bytes, status: line.status, digest: line.digest, total: line.total, completed: line.completed };
+        match self.steps.iter_mut().find(|known| known.status == step.status && known.digest == step.digest) {
+            Some(known) => *known = step,
+            None => self.steps.push(step),
+        }
+    }
+
+    /// Steps done, then bytes of the step that runs: more is further.
+    fn score(&self) -> (usize, u64) {
+        let last = self.steps.last();
+        let share = last.map_or(0, |step| step.completed.saturating_mul(1000) / step.total.max(1));
+        (self.steps.len(), share)
+    }
+}
+
+/// The text of an error's body.
+fn error_text(body: &[u8]) -> String {
+    let parsed: Line = serde_json::from_slice(body).unwrap_or_default();
+    parsed.error.unwrap_or_else(|| String::from_utf8_lossy(body).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(servers: usize, events: &[(usize, &str)]) -> Vec<String> {
+        let mut told = Told::new((0..servers).map(|at| ServerId::new(&at.to_string())).collect());
+        let mut out: Vec<String> = Vec::new();
+        for (server, line) in events {
+            let said = if *line == "over" { Said::Over } else { Said::Line(Bytes::copy_from_slice(line.as_bytes())) };
+            out.extend(told.hear(*server, said).map(|line| String::from_utf8_lossy(&line).into_owned()));
+        }
+        out.push(String::from_utf8_lossy(&told.last()).into_owned());
+        out
+    }
+
+    fn layer(completed: u64) -> String {
+        format!(r#"{{"status":"pulling aa","digest":"sha256:aa","total":100,"completed":{completed}}}"#)
+    }
+
+    #[test]
+    fn the_slowest_is_told_and_never_goes_back() {
+        let (ten, fifty, all) = (layer(10), layer(50), layer(100));
+        let manifest = r#"{"status":"pulling manifest"}"#;
+        let success = r#"{"status":"success"}"#;
+        let events = [(0, manifest), (1, manifest), (0, &fifty), (0, &all), (1, &ten), (1, &fifty), (1, &all), (0, success), (1, success), (0, "over"), (1, "over")];
+        let out = run(2, &events);
+        assert_eq!(out.first().map(String::as_str), Some(manifest));
+        assert_eq!(out.last().map(String::as_str), Some(success));
+        let completed: Vec<u64> =
+            out.iter().filter_map(|line| serde_json::from_str::<Line>(line).ok()).filter(|line| !line.digest.is_empty()).map(|line| line.completed).collect();
+        assert!(completed.is_sorted() && completed.last() == Some(&100), "{completed:?}");
+        assert!(!completed.contains(&0));
+    }
+
+    #[test]
+    fn who_failed_is_named() {
+        let out = run(2, &[(0, r#"{"status":"success"}"#), (1, r#"{"error":"disk full"}"#), (0, "over")]);
+        assert_eq!(out.last().map(String::as_str), Some("{\"error\":\"server 1: disk full\"}\n"));
+    }
+
+    #[test]
+    fn when_all_fail_alike_the_words_are_ollamas() {
+        let missing = r#"{"error":"pull model manifest: file does not exist"}"#;
+        assert_eq!(run(2, &[(0, missing), (1, missing)]).last().map(String::as_str), Some(&*format!("{missing}\n")));
+    }
+}

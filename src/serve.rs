@@ -1,0 +1,127 @@
+//! Takes connections, tells HTTP/1 from HTTP/2, and ends gracefully: what runs may finish, nothing new is taken.
+
+mod preamble;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use olol_middleware::BoxError;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
+use preamble::{Preamble, Prefixed};
+
+/// The longest head of a request, bytes: Go's limit and its tolerance.
+const LONGEST_HEAD: usize = (1 << 20) + 4096;
+/// Silence after which an HTTP/1 connection without a request is closed.
+const IDLE: Duration = Duration::from_secs(600);
+/// Streams that one HTTP/2 connection may carry at the same time.
+const STREAMS: u32 = 16_384;
+/// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
+const PROBE: Duration = Duration::from_secs(20);
+
+/// Answers requests. One clone a connection.
+pub trait Answers: Clone + Send + 'static {
+    /// The body of its answers.
+    type Body: http_body::Body<Data = bytes::Bytes, Error: Into<BoxError>> + Send + 'static;
+
+    /// Answers one request of a client.
+    fn answer(&self, request: Request<Incoming>, client: SocketAddr) -> impl Future<Output = Response<Self::Body>> + Send;
+}
+
+/// Serves until `stop`, then lets what runs finish within `grace`. True if all of it did.
+pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: CancellationToken, grace: Duration) -> bool {
+    let graceful = GracefulShutdown::new();
+    loop {
+        let (stream, client) = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Too many open files, mostly: connections that end make room.
+                    tracing::warn!(%error, "a connection could not be taken");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            },
+        };
+        let _ = stream.set_nodelay(true);
+        let watcher = graceful.watcher();
+        let answers = answers.clone();
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            let preamble = tokio::select! {
+                () = stop.cancelled() => return,
+                preamble = preamble::read(stream) => preamble,
+            };
+            connection(preamble, answers, client, watcher).await;
+        });
+    }
+    drop(listener);
+    tokio::select! {
+        () = graceful.shutdown() => true,
+        () = tokio::time::sleep(grace) => false,
+    }
+}
+
+async fn connection<A: Answers>(
+    preamble: Preamble,
+    answers: A,
+    client: SocketAddr,
+    watcher: hyper_util::server::graceful::Watcher,
+) {
+    let service = hyper::service::service_fn(move |request| {
+        let answers = answers.clone();
+        async move { Ok::<_, Infallible>(answers.answer(request, client).await) }
+    });
+    let ended: Result<(), hyper::Error> = match preamble {
+        Preamble::Gone => Ok(()),
+        Preamble::Refused(stream, answer) => {
+            refuse(stream, answer).await;
+            Ok(())
+        }
+        Preamble::Http1(io) => {
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(IDLE)
+                .title_case_headers(true)
+                .max_buf_size(LONGEST_HEAD)
+                .serve_connection(TokioIo::new(io), service);
+            watcher.watch(connection).await
+        }
+        Preamble::Http2(io) => {
+            let connection = http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW)
+                .max_concurrent_streams(STREAMS)
+                .max_send_buf_size(64 << 10)
+                .keep_alive_interval(PROBE)
+                .keep_alive_timeout(PROBE)
+                .serve_connection(TokioIo::new(io), service);
+            watcher.watch(connection).await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%client, %error, "a connection ended early");
+    }
+}
+
+/// Sends a last word and closes.
+async fn refuse(mut io: Prefixed<TcpStream>, answer: &'static [u8]) {
+    let mut io = Pin::new(&mut io);
+    let _ = io.write_all(answer).await;
+    let _ = io.shutdown().await;
+    // Closing with unread bytes would reset the connection before the client has read the answer.
+    let mut sink = tokio::io::sink();
+    let _ = tokio::time::timeout(Duration::from_secs(1), tokio::io::copy(&mut io, &mut sink)).await;
+}
