@@ -1,7 +1,9 @@
 //! The command line.
 
+mod client;
 mod proxy;
 mod server;
+mod up;
 
 use clap::{Parser, Subcommand};
 
@@ -18,10 +20,14 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run everything that one machine needs: a proxy, an agent, and the Ollama of this machine or the built-in engine
+    Up(up::Arguments),
     /// Run the proxy: one address for many servers
     Proxy(proxy::Arguments),
     /// Run the agent beside an Ollama
     Server(server::Arguments),
+    /// Ask a model and print what it says
+    Client(client::Arguments),
 }
 
 impl Cli {
@@ -29,8 +35,10 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         crate::telemetry::start(&self.log_level)?;
         match self.command {
+            Command::Up(arguments) => arguments.run(),
             Command::Proxy(arguments) => arguments.run(),
             Command::Server(arguments) => arguments.run(),
+            Command::Client(arguments) => arguments.run(),
         }
     }
 }

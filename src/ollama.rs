@@ -6,6 +6,7 @@
 mod connection;
 mod counters;
 mod exchange;
+mod host;
 mod lines;
 mod state;
 
