@@ -22,6 +22,8 @@ use olol_middleware::{Call, Error, Payload, Reply, Route, Scope, Shared, Stack};
 use tower::Service;
 
 pub use body::{HttpBody, Room};
+#[cfg(feature = "engine")]
+pub(crate) use error::body as error_body;
 pub use gate::{Gate, Origins};
 pub use own::Own;
 

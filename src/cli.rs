@@ -1,6 +1,8 @@
 //! The command line.
 
 mod client;
+#[cfg(feature = "engine")]
+mod engine;
 mod proxy;
 mod server;
 mod up;
@@ -28,6 +30,10 @@ enum Command {
     Server(server::Arguments),
     /// Ask a model and print what it says
     Client(client::Arguments),
+    /// The process of the built-in engine
+    #[cfg(feature = "engine")]
+    #[command(hide = true)]
+    Engine(engine::Arguments),
 }
 
 impl Cli {
@@ -39,6 +45,8 @@ impl Cli {
             Command::Proxy(arguments) => arguments.run(),
             Command::Server(arguments) => arguments.run(),
             Command::Client(arguments) => arguments.run(),
+            #[cfg(feature = "engine")]
+            Command::Engine(arguments) => arguments.run(),
         }
     }
 }

@@ -11,11 +11,14 @@
 //! | [`pool`] | the servers as services |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
+//! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
 
 pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
+#[cfg(feature = "engine")]
+pub mod engine;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;

@@ -7,8 +7,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
-use http_body_util::BodyExt;
-use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments, stack};
@@ -17,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::{Service, ServiceExt};
+use tower_http::body::UnsyncBoxBody;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::api::{Api, Gate, HttpBody, Origins, Own, Room};
@@ -153,7 +152,7 @@ impl Answers for Edge {
         });
         let guarded = tower::ServiceBuilder::new().layer(CatchPanicLayer::custom(panicked)).service(service);
         match guarded.oneshot(request).await {
-            Ok(answer) => answer.map(|body| body.map_err(Into::into).boxed_unsync()),
+            Ok(answer) => answer,
             Err(never) => match never {},
         }
     }

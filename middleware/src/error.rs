@@ -65,6 +65,9 @@ pub enum Error {
     /// There is no room to keep what the client sends.
     #[error("{0}")]
     Storage(String),
+    /// Nobody here can do what was asked; the text says who could.
+    #[error("{0}")]
+    Unsupported(String),
     /// A defect of ours, caught.
     #[error("internal error: {0}")]
     Internal(String),
@@ -79,6 +82,7 @@ impl Error {
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Storage(_) => StatusCode::INSUFFICIENT_STORAGE,
+            Self::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -94,6 +98,7 @@ impl Error {
             Self::Loop => "loop",
             Self::Body(_) => "client-body",
             Self::Storage(_) => "storage",
+            Self::Unsupported(_) => "unsupported",
             Self::Internal(_) => "internal",
         }
     }

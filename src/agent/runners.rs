@@ -77,7 +77,11 @@ fn find(proc: &Path) -> HashMap<String, Runner> {
 fn read(line: &[u8]) -> Option<(String, Runner)> {
     let arguments: Vec<&str> = line.split(|byte| *byte == 0).filter_map(|argument| std::str::from_utf8(argument).ok()).collect();
     let program = file_name(arguments.first()?)?;
-    if !program.contains("llama-server") && !(program.contains("ollama") && arguments.contains(&"runner")) {
+    let is_runner = program.contains("llama-server")
+        || (program.contains("ollama") && arguments.contains(&"runner"))
+        // Our own engine answers one call at a time.
+        || (program.contains("olol") && arguments.get(1) == Some(&"engine"));
+    if !is_runner {
         return None;
     }
     let value = |names: &[&str]| {
@@ -99,6 +103,8 @@ mod tests {
         assert_eq!(read(line), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192 })));
         let older = b"/usr/bin/ollama\0runner\0--model\0/m/sha256-bb\0--ctx-size\02048\0--parallel\02\0";
         assert_eq!(read(older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048 })));
+        let own = b"/usr/bin/olol\0engine\0--model\0/tmp/olol-x/olol-tiny.gguf\0";
+        assert_eq!(read(own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0 })));
         assert_eq!(read(b"/usr/bin/vim\0--model\0x\0"), None);
         assert_eq!(read(b""), None);
     }

@@ -4,7 +4,7 @@ use olol_middleware::{Dialect, Error};
 use serde_json::json;
 
 /// The body of an answer that tells of an error.
-pub(super) fn body(dialect: Dialect, error: &Error) -> String {
+pub(crate) fn body(dialect: Dialect, error: &Error) -> String {
     let text = error.to_string();
     let status = error.status().as_u16();
     let value = match dialect {
