@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -248,13 +249,10 @@ impl Connection {
         patiently("writing", self.writer.write_all(bytes)).await.unwrap();
     }
 
-    /// Writes as much as the other side takes until it has closed; says how much that was.
-    pub async fn write_until_refused(&mut self, bytes: &[u8]) -> usize {
-        let mut written = 0;
-        while let Ok(more @ 1..) = patiently("writing", self.writer.write(bytes)).await {
-            written += more;
-        }
-        written
+    /// Writes until nobody takes any more, and leaves it at that.
+    pub async fn write_until_stuck(&mut self, bytes: &[u8]) {
+        let pause = Duration::from_millis(200);
+        while let Ok(Ok(1..)) = tokio::time::timeout(pause, self.writer.write(bytes)).await {}
     }
 
     /// Closes the sending side, and goes on reading.
@@ -375,6 +373,13 @@ impl Connection {
             chunks,
             ending,
         }
+    }
+
+    /// Whether nothing comes for a while. Only to show that something does not happen, which no event can tell.
+    pub async fn is_quiet(&mut self) -> bool {
+        tokio::time::timeout(Duration::from_millis(100), self.reader.fill_buf())
+            .await
+            .is_err()
     }
 
     /// Waits until the other side has closed, with nothing more to read.

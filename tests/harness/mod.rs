@@ -17,6 +17,7 @@
 //! | [`server`] | a fake Ollama: what it has, what it does, what it saw |
 //! | [`olol`] | a proxy in front of a cluster, in this process |
 //! | [`process`] | the built program, where its process is what matters |
+//! | [`answers`], [`store`] | what it answers by itself, and from what |
 //! | [`client`] | a client that sees every byte: chunks, header case, how a connection ended |
 //! | [`wire`] | HTTP/1.1 as bytes, for both sides |
 //!
@@ -30,7 +31,7 @@
     reason = "every test file uses a part of it"
 )]
 
-mod answers;
+pub mod answers;
 pub mod client;
 pub mod cluster;
 pub mod olol;

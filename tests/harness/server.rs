@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
@@ -37,6 +38,8 @@ pub(super) struct State {
     scripts: HashMap<(String, String), Vec<Step>>,
     is_silent: bool,
     is_dead: bool,
+    takes_no_blobs: bool,
+    written: u64,
     seen: Vec<Seen>,
     running: usize,
     cancelled: usize,
@@ -209,6 +212,11 @@ impl Server {
         self.has(model).change(|state| state.store.load(model))
     }
 
+    /// Has one of its models in its memory, too.
+    pub fn keeps_loaded(&self, model: &str) -> &Self {
+        self.change(|state| state.store.load(model))
+    }
+
     /// Lost a model, and told nobody.
     pub fn lost(&self, model: &str) -> &Self {
         self.change(|state| {
@@ -299,6 +307,11 @@ impl Server {
     /// Takes connections and requests, and answers none of them.
     pub fn is_silent(&self) -> &Self {
         self.change(|state| state.is_silent = true)
+    }
+
+    /// Leaves the bodies of uploads unread.
+    pub fn takes_no_blobs(&self) -> &Self {
+        self.change(|state| state.takes_no_blobs = true)
     }
 
     /// Takes these steps for a certain request, whatever else it would do.
@@ -396,6 +409,21 @@ impl Server {
         .await;
     }
 
+    /// Waits until nobody takes any more of what it writes: all that is between it and its clients is full.
+    pub async fn is_stuck(&self) {
+        let pause = Duration::from_millis(200);
+        let stuck = async {
+            loop {
+                let before = self.state.borrow().written;
+                tokio::time::sleep(pause).await;
+                if before == self.state.borrow().written {
+                    return;
+                }
+            }
+        };
+        patiently("a server is stuck", stuck).await;
+    }
+
     async fn sees(&self, what: &str, is_there: impl FnMut(&State) -> bool) {
         let mut watch = self.state.subscribe();
         patiently(&format!("a server sees {what}"), watch.wait_for(is_there))
@@ -463,6 +491,9 @@ async fn serve(stream: impl AsyncRead + AsyncWrite, state: Shared) -> io::Result
         let mut running = Running::begin(&state, &head);
         if head.headers.get("expect").is_some() {
             write.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
+        }
+        if state.borrow().takes_no_blobs && head.line.starts_with("POST /api/blobs/") {
+            return std::future::pending().await;
         }
         let request = read_request(head, &mut read, is_reused).await?;
         let steps = steps(&state, request);
@@ -562,6 +593,7 @@ async fn take(steps: Vec<Step>, write: &mut (impl AsyncWrite + Unpin), state: &S
             Step::Write(bytes) => write_through(write, &bytes).await?,
             Step::Repeat(bytes) => loop {
                 write_through(write, &bytes).await?;
+                state.send_modify(|state| state.written += bytes.len() as u64);
             },
             Step::Wait(gate) => gate.pass().await,
             Step::Load(model) => state.send_modify(|state| state.store.load(&model)),
