@@ -256,6 +256,7 @@ fn failure(error: &Error) -> Status {
         Error::NoServer(_) => Status::unavailable(error.to_string()),
         Error::Busy => Status::resource_exhausted(error.to_string()),
         Error::Body(_) => Status::invalid_argument(error.to_string()),
+        Error::Loop => Status::failed_precondition(error.to_string()),
         _ => Status::internal(error.to_string()),
     };
     if let Error::Server { phase, .. } = error {
