@@ -176,7 +176,7 @@ async fn begin_upload(olol: &Olol) -> Connection {
 
 /// A stream without end.
 fn flood() -> Vec<Step> {
-    let line = format!("{{\"response\":\"{}\"}}\n", "flood ".repeat(1000));
+    let line = format!("{{\"response\":\"{}\"}}\n", "flood ".repeat(10_000));
     let mut steps = answers::chunked("application/x-ndjson", []);
     steps.pop();
     steps.push(Step::Repeat(wire::chunk(line.as_bytes())));

@@ -28,14 +28,20 @@ pub fn is_work(path: &str) -> bool {
 
 /// The steps of an answer.
 pub(super) fn steps(state: &mut State, request: &Seen) -> Vec<Step> {
+    if request.method == "HEAD" && !request.path.starts_with("/api/blobs/") {
+        let get = Seen {
+            method: "GET".to_owned(),
+            ..request.clone()
+        };
+        return steps(state, &get).into_iter().map(without_body).collect();
+    }
     let store = &mut state.store;
     let name = request.model();
     match (request.method.as_str(), request.path.as_str()) {
-        ("GET" | "HEAD", "/") => whole(200, "text/plain; charset=utf-8", "Ollama is running"),
+        ("GET", "/") => whole(200, "text/plain; charset=utf-8", "Ollama is running"),
         ("GET", "/api/version") => json_answer(200, &json!({"version": store.version})),
         ("GET", "/api/status") => json_answer(200, &json!({"cloud": {"disabled": true, "source": "env"}})),
         ("GET", "/api/tags") => json_answer(200, &store.tags()),
-        ("HEAD", "/api/tags") => vec![Step::Write(head(200, NATIVE, &[]))],
         ("GET", "/api/ps") => json_answer(200, &store.ps()),
         ("GET", "/v1/models") => whole(200, "application/json", format!("{}\n", store.v1_models())),
         ("POST", "/api/show") => match store.show(&name) {
@@ -86,6 +92,13 @@ fn head(status: u16, kind: &str, headers: &[(&str, &str)]) -> Vec<u8> {
         }
     }
     (head + "\r\n").into_bytes()
+}
+
+fn without_body(step: Step) -> Step {
+    let Step::Write(mut bytes) = step else { return step };
+    let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");
+    bytes.truncate(end.map_or(bytes.len(), |end| end + 4));
+    Step::Write(bytes)
 }
 
 fn json_answer(status: u16, body: &Value) -> Vec<Step> {
@@ -245,7 +258,7 @@ fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
     match state.behaviour {
         Behaviour::DiesAfter => steps.push(Step::HangUp),
         Behaviour::StallsAfter => steps.push(Step::Stall),
-        Behaviour::Floods => steps.push(Step::Repeat(wire::chunk(&form.piece(name, &"flood ".repeat(1000))))),
+        Behaviour::Floods => steps.push(Step::Repeat(wire::chunk(&form.piece(name, &"flood ".repeat(10_000))))),
         _ => {
             if let Behaviour::Paced(gate) = &state.behaviour {
                 steps.push(Step::Wait(gate.clone()));

@@ -78,6 +78,11 @@ impl Olol {
         self.proxy.cluster().snapshot().servers[server].load.in_flight()
     }
 
+    /// Whether a server is up, in the books of the proxy.
+    pub fn is_server_up(&self, server: usize) -> bool {
+        self.proxy.cluster().snapshot().servers[server].state == State::Up
+    }
+
     /// Waits until the proxy knows what the servers have; those that do not answer are left out.
     pub async fn knows(&self, cluster: &Cluster) {
         let learning = async {

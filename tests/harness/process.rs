@@ -22,7 +22,16 @@ pub struct Process {
 impl Process {
     /// Starts `olol` with these arguments and waits until it listens.
     pub async fn start(arguments: &[&str]) -> Self {
-        let mut child = olol(arguments).stderr(Stdio::piped()).spawn().unwrap();
+        Self::start_with(&[], arguments).await
+    }
+
+    /// The same with these variables in its environment.
+    pub async fn start_with(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
+        let mut child = olol(arguments)
+            .envs(environment.iter().copied())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (found, address) = tokio::sync::oneshot::channel();
         tokio::spawn(read_log(child.stderr.take().unwrap(), log.clone(), found));

@@ -41,6 +41,7 @@ pub(super) struct State {
     takes_no_blobs: bool,
     written: u64,
     seen: Vec<Seen>,
+    work: usize,
     running: usize,
     cancelled: usize,
     connections: usize,
@@ -353,7 +354,7 @@ impl Server {
 
     /// Requests to models, so far.
     pub fn work(&self) -> usize {
-        self.state.borrow().work()
+        self.state.borrow().work
     }
 
     /// Connections that it ever took.
@@ -374,7 +375,7 @@ impl Server {
 
     /// Waits until models were asked so many times, since it started.
     pub async fn asked(&self, times: usize) {
-        self.sees(&format!("{times} requests to models"), |state| state.work() >= times)
+        self.sees(&format!("{times} requests to models"), |state| state.work >= times)
             .await;
     }
 
@@ -433,10 +434,6 @@ impl Server {
 }
 
 impl State {
-    fn work(&self) -> usize {
-        self.seen.iter().filter(|seen| answers::is_work(&seen.path)).count()
-    }
-
     fn steps(&mut self, request: &Seen) -> Vec<Step> {
         if self.is_silent {
             return vec![Step::Stall];
@@ -581,6 +578,7 @@ fn steps(state: &Shared, request: Seen) -> Vec<Step> {
     let mut steps = Vec::new();
     state.send_modify(|state| {
         steps = state.steps(&request);
+        state.work += usize::from(answers::is_work(&request.path));
         state.seen.push(request);
     });
     steps
