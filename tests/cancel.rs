@@ -1,5 +1,7 @@
 //! A client that leaves ends the work at the server, in every phase; only a load outlives it.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use std::net::SocketAddr;
@@ -75,10 +77,7 @@ async fn in_the_middle_of_an_upload() {
             .await;
         until("the upload reaches the server", || cluster.server(0).running() == 1).await;
         leaves(client, &cluster, &olol).await;
-        assert!(
-            cluster.server(0).seen("/api/blobs/sha256:00").is_empty(),
-            "half a blob is no blob"
-        );
+        assert!(cluster.server(0).seen("/api/blobs/sha256:00").is_empty(), "half a blob is no blob");
     }
 }
 
@@ -133,11 +132,7 @@ async fn nothing_is_generated_for_nobody_when_the_load_is_done() {
         let cluster = Cluster::of(1).await.over(way).all_have("tiny");
         let gate = Gate::closed();
         let loads = [Step::Wait(gate.clone()), Step::Load("tiny".to_owned())];
-        cluster.server(0).on(
-            "POST",
-            "/api/chat",
-            loads.into_iter().chain(begun_and_stalled()).collect(),
-        );
+        cluster.server(0).on("POST", "/api/chat", loads.into_iter().chain(begun_and_stalled()).collect());
         let olol = Olol::start(&cluster, "").await;
         let client = olol.begin(&chat("tiny", "hi")).await;
         cluster.server(0).asked(1).await;
@@ -155,10 +150,7 @@ async fn loads_that_go_on_without_a_client_are_limited() {
         let cluster = Cluster::of(1).await.over(way).all_have("tiny");
         cluster.server(0).loads_until(&Gate::closed());
         let olol = Olol::start(&cluster, "pool.load-linger-max = 1").await;
-        let clients = [
-            olol.begin(&chat("tiny", "1")).await,
-            olol.begin(&chat("tiny", "2")).await,
-        ];
+        let clients = [olol.begin(&chat("tiny", "1")).await, olol.begin(&chat("tiny", "2")).await];
         cluster.server(0).asked(2).await;
         drop(clients);
         cluster.server(0).saw_cancel().await;

@@ -1,5 +1,7 @@
 //! Several servers look like one: their lists are one list, and what changes models is told to all that it concerns.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use harness::olol::{chat, keep_alive};
@@ -13,15 +15,8 @@ use tokio::time::{Duration, Instant};
 async fn models_of_all_servers_are_one_list_newest_first() {
     for way in Way::BOTH {
         let (_cluster, olol) = three_servers(way).await;
-        assert_eq!(
-            olol.get("/api/tags").await.names(),
-            ["new:q4", "both:latest", "old:latest"],
-            "{way:?}"
-        );
-        assert_eq!(
-            olol.get("/v1/models").await.names(),
-            ["new:q4", "both:latest", "old:latest"]
-        );
+        assert_eq!(olol.get("/api/tags").await.names(), ["new:q4", "both:latest", "old:latest"], "{way:?}");
+        assert_eq!(olol.get("/v1/models").await.names(), ["new:q4", "both:latest", "old:latest"]);
     }
 }
 
@@ -48,15 +43,9 @@ async fn the_lowest_version_is_what_the_cluster_can_do() {
 async fn a_list_has_the_headers_of_a_single_server() {
     let (_cluster, olol) = three_servers(Way::Http).await;
     let tags = olol.get("/api/tags").await;
-    assert_eq!(
-        (tags.status, tags.header("content-type")),
-        (200, "application/json; charset=utf-8")
-    );
+    assert_eq!((tags.status, tags.header("content-type")), (200, "application/json; charset=utf-8"));
     let models = olol.get("/v1/models").await;
-    assert_eq!(
-        (models.header("content-type"), models.text().ends_with("]}\n")),
-        ("application/json", true)
-    );
+    assert_eq!((models.header("content-type"), models.text().ends_with("]}\n")), ("application/json", true));
     let head = olol.ask(&Request::new("HEAD", "/api/tags")).await;
     assert_eq!((head.status, head.ending), (200, Ending::NoBody));
 }
@@ -82,10 +71,7 @@ async fn a_dead_server_is_left_out_at_once_and_named() {
     let (cluster, olol) = three_servers(Way::Http).await;
     cluster.server(2).dies();
     let tags = olol.get("/api/tags").await;
-    assert_eq!(
-        (tags.names().as_slice(), tags.header("x-olol-partial")),
-        (&names(["both", "old"])[..], "2")
-    );
+    assert_eq!((tags.names().as_slice(), tags.header("x-olol-partial")), (&names(["both", "old"])[..], "2"));
 }
 
 #[tokio::test]
@@ -103,11 +89,7 @@ async fn the_bytes_of_a_single_server_pass_unchanged() {
     for way in Way::BOTH {
         let cluster = Cluster::of(1).await.over(way);
         let body = "{ \"models\" : [ {\"name\":\"a\",\"future\":1} ] }\n";
-        cluster.server(0).on(
-            "GET",
-            "/api/tags",
-            answers::whole(200, "application/json; charset=utf-8", body),
-        );
+        cluster.server(0).on("GET", "/api/tags", answers::whole(200, "application/json; charset=utf-8", body));
         let olol = Olol::launch(&cluster, "").await;
         olol.is_up().await;
         assert_eq!(olol.get("/api/tags").await.text(), body, "{way:?}");
@@ -118,9 +100,7 @@ async fn the_bytes_of_a_single_server_pass_unchanged() {
 async fn fields_of_tomorrow_come_through_a_merged_list() {
     let (cluster, olol) = three_servers(Way::Http).await;
     let body = r#"{"models":[{"name":"z","modified_at":"2030-01-01T00:00:00Z","future":{"n":1e400}}]}"#;
-    cluster
-        .server(0)
-        .on("GET", "/api/tags", answers::whole(200, "application/json", body));
+    cluster.server(0).on("GET", "/api/tags", answers::whole(200, "application/json", body));
     assert!(olol.get("/api/tags").await.text().contains(r#""future":{"n":1e400}"#));
 }
 
@@ -149,11 +129,7 @@ async fn a_pull_at_all_servers_is_one_valid_stream() {
             "{way:?}"
         );
         assert_eq!(statuses.iter().filter(|status| *status == "success").count(), 1);
-        let done: Vec<u64> = pulled
-            .lines()
-            .iter()
-            .filter_map(|line| line["completed"].as_u64())
-            .collect();
+        let done: Vec<u64> = pulled.lines().iter().filter_map(|line| line["completed"].as_u64()).collect();
         assert!(done.is_sorted(), "progress never goes back: {done:?}");
         assert!(cluster.servers().iter().all(|server| server.still_has("tiny")));
     }
@@ -170,18 +146,11 @@ async fn a_pull_is_as_far_as_its_slowest_server() {
         pulling.head().await;
         assert_eq!(pulling.line().await["status"], "pulling manifest");
         until("the quick server is done", || cluster.server(0).still_has("tiny")).await;
-        assert!(
-            pulling.is_quiet().await,
-            "nothing is told that is not true of every server"
-        );
+        assert!(pulling.is_quiet().await, "nothing is told that is not true of every server");
         gate.open();
         let (lines, ending) = pulling.rest().await;
         let last: Value = serde_json::from_slice(lines.last().unwrap()).unwrap();
-        assert_eq!(
-            (&last["status"], ending),
-            (&json!("success"), Ending::LastChunk),
-            "{way:?}"
-        );
+        assert_eq!((&last["status"], ending), (&json!("success"), Ending::LastChunk), "{way:?}");
     }
 }
 
@@ -189,18 +158,11 @@ async fn a_pull_is_as_far_as_its_slowest_server() {
 async fn a_pull_that_fails_somewhere_says_where() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way);
-        let full = [
-            json!({"status": "pulling manifest"}),
-            json!({"error": "no space left on device"}),
-        ];
+        let full = [json!({"status": "pulling manifest"}), json!({"error": "no space left on device"})];
         cluster.server(1).on("POST", "/api/pull", lines(&full));
         let olol = Olol::start(&cluster, "").await;
         let pulled = olol.ask(&pull("tiny")).await;
-        assert_eq!(
-            (pulled.status, pulled.error().as_str()),
-            (200, "server 1: no space left on device"),
-            "{way:?}"
-        );
+        assert_eq!((pulled.status, pulled.error().as_str()), (200, "server 1: no space left on device"), "{way:?}");
         assert!(!statuses(&pulled).contains(&"success".into()));
         assert!(cluster.server(0).still_has("tiny"), "the others have it all the same");
     }
@@ -210,17 +172,10 @@ async fn a_pull_that_fails_somewhere_says_where() {
 async fn a_pull_that_fails_everywhere_alike_has_ollamas_words() {
     let cluster = Cluster::of(2).await;
     for server in cluster.servers() {
-        server.on(
-            "POST",
-            "/api/pull",
-            lines(&[json!({"error": "pull model manifest: file does not exist"})]),
-        );
+        server.on("POST", "/api/pull", lines(&[json!({"error": "pull model manifest: file does not exist"})]));
     }
     let olol = Olol::start(&cluster, "").await;
-    assert_eq!(
-        olol.ask(&pull("nosuch")).await.error(),
-        "pull model manifest: file does not exist"
-    );
+    assert_eq!(olol.ask(&pull("nosuch")).await.error(), "pull model manifest: file does not exist");
 }
 
 #[tokio::test]
@@ -242,13 +197,8 @@ async fn a_server_that_dies_in_a_pull_is_named() {
 async fn a_pull_without_stream_is_one_object() {
     let cluster = Cluster::of(2).await;
     let olol = Olol::start(&cluster, "").await;
-    let pulled = olol
-        .ask(&Request::post("/api/pull", r#"{"model":"tiny","stream":false}"#))
-        .await;
-    assert_eq!(
-        (pulled.status, pulled.text().as_str()),
-        (200, r#"{"status":"success"}"#)
-    );
+    let pulled = olol.ask(&Request::post("/api/pull", r#"{"model":"tiny","stream":false}"#)).await;
+    assert_eq!((pulled.status, pulled.text().as_str()), (200, r#"{"status":"success"}"#));
     assert!(cluster.servers().iter().all(|server| server.still_has("tiny")));
 }
 
@@ -270,16 +220,9 @@ async fn a_delete_reaches_everybody_who_has_the_model() {
         cluster.server(2).has("tiny");
         let olol = Olol::start(&cluster, "").await;
         let deleted = olol.ask(&delete("tiny")).await;
-        assert_eq!(
-            (deleted.status, deleted.text().as_str(), deleted.header("content-type")),
-            (200, "", ""),
-            "{way:?}"
-        );
+        assert_eq!((deleted.status, deleted.text().as_str(), deleted.header("content-type")), (200, "", ""), "{way:?}");
         assert!(cluster.servers().iter().all(|server| !server.still_has("tiny")));
-        assert!(
-            cluster.server(1).seen("/api/delete").is_empty(),
-            "who does not have it is left alone"
-        );
+        assert!(cluster.server(1).seen("/api/delete").is_empty(), "who does not have it is left alone");
     }
 }
 
@@ -288,26 +231,17 @@ async fn a_delete_of_what_nobody_has_is_refused_in_ollamas_words() {
     let cluster = Cluster::of(2).await.all_have("other");
     let olol = Olol::start(&cluster, "").await;
     let deleted = olol.ask(&delete("nosuch")).await;
-    assert_eq!(
-        (deleted.status, deleted.error().as_str()),
-        (404, "model 'nosuch' not found")
-    );
+    assert_eq!((deleted.status, deleted.error().as_str()), (404, "model 'nosuch' not found"));
 }
 
 #[tokio::test]
 async fn a_delete_that_fails_somewhere_says_where() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way).all_have("tiny");
-        cluster
-            .server(1)
-            .fails("DELETE", "/api/delete", 500, "read-only file system");
+        cluster.server(1).fails("DELETE", "/api/delete", 500, "read-only file system");
         let olol = Olol::start(&cluster, "").await;
         let deleted = olol.ask(&delete("tiny")).await;
-        assert_eq!(
-            (deleted.status, deleted.error().as_str()),
-            (500, "read-only file system"),
-            "{way:?}"
-        );
+        assert_eq!((deleted.status, deleted.error().as_str()), (500, "read-only file system"), "{way:?}");
         assert_eq!(deleted.header("x-olol-partial"), "1");
     }
 }
@@ -318,9 +252,7 @@ async fn a_copy_is_made_where_the_model_is() {
         let cluster = Cluster::of(3).await.over(way).all_have("tiny");
         cluster.server(1).lost("tiny");
         let olol = Olol::start(&cluster, "").await;
-        let copied = olol
-            .ask(&Request::post("/api/copy", r#"{"source":"tiny","destination":"twin"}"#))
-            .await;
+        let copied = olol.ask(&Request::post("/api/copy", r#"{"source":"tiny","destination":"twin"}"#)).await;
         assert_eq!((copied.status, copied.text().as_str()), (200, ""), "{way:?}");
         assert_eq!(having(&cluster, "twin"), [true, false, true]);
     }
@@ -332,11 +264,7 @@ async fn an_unload_reaches_every_server_that_has_the_model_in_memory() {
         let cluster = Cluster::of(3).await.over(way).all_have_loaded("tiny");
         let olol = Olol::start(&cluster, "").await;
         let unloaded = olol.ask(&keep_alive("tiny", 0)).await;
-        assert_eq!(
-            (unloaded.status, &unloaded.json()["done_reason"]),
-            (200, &json!("unload")),
-            "{way:?}"
-        );
+        assert_eq!((unloaded.status, &unloaded.json()["done_reason"]), (200, &json!("unload")), "{way:?}");
         assert!(cluster.servers().iter().all(|server| server.holds().1.is_empty()));
     }
 }
@@ -346,16 +274,8 @@ async fn a_create_runs_where_its_base_is() {
     let cluster = Cluster::of(3).await.all_have("base");
     cluster.server(1).lost("base");
     let olol = Olol::start(&cluster, "").await;
-    let created = olol
-        .ask(&Request::post(
-            "/api/create",
-            r#"{"model":"mine","from":"base","system":"x"}"#,
-        ))
-        .await;
-    assert_eq!(
-        (created.status, statuses(&created).last().cloned()),
-        (200, Some("success".into()))
-    );
+    let created = olol.ask(&Request::post("/api/create", r#"{"model":"mine","from":"base","system":"x"}"#)).await;
+    assert_eq!((created.status, statuses(&created).last().cloned()), (200, Some("success".into())));
     assert_eq!(having(&cluster, "mine"), [true, false, true]);
 }
 
@@ -368,25 +288,12 @@ async fn a_blob_is_uploaded_once_and_given_to_every_server_that_creates() {
         assert_eq!(olol.ask(&Request::new("HEAD", &path)).await.status, 404);
         assert_eq!(olol.ask(&Request::post(&path, &bytes).chunked()).await.status, 201);
         assert_eq!(olol.ask(&Request::new("HEAD", &path)).await.status, 200);
-        assert_eq!(
-            olol.ask(&Request::post(&path, &bytes)).await.status,
-            200,
-            "it is there already"
-        );
+        assert_eq!(olol.ask(&Request::post(&path, &bytes)).await.status, 200, "it is there already");
         let create = json!({"model": "mine", "files": {"a.gguf": digest}});
         let created = olol.ask(&Request::post("/api/create", create)).await;
-        assert_eq!(
-            statuses(&created).last(),
-            Some(&"success".into()),
-            "{way:?}: {}",
-            created.text()
-        );
+        assert_eq!(statuses(&created).last(), Some(&"success".into()), "{way:?}: {}", created.text());
         for server in cluster.servers() {
-            let given = server
-                .seen(&path)
-                .into_iter()
-                .find(|seen| seen.method == "POST")
-                .expect("the blob");
+            let given = server.seen(&path).into_iter().find(|seen| seen.method == "POST").expect("the blob");
             assert!(server.still_has("mine") && given.body == bytes.as_bytes(), "{way:?}");
         }
     }
@@ -401,16 +308,10 @@ async fn a_blob_that_is_not_what_it_says_is_refused_in_ollamas_words() {
     let got = hex(&Sha256::digest("something else"));
     assert_eq!(
         (refused.status, refused.error()),
-        (
-            400,
-            format!("digest mismatch, expected \"{digest}\", got \"sha256:{got}\"")
-        )
+        (400, format!("digest mismatch, expected \"{digest}\", got \"sha256:{got}\""))
     );
     let refused = olol.ask(&Request::post("/api/blobs/sha256:12", "x")).await;
-    assert_eq!(
-        (refused.status, refused.error().as_str()),
-        (400, "invalid digest format")
-    );
+    assert_eq!((refused.status, refused.error().as_str()), (400, "invalid digest format"));
     assert!(olol.spooled().is_empty());
 }
 
@@ -420,12 +321,7 @@ async fn a_blob_beyond_the_spool_is_refused_and_leaves_nothing() {
     let olol = Olol::start(&cluster, "spool.max-bytes = 100000").await;
     let (_, path, bytes) = blob(200_000);
     let refused = olol.ask(&Request::post(&path, bytes)).await;
-    assert_eq!(
-        (refused.status, refused.header("x-olol-reason")),
-        (507, "storage"),
-        "{}",
-        refused.text()
-    );
+    assert_eq!((refused.status, refused.header("x-olol-reason")), (507, "storage"), "{}", refused.text());
     until("the part is removed", || olol.spooled().is_empty()).await;
 }
 
@@ -435,9 +331,7 @@ async fn an_upload_that_breaks_off_leaves_nothing() {
     let olol = Olol::start(&cluster, "").await;
     let (_, path, _) = blob(10);
     let mut client = olol.connect().await;
-    client
-        .write(format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nhalf").as_bytes())
-        .await;
+    client.write(format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nhalf").as_bytes()).await;
     until("the spool has a part", || !olol.spooled().is_empty()).await;
     drop(client);
     until("the part is removed", || olol.spooled().is_empty()).await;
@@ -458,14 +352,8 @@ async fn a_change_is_known_at_once() {
 async fn three_servers(way: Way) -> (Cluster, Olol) {
     let cluster = Cluster::of(3).await.over(way);
     cluster.server(0).has_since("old", "2026-01-01T00:00:01Z");
-    cluster
-        .server(1)
-        .has_since("both", "2026-01-01T00:00:02Z")
-        .has_since("old", "2026-01-01T00:00:01Z");
-    cluster
-        .server(2)
-        .has_since("both", "2026-01-01T00:00:02Z")
-        .has_since("new:q4", "2026-01-01T00:00:03Z");
+    cluster.server(1).has_since("both", "2026-01-01T00:00:02Z").has_since("old", "2026-01-01T00:00:01Z");
+    cluster.server(2).has_since("both", "2026-01-01T00:00:02Z").has_since("new:q4", "2026-01-01T00:00:03Z");
     cluster.server(1).keeps_loaded("both");
     cluster.server(2).keeps_loaded("both").keeps_loaded("new:q4");
     let olol = Olol::start(&cluster, "").await;
@@ -485,27 +373,16 @@ fn delete(model: &str) -> Request {
 }
 
 fn statuses(answer: &Answer) -> Vec<String> {
-    answer
-        .lines()
-        .iter()
-        .filter_map(|line| line["status"].as_str().map(str::to_owned))
-        .collect()
+    answer.lines().iter().filter_map(|line| line["status"].as_str().map(str::to_owned)).collect()
 }
 
 fn having(cluster: &Cluster, model: &str) -> Vec<bool> {
-    cluster
-        .servers()
-        .iter()
-        .map(|server: &Server| server.still_has(model))
-        .collect()
+    cluster.servers().iter().map(|server: &Server| server.still_has(model)).collect()
 }
 
 /// A stream of these lines.
 fn lines(values: &[Value]) -> Vec<Step> {
-    answers::chunked(
-        "application/x-ndjson",
-        values.iter().map(|value| format!("{value}\n").into_bytes()),
-    )
+    answers::chunked("application/x-ndjson", values.iter().map(|value| format!("{value}\n").into_bytes()))
 }
 
 /// A pull that goes on after its first line when the gate lets it.

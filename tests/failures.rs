@@ -15,15 +15,8 @@ async fn a_server_that_dies_before_the_head_is_replaced_and_the_client_sees_noth
         cluster.server(0).dies_before_head();
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!(
-            (answer.status, answer.said().as_str(), answer.ending),
-            (200, "Hello world", Ending::LastChunk)
-        );
-        assert_eq!(
-            (answer.server(), answer.header("x-olol-attempts")),
-            ("1", "2"),
-            "{way:?}"
-        );
+        assert_eq!((answer.status, answer.said().as_str(), answer.ending), (200, "Hello world", Ending::LastChunk));
+        assert_eq!((answer.server(), answer.header("x-olol-attempts")), ("1", "2"), "{way:?}");
     }
 }
 
@@ -34,16 +27,8 @@ async fn the_only_server_that_dies_before_the_head_is_a_bad_gateway() {
         cluster.server(0).dies_before_head();
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!(
-            (answer.status, answer.header("x-olol-reason")),
-            (502, "server-failed"),
-            "{way:?}"
-        );
-        assert!(
-            answer.error().starts_with("server 0 failed while waiting"),
-            "{}",
-            answer.error()
-        );
+        assert_eq!((answer.status, answer.header("x-olol-reason")), (502, "server-failed"), "{way:?}");
+        assert!(answer.error().starts_with("server 0 failed while waiting"), "{}", answer.error());
     }
 }
 
@@ -54,11 +39,7 @@ async fn a_native_stream_that_breaks_off_ends_with_ollamas_error_line() {
         cluster.server(0).dies_after(["Hel"]);
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!(
-            (answer.status, answer.said().as_str(), answer.error().as_str()),
-            (200, "Hel", BROKEN),
-            "{way:?}"
-        );
+        assert_eq!((answer.status, answer.said().as_str(), answer.error().as_str()), (200, "Hel", BROKEN), "{way:?}");
         assert_eq!((answer.chunks.len(), answer.ending), (2, Ending::LastChunk));
         assert_eq!(cluster.server(1).work(), 0, "what reached a client is not begun again");
     }
@@ -71,11 +52,7 @@ async fn an_event_stream_that_breaks_off_ends_without_its_last_chunk() {
         cluster.server(0).dies_after(["Hel"]);
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.ask(&v1_chat("tiny", "hi")).await;
-        assert_eq!(
-            (answer.status, answer.said().as_str(), answer.ending),
-            (200, "Hel", Ending::Cut),
-            "{way:?}"
-        );
+        assert_eq!((answer.status, answer.said().as_str(), answer.ending), (200, "Hel", Ending::Cut), "{way:?}");
     }
 }
 
@@ -111,10 +88,7 @@ async fn a_server_that_stalls_does_not_hold_up_the_others() {
         let cluster = Cluster::of(2).await.over(way).weighing([5, 2]).all_have_loaded("tiny");
         cluster.server(0).stalls_before_head();
         let olol = Olol::start(&cluster, "").await;
-        let _stalled = [
-            olol.begin(&chat("tiny", "1")).await,
-            olol.begin(&chat("tiny", "2")).await,
-        ];
+        let _stalled = [olol.begin(&chat("tiny", "1")).await, olol.begin(&chat("tiny", "2")).await];
         cluster.server(0).asked(2).await;
         assert_eq!(olol.chat("tiny", "3").await.server(), "1", "{way:?}");
     }
@@ -128,19 +102,9 @@ async fn a_pooled_connection_that_died_is_replaced_and_the_client_sees_nothing()
         let olol = Olol::start(&cluster, "").await;
         for _ in 0..3 {
             let answer = olol.chat("tiny", "hi").await;
-            assert_eq!(
-                (answer.status, answer.said().as_str()),
-                (200, "Hello world"),
-                "{way:?}: {}",
-                answer.text()
-            );
+            assert_eq!((answer.status, answer.said().as_str()), (200, "Hello world"), "{way:?}: {}", answer.text());
         }
-        let died = cluster
-            .server(0)
-            .seen("/api/chat")
-            .iter()
-            .filter(|seen| seen.is_reused)
-            .count();
+        let died = cluster.server(0).seen("/api/chat").iter().filter(|seen| seen.is_reused).count();
         assert!(died > 0, "no pooled connection was used");
     }
 }
@@ -152,12 +116,7 @@ async fn a_model_that_was_deleted_is_found_elsewhere() {
         let olol = Olol::start(&cluster, "").await;
         cluster.server(0).lost("tiny");
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!(
-            (answer.status, answer.server()),
-            (200, "1"),
-            "{way:?}: {}",
-            answer.text()
-        );
+        assert_eq!((answer.status, answer.server()), (200, "1"), "{way:?}: {}", answer.text());
         assert_eq!(cluster.server(0).work(), 1, "it was believed to have it");
     }
 }
@@ -207,19 +166,14 @@ async fn when_all_are_busy_the_client_reads_ollamas_own_words() {
     let olol = Olol::start(&cluster, "").await;
     let answer = olol.chat("tiny", "hi").await;
     assert_eq!((answer.status, answer.header("retry-after")), (503, ""));
-    assert_eq!(
-        answer.error(),
-        "server busy, please try again.  maximum pending requests exceeded"
-    );
+    assert_eq!(answer.error(), "server busy, please try again.  maximum pending requests exceeded");
 }
 
 #[tokio::test]
 async fn what_a_server_says_of_the_request_itself_stands() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way).weighing([1000, 1]).all_have("tiny");
-        cluster
-            .server(0)
-            .refuses(500, "option \"num_predict\" must be of type integer");
+        cluster.server(0).refuses(500, "option \"num_predict\" must be of type integer");
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
         assert_eq!(
@@ -259,10 +213,7 @@ async fn a_server_killed_under_load_ends_only_the_streams_that_ran_on_it() {
             let (lines, ending) = stream.rest().await;
             let last: serde_json::Value = serde_json::from_slice(lines.last().unwrap()).unwrap();
             broken += usize::from(last["error"] == BROKEN);
-            assert!(
-                ending == Ending::LastChunk && (last["error"] == BROKEN || last["done"] == true),
-                "{last}"
-            );
+            assert!(ending == Ending::LastChunk && (last["error"] == BROKEN || last["done"] == true), "{last}");
         }
         assert_eq!(broken, 3, "{way:?}");
         for _ in 0..6 {
@@ -277,27 +228,13 @@ async fn when_nobody_answers_each_dialect_has_its_own_error() {
     let olol = Olol::start(&cluster, "").await;
     cluster.server(0).dies();
     let native = olol.chat("tiny", "hi").await;
-    assert_eq!(
-        (native.status, native.header("content-type")),
-        (502, "application/json; charset=utf-8")
-    );
+    assert_eq!((native.status, native.header("content-type")), (502, "application/json; charset=utf-8"));
     assert!(native.json()["error"].is_string(), "{}", native.text());
     let openai = olol.ask(&v1_chat("tiny", "hi")).await;
+    assert_eq!((openai.status, openai.json()["error"]["type"].as_str()), (502, Some("api_error")));
+    let anthropic = olol.ask(&Request::post("/v1/messages", r#"{"model":"tiny","max_tokens":1,"messages":[]}"#)).await;
     assert_eq!(
-        (openai.status, openai.json()["error"]["type"].as_str()),
-        (502, Some("api_error"))
-    );
-    let anthropic = olol
-        .ask(&Request::post(
-            "/v1/messages",
-            r#"{"model":"tiny","max_tokens":1,"messages":[]}"#,
-        ))
-        .await;
-    assert_eq!(
-        (
-            anthropic.json()["type"].as_str(),
-            anthropic.json()["error"]["type"].as_str()
-        ),
+        (anthropic.json()["type"].as_str(), anthropic.json()["error"]["type"].as_str()),
         (Some("error"), Some("api_error"))
     );
 }
@@ -307,11 +244,7 @@ async fn the_proxy_itself_answers_while_every_server_is_down() {
     let cluster = Cluster::of(1).await;
     let olol = Olol::start(&cluster, "").await;
     cluster.server(0).dies();
-    assert_eq!(
-        olol.ask(&Request::new("HEAD", "/")).await.status,
-        200,
-        "the CLI asks this first"
-    );
+    assert_eq!(olol.ask(&Request::new("HEAD", "/")).await.status, 200, "the CLI asks this first");
     assert_eq!(olol.get("/api/status").await.json()["olol"]["servers"]["total"], 1);
     assert_eq!(olol.get("/healthz").await.text(), "ok\n");
 }

@@ -1,5 +1,7 @@
 //! The program as a process: flags and their errors, the way it stops, what it takes of memory.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use harness::olol::chat;
@@ -33,10 +35,7 @@ async fn a_stop_lets_streams_finish_and_ends_with_0() {
     let (mut stream, mut idle) = (begin(&proxy, &gate).await, proxy.connect().await);
     idle.ask(&Request::get("/")).await;
     proxy.terminate();
-    assert!(
-        idle.is_closed().await,
-        "a connection without a request is closed at once"
-    );
+    assert!(idle.is_closed().await, "a connection without a request is closed at once");
     assert!(proxy.is_running());
     gate.open();
     let (lines, ending) = stream.rest().await;
@@ -99,43 +98,20 @@ async fn an_agent_lets_streams_finish_too() {
 async fn what_is_wrong_on_the_command_line_is_said_with_its_remedy() {
     for (arguments, code, says) in [
         (&["proxy", "--port", "70000"][..], 2, "70000"),
-        (
-            &["proxy", "--servers", "gpu1:99999"],
-            1,
-            "'99999' is no port (1 to 65535)",
-        ),
-        (
-            &["proxy", "--servers", "a:1=0"],
-            1,
-            "must be a whole number from 1 to 1000",
-        ),
+        (&["proxy", "--servers", "gpu1:99999"], 1, "'99999' is no port (1 to 65535)"),
+        (&["proxy", "--servers", "a:1=0"], 1, "must be a whole number from 1 to 1000"),
         (&["proxy", "--servers", "a:1,a:1"], 1, "stands twice"),
         (&["proxy", "--servers", "https://a"], 1, "plain HTTP"),
         (&["proxy", "--servers", "::1:50051"], 1, "in brackets"),
-        (
-            &["proxy", "--host", "no such host"],
-            1,
-            "cannot listen on 'no such host'",
-        ),
-        (
-            &["proxy", "--config", "/nowhere/olol.toml"],
-            1,
-            "cannot read /nowhere/olol.toml",
-        ),
+        (&["proxy", "--host", "no such host"], 1, "cannot listen on 'no such host'"),
+        (&["proxy", "--config", "/nowhere/olol.toml"], 1, "cannot read /nowhere/olol.toml"),
         (&["proxy", "--sevrers", "a:1"], 2, "--servers"),
-        (
-            &["server", "--ollama-host", "http://a/path"],
-            1,
-            "remove the path '/path'",
-        ),
+        (&["server", "--ollama-host", "http://a/path"], 1, "remove the path '/path'"),
         (&["--log-level", "loud", "proxy"], 1, "is no log level"),
         (&["nothing"], 2, "unrecognized subcommand"),
     ] {
         let (ended, error) = run(arguments).await;
-        assert!(
-            ended == Some(code) && error.contains(says),
-            "{arguments:?}: {ended:?} {error}"
-        );
+        assert!(ended == Some(code) && error.contains(says), "{arguments:?}: {ended:?} {error}");
     }
 }
 
@@ -160,10 +136,7 @@ async fn a_port_that_is_taken_is_named() {
     let port = taken.local_addr().unwrap().port().to_string();
     for command in ["proxy", "server"] {
         let (ended, error) = run(&[command, "--port", &port]).await;
-        assert!(
-            ended == Some(1) && error.contains(&format!("cannot listen on 127.0.0.1:{port}")),
-            "{error}"
-        );
+        assert!(ended == Some(1) && error.contains(&format!("cannot listen on 127.0.0.1:{port}")), "{error}");
     }
 }
 
@@ -197,11 +170,7 @@ async fn a_blob_for_several_servers_waits_on_disk_not_in_memory() {
     let cluster = Cluster::of(2).await;
     let spool = tempfile::tempdir().unwrap();
     let config = file(&format!("[spool]\ndir = \"{}\"\n", spool.path().display()));
-    let servers: Vec<String> = cluster
-        .servers()
-        .iter()
-        .map(|server| format!("http://{}", server.address()))
-        .collect();
+    let servers: Vec<String> = cluster.servers().iter().map(|server| format!("http://{}", server.address())).collect();
     let proxy = Process::proxy(&servers.join(","), &["--config", config.path().to_str().unwrap()]).await;
     let (digest, length) = zeros(200);
     let mut client = proxy.connect().await;
@@ -249,10 +218,7 @@ async fn begin(proxy: &Process, gate: &Gate) -> Connection {
 /// Runs a command that must fail; its exit code and what it said.
 async fn run(arguments: &[&str]) -> (Option<i32>, String) {
     let output = Process::run(arguments).await;
-    (
-        output.status.code(),
-        String::from_utf8_lossy(&output.stderr).into_owned(),
-    )
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 fn file(text: &str) -> NamedTempFile {
@@ -266,9 +232,8 @@ fn zeros(mebibytes: u64) -> (String, u64) {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
     let one = vec![0; 1 << 20];
-    (0..mebibytes).for_each(|_| hash.update(&one));
-    (
-        format!("sha256:{}", harness::store::hex(&hash.finalize())),
-        mebibytes << 20,
-    )
+    for _ in 0..mebibytes {
+        hash.update(&one);
+    }
+    (format!("sha256:{}", harness::store::hex(&hash.finalize())), mebibytes << 20)
 }

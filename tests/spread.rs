@@ -97,10 +97,8 @@ async fn a_body_reaches_the_server_as_it_is() {
         let cluster = Cluster::of(2).await.over(way).all_have("other");
         cluster.server(1).has("tiny");
         let olol = Olol::start(&cluster, "").await;
-        for request in [
-            Request::post("/api/embed?a=b%20c", body),
-            Request::post("/api/embed?a=b%20c", body).chunked(),
-        ] {
+        for request in [Request::post("/api/embed?a=b%20c", body), Request::post("/api/embed?a=b%20c", body).chunked()]
+        {
             olol.ask(&request).await;
             let seen = cluster.server(1).seen("/api/embed?a=b%20c").pop().expect("the call");
             assert_eq!(String::from_utf8_lossy(&seen.body), body, "{way:?}");
@@ -113,33 +111,16 @@ async fn headers_reach_the_server_but_for_those_of_the_connection() {
     for way in Way::BOTH {
         let cluster = Cluster::of(1).await.over(way).all_have("tiny");
         let olol = Olol::start(&cluster, "").await;
-        let request = chat("tiny", "hi")
-            .header("Authorization", "Bearer x")
-            .header("X-Mine", "1")
-            .header("X-Mine", "2");
-        let request = request
-            .header("Connection", "X-Hop")
-            .header("X-Hop", "1")
-            .header("Host", "localhost:9");
+        let request =
+            chat("tiny", "hi").header("Authorization", "Bearer x").header("X-Mine", "1").header("X-Mine", "2");
+        let request = request.header("Connection", "X-Hop").header("X-Hop", "1").header("Host", "localhost:9");
         olol.ask(&request.header("Origin", "http://localhost")).await;
         let seen = cluster.server(0).seen("/api/chat").pop().expect("the call");
-        let mine: Vec<&str> = seen
-            .headers
-            .0
-            .iter()
-            .filter(|(name, _)| name == "x-mine")
-            .map(|(_, value)| value.as_str())
-            .collect();
-        assert_eq!(
-            (seen.headers.get("authorization"), mine),
-            (Some("Bearer x"), vec!["1", "2"]),
-            "{way:?}"
-        );
+        let mine: Vec<&str> =
+            seen.headers.0.iter().filter(|(name, _)| name == "x-mine").map(|(_, value)| value.as_str()).collect();
+        assert_eq!((seen.headers.get("authorization"), mine), (Some("Bearer x"), vec!["1", "2"]), "{way:?}");
         assert_eq!((seen.headers.get("x-hop"), seen.headers.get("origin")), (None, None));
-        assert_eq!(
-            seen.headers.get("host"),
-            Some(cluster.server(0).address().to_string().as_str())
-        );
+        assert_eq!(seen.headers.get("host"), Some(cluster.server(0).address().to_string().as_str()));
     }
 }
 
@@ -153,11 +134,7 @@ async fn calls_that_belong_to_a_servers_key_go_to_the_same_server_every_time() {
     for _ in 0..6 {
         assert_eq!(olol.ask(&Request::post("/api/me", "")).await.status, 401);
     }
-    let asked: Vec<usize> = cluster
-        .servers()
-        .iter()
-        .map(|server| server.seen("/api/me").len())
-        .collect();
+    let asked: Vec<usize> = cluster.servers().iter().map(|server| server.seen("/api/me").len()).collect();
     assert_eq!(asked, [6, 0, 0]);
 }
 

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::server::{Behaviour, Seen, State, Step};
+use super::script::{Seen, Step};
+use super::server::{Behaviour, State};
 use super::wire;
 
 const NATIVE: &str = "application/json; charset=utf-8";
@@ -29,10 +30,7 @@ pub fn is_work(path: &str) -> bool {
 /// The steps of an answer.
 pub(super) fn steps(state: &mut State, request: &Seen) -> Vec<Step> {
     if request.method == "HEAD" && !request.path.starts_with("/api/blobs/") {
-        let get = Seen {
-            method: "GET".to_owned(),
-            ..request.clone()
-        };
+        let get = Seen { method: "GET".to_owned(), ..request.clone() };
         return steps(state, &get).into_iter().map(without_body).collect();
     }
     let store = &mut state.store;
@@ -70,11 +68,7 @@ pub fn whole(status: u16, kind: &str, body: impl Into<Vec<u8>>) -> Vec<Step> {
 /// An answer in chunks, each written by itself.
 pub fn chunked(kind: &str, chunks: impl IntoIterator<Item = Vec<u8>>) -> Vec<Step> {
     let chunks = chunks.into_iter().map(|chunk| Step::Write(wire::chunk(&chunk)));
-    [begun(kind)]
-        .into_iter()
-        .chain(chunks)
-        .chain([Step::Write(wire::LAST_CHUNK.to_vec())])
-        .collect()
+    [begun(kind)].into_iter().chain(chunks).chain([Step::Write(wire::LAST_CHUNK.to_vec())]).collect()
 }
 
 fn begun(kind: &str) -> Step {
@@ -82,16 +76,9 @@ fn begun(kind: &str) -> Step {
 }
 
 fn head(status: u16, kind: &str, headers: &[(&str, &str)]) -> Vec<u8> {
-    let mut head = format!("HTTP/1.1 {status} {}\r\n", if status < 300 { "OK" } else { "No" });
-    for (name, value) in [("Content-Type", kind), ("Date", "Thu, 01 Jan 2026 00:00:00 GMT")]
-        .iter()
-        .chain(headers)
-    {
-        if !value.is_empty() {
-            head += &format!("{name}: {value}\r\n");
-        }
-    }
-    (head + "\r\n").into_bytes()
+    let line = format!("HTTP/1.1 {status} {}", if status < 300 { "OK" } else { "No" });
+    let usual = [("Content-Type", kind), ("Date", "Thu, 01 Jan 2026 00:00:00 GMT")];
+    wire::head(&line, usual.iter().chain(headers).copied().filter(|(_, value)| !value.is_empty()))
 }
 
 fn without_body(step: Step) -> Step {
@@ -132,21 +119,14 @@ fn copy(state: &mut State, request: &Seen) -> Vec<Step> {
 
 fn create(state: &State, request: &Seen) -> Vec<Step> {
     let files = request.json()["files"].as_object().cloned().unwrap_or_default();
-    if let Some(lacking) = files
-        .values()
-        .filter_map(Value::as_str)
-        .find(|digest| !state.store.has_blob(digest))
-    {
+    if let Some(lacking) = files.values().filter_map(Value::as_str).find(|digest| !state.store.has_blob(digest)) {
         return error(400, &format!("blob {lacking} not found"));
     }
     let base = request.text("from");
     if !base.is_empty() && !state.store.has(&base) {
         return error(400, &format!("base {base} not found"));
     }
-    let mut steps = progress(
-        &["using existing layer", "writing manifest", "success"],
-        request.streams(),
-    );
+    let mut steps = progress(&["using existing layer", "writing manifest", "success"], request.streams());
     steps.insert(steps.len() - 1, Step::Add(request.model()));
     steps
 }
@@ -212,17 +192,10 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
     };
     steps.push(Step::Load(name.clone()));
     if request.path.contains("embed") {
-        steps.extend(json_answer(
-            200,
-            &json!({"model": name, "embeddings": [[0.6, 0.8]], "prompt_eval_count": 2}),
-        ));
+        steps.extend(json_answer(200, &json!({"model": name, "embeddings": [[0.6, 0.8]], "prompt_eval_count": 2})));
         return steps;
     }
-    steps.extend(if request.streams() {
-        streamed(state, request, &name)
-    } else {
-        unstreamed(state, request, &name)
-    });
+    steps.extend(if request.streams() { streamed(state, request, &name) } else { unstreamed(state, request, &name) });
     steps
 }
 
@@ -238,10 +211,7 @@ fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
     };
     match state.behaviour {
         Behaviour::StallsAfter => vec![Step::Stall],
-        Behaviour::DiesAfter => vec![
-            Step::Write(head(200, NATIVE, &[("Content-Length", "9999")])),
-            Step::HangUp,
-        ],
+        Behaviour::DiesAfter => vec![Step::Write(head(200, NATIVE, &[("Content-Length", "9999")])), Step::HangUp],
         _ => json_answer(200, &body),
     }
 }
@@ -263,9 +233,7 @@ fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
             if let Behaviour::Paced(gate) = &state.behaviour {
                 steps.push(Step::Wait(gate.clone()));
             }
-            steps.push(Step::Write(
-                [wire::chunk(&form.last(name)), wire::LAST_CHUNK.to_vec()].concat(),
-            ));
+            steps.push(Step::Write([wire::chunk(&form.last(name)), wire::LAST_CHUNK.to_vec()].concat()));
         }
     }
     steps
@@ -300,10 +268,7 @@ impl Form {
             Self::Chat => line(
                 &json!({"model": model, "created_at": WHEN, "message": {"role": "assistant", "content": word}, "done": false}),
             ),
-            Self::OpenAi => event(
-                "",
-                &json!({"model": model, "choices": [{"index": 0, "delta": {"content": word}}]}),
-            ),
+            Self::OpenAi => event("", &json!({"model": model, "choices": [{"index": 0, "delta": {"content": word}}]})),
             Self::Anthropic => event(
                 "content_block_delta",
                 &json!({"type": "content_block_delta", "delta": {"type": "text_delta", "text": word}}),
@@ -313,9 +278,9 @@ impl Form {
 
     fn last(self, model: &str) -> Vec<u8> {
         match self {
-            Self::Generate => line(&with_counts(
-                json!({"model": model, "created_at": WHEN, "response": "", "done": true}),
-            )),
+            Self::Generate => {
+                line(&with_counts(json!({"model": model, "created_at": WHEN, "response": "", "done": true})))
+            }
             Self::Chat => line(&with_counts(
                 json!({"model": model, "created_at": WHEN, "message": {"role": "assistant", "content": ""}, "done": true}),
             )),
@@ -333,11 +298,7 @@ impl Form {
 }
 
 fn event(name: &str, data: &Value) -> Vec<u8> {
-    let name = if name.is_empty() {
-        String::new()
-    } else {
-        format!("event: {name}\n")
-    };
+    let name = if name.is_empty() { String::new() } else { format!("event: {name}\n") };
     format!("{name}data: {data}\n\n").into_bytes()
 }
 

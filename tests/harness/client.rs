@@ -41,17 +41,15 @@ impl Request {
         Self::new("GET", path)
     }
 
-    /// A POST of these bytes.
+    /// A POST of this body.
     pub fn post(path: &str, body: impl ToString) -> Self {
         Self::new("POST", path).with_body(body)
     }
 
-    /// Sends these bytes as its body.
+    /// Sends this as its body.
+    #[expect(clippy::needless_pass_by_value, reason = "reads better where it is called")]
     pub fn with_body(self, body: impl ToString) -> Self {
-        Self {
-            body: body.to_string().into_bytes(),
-            ..self
-        }
+        Self { body: body.to_string().into_bytes(), ..self }
     }
 
     /// Adds a header, its name as it is.
@@ -62,40 +60,24 @@ impl Request {
 
     /// Sends the body in two chunks, without stating its length.
     pub fn chunked(self) -> Self {
-        Self {
-            is_chunked: true,
-            ..self
-        }
-        .header("Transfer-Encoding", "chunked")
+        Self { is_chunked: true, ..self }.header("Transfer-Encoding", "chunked")
     }
 
     /// Speaks HTTP/1.0.
     pub fn in_http_1_0(self) -> Self {
-        Self {
-            version: "HTTP/1.0",
-            ..self
-        }
+        Self { version: "HTTP/1.0", ..self }
     }
 
-    /// The request as bytes.
+    /// The request as bytes: with a host, and with the length of its body, unless it says something of them itself.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut head = format!("{} {} {}\r\n", self.method, self.path, self.version);
-        for (name, value) in &self.headers.0 {
-            head += &format!("{name}: {value}\r\n");
-        }
-        if self.headers.get("host").is_none() {
-            head += "Host: 127.0.0.1\r\n";
-        }
-        let states_length = !self.body.is_empty() || self.method == "POST" || self.method == "DELETE";
-        if states_length && !self.is_chunked && self.headers.length().is_none() {
-            head += &format!("Content-Length: {}\r\n", self.body.len());
-        }
-        let body = if self.is_chunked {
-            self.body_in_chunks()
-        } else {
-            self.body.clone()
-        };
-        [head.as_bytes(), b"\r\n", &body].concat()
+        let length = self.body.len().to_string();
+        let has_body = !self.body.is_empty() || matches!(self.method.as_str(), "POST" | "DELETE");
+        let host = self.headers.get("host").is_none().then_some(("Host", "127.0.0.1"));
+        let states_length = has_body && !self.is_chunked && self.headers.length().is_none();
+        let length = states_length.then_some(("Content-Length", length.as_str()));
+        let line = format!("{} {} {}", self.method, self.path, self.version);
+        let body = if self.is_chunked { self.body_in_chunks() } else { self.body.clone() };
+        [wire::head(&line, self.headers.iter().chain(host).chain(length)), body].concat()
     }
 
     fn body_in_chunks(&self) -> Vec<u8> {
@@ -160,10 +142,7 @@ impl Answer {
     pub fn lines(&self) -> Vec<Value> {
         let text = self.text();
         let lines = text.lines().map(|line| line.strip_prefix("data: ").unwrap_or(line));
-        lines
-            .filter(|line| line.starts_with('{'))
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
+        lines.filter(|line| line.starts_with('{')).map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// What the model said, joined.
@@ -175,11 +154,7 @@ impl Answer {
                 &line["choices"][0]["delta"]["content"],
                 &line["choices"][0]["message"]["content"],
             ];
-            places
-                .into_iter()
-                .find_map(Value::as_str)
-                .unwrap_or_default()
-                .to_owned()
+            places.into_iter().find_map(Value::as_str).unwrap_or_default().to_owned()
         };
         self.lines().iter().map(part).collect()
     }
@@ -187,25 +162,14 @@ impl Answer {
     /// The error that the body, or its last line, tells; empty if none.
     pub fn error(&self) -> String {
         let lines = self.lines();
-        lines
-            .last()
-            .and_then(|line| line["error"].as_str())
-            .unwrap_or_default()
-            .to_owned()
+        lines.last().and_then(|line| line["error"].as_str()).unwrap_or_default().to_owned()
     }
 
     /// The names of the models in a list, in its order.
     pub fn names(&self) -> Vec<String> {
         let list = self.json();
-        let entries = list["models"]
-            .as_array()
-            .or(list["data"].as_array())
-            .cloned()
-            .unwrap_or_default();
-        entries
-            .iter()
-            .filter_map(|entry| entry["name"].as_str().or(entry["id"].as_str()).map(str::to_owned))
-            .collect()
+        let entries = list["models"].as_array().or(list["data"].as_array()).cloned().unwrap_or_default();
+        entries.iter().filter_map(|entry| entry["name"].as_str().or(entry["id"].as_str()).map(str::to_owned)).collect()
     }
 }
 
@@ -279,10 +243,7 @@ impl Connection {
 
     /// The same; `None` if the connection ended instead.
     pub async fn try_head(&mut self) -> Option<Head> {
-        let head = patiently("the head of an answer", wire::read_head(&mut self.reader))
-            .await
-            .ok()
-            .flatten()?;
+        let head = patiently("the head of an answer", wire::read_head(&mut self.reader)).await.ok().flatten()?;
         let status = status(&head);
         if status >= 200 {
             let is_bare = self.heads_asked.pop_front().unwrap_or(false) || matches!(status, 204 | 304);
@@ -366,35 +327,21 @@ impl Connection {
             }
         };
         let (chunks, ending) = self.rest().await;
-        Answer {
-            status: status(&head),
-            line: head.line,
-            headers: head.headers,
-            chunks,
-            ending,
-        }
+        Answer { status: status(&head), line: head.line, headers: head.headers, chunks, ending }
     }
 
     /// Whether nothing comes for a while. Only to show that something does not happen, which no event can tell.
     pub async fn is_quiet(&mut self) -> bool {
-        tokio::time::timeout(Duration::from_millis(100), self.reader.fill_buf())
-            .await
-            .is_err()
+        tokio::time::timeout(Duration::from_millis(100), self.reader.fill_buf()).await.is_err()
     }
 
     /// Waits until the other side has closed, with nothing more to read.
     pub async fn is_closed(&mut self) -> bool {
-        patiently("the end of a connection", self.reader.fill_buf())
-            .await
-            .map_or(true, <[u8]>::is_empty)
+        patiently("the end of a connection", self.reader.fill_buf()).await.map_or(true, <[u8]>::is_empty)
     }
 }
 
 /// The code in a status line.
 pub fn status(head: &Head) -> u16 {
-    head.line
-        .split(' ')
-        .nth(1)
-        .and_then(|code| code.parse().ok())
-        .unwrap_or_else(|| panic!("no status: {}", head.line))
+    head.line.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("no status: {}", head.line))
 }

@@ -36,11 +36,7 @@ impl Cluster {
         for _ in 0..count {
             servers.push(Server::start().await);
         }
-        Self {
-            servers,
-            way: Way::Http,
-            weights: vec![1; count],
-        }
+        Self { servers, way: Way::Http, weights: vec![1; count] }
     }
 
     /// Reaches them another way.
@@ -50,10 +46,7 @@ impl Cluster {
 
     /// Gives some more work than others.
     pub fn weighing<const N: usize>(self, weights: [u32; N]) -> Self {
-        Self {
-            weights: weights.to_vec(),
-            ..self
-        }
+        Self { weights: weights.to_vec(), ..self }
     }
 
     /// Gives a model to every server.
@@ -104,12 +97,6 @@ impl Cluster {
 /// An agent beside an Ollama.
 pub async fn agent(ollama: Endpoint) -> Agent {
     let listen = "127.0.0.1:0".parse().unwrap();
-    let options = Options {
-        listen,
-        ollama,
-        name: "agent".to_owned(),
-        engine: "ollama",
-        grace: Duration::from_secs(5),
-    };
+    let options = Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", grace: Duration::from_secs(5) };
     Agent::start(options).await.unwrap()
 }

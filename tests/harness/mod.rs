@@ -15,6 +15,8 @@
 //! |---|---|
 //! | [`cluster`] | the servers, and the way to them: over HTTP, or over agents |
 //! | [`server`] | a fake Ollama: what it has, what it does, what it saw |
+//! | [`script`] | the steps of its answers, and the gates where they wait for the test |
+//! | `serving` | how it serves its connections |
 //! | [`olol`] | a proxy in front of a cluster, in this process |
 //! | [`process`] | the built program, where its process is what matters |
 //! | [`answers`], [`store`] | what it answers by itself, and from what |
@@ -24,19 +26,17 @@
 //! Nothing sleeps to let something happen: tests wait for events, and every wait ends in a failure after [`PATIENCE`].
 //! Ports are the system's choice, and nothing leaves loopback.
 
-#![allow(
-    dead_code,
-    unused_imports,
-    unreachable_pub,
-    reason = "every test file uses a part of it"
-)]
+#![allow(dead_code, unused_imports, unreachable_pub, reason = "every test file uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 pub mod answers;
 pub mod client;
 pub mod cluster;
 pub mod olol;
 pub mod process;
+pub mod script;
 pub mod server;
+mod serving;
 pub mod store;
 pub mod wire;
 
@@ -46,7 +46,8 @@ pub use client::{Answer, Connection, Ending, Request};
 pub use cluster::{Cluster, Way};
 pub use olol::Olol;
 pub use process::Process;
-pub use server::{Gate, Seen, Server, Step};
+pub use script::{Gate, Seen, Step};
+pub use server::Server;
 
 /// The longest that a test waits for anything.
 pub const PATIENCE: Duration = Duration::from_secs(20);

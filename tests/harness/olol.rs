@@ -35,10 +35,7 @@ impl Olol {
     /// Starts a proxy, and waits for nothing.
     pub async fn launch(cluster: &Cluster, toml: &str) -> Self {
         let (agents, servers) = cluster.reach().await;
-        Self {
-            agents,
-            ..Self::at(servers, toml).await
-        }
+        Self { agents, ..Self::at(servers, toml).await }
     }
 
     /// Starts a proxy for servers that are given as in `--servers`.
@@ -48,11 +45,7 @@ impl Olol {
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
-        Self {
-            proxy: Proxy::start(&config).await.unwrap(),
-            agents: Vec::new(),
-            spool,
-        }
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool }
     }
 
     /// Where it listens.
@@ -68,9 +61,7 @@ impl Olol {
     /// Blobs that wait in the spool, and their parts.
     pub fn spooled(&self) -> Vec<String> {
         let files = std::fs::read_dir(self.spool.path()).unwrap();
-        files
-            .map(|file| file.unwrap().file_name().into_string().unwrap())
-            .collect()
+        files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     /// Calls that are at a server now, in the books of the proxy.
@@ -89,15 +80,8 @@ impl Olol {
             loop {
                 self.proxy.cluster().refresh(Duration::from_secs(1)).await;
                 let snapshot = self.proxy.cluster().snapshot();
-                let answering = cluster
-                    .servers()
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, server)| server.answers());
-                if answering
-                    .into_iter()
-                    .all(|(at, server)| is_known(&snapshot, at, server))
-                {
+                let answering = cluster.servers().iter().enumerate().filter(|(_, server)| server.answers());
+                if answering.into_iter().all(|(at, server)| is_known(&snapshot, at, server)) {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -108,14 +92,7 @@ impl Olol {
 
     /// Waits until every server is up.
     pub async fn is_up(&self) {
-        let are_up = || {
-            self.proxy
-                .cluster()
-                .snapshot()
-                .servers
-                .iter()
-                .all(|server| server.state == State::Up)
-        };
+        let are_up = || self.proxy.cluster().snapshot().servers.iter().all(|server| server.state == State::Up);
         until("every server is up", are_up).await;
     }
 
@@ -154,10 +131,7 @@ impl Olol {
 
 /// A chat as a stream.
 pub fn chat(model: &str, text: &str) -> Request {
-    Request::post(
-        "/api/chat",
-        json!({"model": model, "messages": [{"role": "user", "content": text}]}),
-    )
+    Request::post("/api/chat", json!({"model": model, "messages": [{"role": "user", "content": text}]}))
 }
 
 /// The same in one piece.

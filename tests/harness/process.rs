@@ -27,11 +27,7 @@ impl Process {
 
     /// The same with these variables in its environment.
     pub async fn start_with(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
-        let mut child = olol(arguments)
-            .envs(environment.iter().copied())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = olol(arguments).envs(environment.iter().copied()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (found, address) = tokio::sync::oneshot::channel();
         tokio::spawn(read_log(child.stderr.take().unwrap(), log.clone(), found));
@@ -67,11 +63,7 @@ impl Process {
 
     /// Asks it to stop.
     pub fn terminate(&self) {
-        let pid = self
-            .child
-            .id()
-            .and_then(|id| Pid::from_raw(id.try_into().unwrap()))
-            .expect("a running process");
+        let pid = self.child.id().and_then(|id| Pid::from_raw(id.try_into().unwrap())).expect("a running process");
         kill_process(pid, Signal::TERM).unwrap();
     }
 
@@ -93,10 +85,7 @@ impl Process {
     /// The most memory that it ever had, bytes.
     pub fn peak_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id().unwrap())).unwrap();
-        let peak = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .expect("a peak");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
         peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 }
@@ -104,14 +93,7 @@ impl Process {
 /// The program, without what the environment of the tests may say to it.
 fn olol(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_olol"));
-    for name in [
-        "OLLAMA_HOST",
-        "OLLAMA_ORIGINS",
-        "OLLAMA_SERVERS",
-        "OLOL_PORT",
-        "OLOL_CONFIG",
-        "OLOL_LOG_LEVEL",
-    ] {
+    for name in ["OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_SERVERS", "OLOL_PORT", "OLOL_CONFIG", "OLOL_LOG_LEVEL"] {
         command.env_remove(name);
     }
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
@@ -123,10 +105,7 @@ async fn read_log(from: ChildStderr, log: Arc<Mutex<String>>, found: tokio::sync
     let mut lines = BufReader::new(from).lines();
     let mut found = Some(found);
     while let Ok(Some(line)) = lines.next_line().await {
-        let address = line
-            .split("address=")
-            .nth(1)
-            .and_then(|rest| rest.split(' ').next()?.parse().ok());
+        let address = line.split("address=").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
         if let (Some(address), Some(found)) = (address, found.take_if(|_| address.is_some())) {
             let _ = found.send(address);
         }

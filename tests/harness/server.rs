@@ -1,31 +1,26 @@
 //! A fake Ollama: it has the models that a test gives it, does what the test says, and remembers what it saw.
 
 use std::collections::HashMap;
-use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use serde_json::Value;
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_util::either::Either;
 
+use super::script::{Gate, Seen, Step};
+use super::serving::{self, Listener, Shared};
 use super::store::Store;
-use super::wire::{self, Head, Headers};
+use super::wire::Head;
 use super::{answers, patiently};
-
-/// The most of a body that is remembered; of longer ones only the length is.
-const REMEMBERED: u64 = 4 << 20;
 
 /// A fake Ollama that listens.
 #[derive(Debug)]
 pub struct Server {
     address: Option<SocketAddr>,
-    state: Arc<watch::Sender<State>>,
+    state: Shared,
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -39,12 +34,16 @@ pub(super) struct State {
     is_silent: bool,
     is_dead: bool,
     takes_no_blobs: bool,
-    written: u64,
     seen: Vec<Seen>,
     work: usize,
-    running: usize,
-    cancelled: usize,
-    connections: usize,
+    /// Connections that it ever took.
+    pub(super) connections: usize,
+    /// Answers that it is giving.
+    pub(super) running: usize,
+    /// Answers whose clients went away.
+    pub(super) cancelled: usize,
+    /// Bytes of streams without end.
+    pub(super) written: u64,
 }
 
 /// What a server does when a model is asked something.
@@ -63,100 +62,6 @@ pub(super) enum Behaviour {
     Refuses(u16, String),
 }
 
-/// One step of an answer.
-#[derive(Clone, Debug)]
-pub enum Step {
-    /// Writes these bytes, in one write.
-    Write(Vec<u8>),
-    /// Writes these bytes for as long as somebody takes them.
-    Repeat(Vec<u8>),
-    /// Waits at a gate.
-    Wait(Gate),
-    /// Has a model in memory from now on.
-    Load(String),
-    /// Has a model on the disk from now on.
-    Add(String),
-    /// Does nothing, until the other side goes.
-    Stall,
-    /// Closes the connection.
-    HangUp,
-}
-
-/// Something that waits until a test lets it go on.
-#[derive(Clone, Debug)]
-pub struct Gate(Arc<Semaphore>);
-
-impl Gate {
-    /// A gate that is closed.
-    pub fn closed() -> Self {
-        Self(Arc::new(Semaphore::new(0)))
-    }
-
-    /// Lets so many go on, of those who wait now or come later.
-    pub fn let_through(&self, count: usize) {
-        self.0.add_permits(count);
-    }
-
-    /// Lets all go on.
-    pub fn open(&self) {
-        self.0.close();
-    }
-
-    async fn pass(&self) {
-        if let Ok(permit) = self.0.acquire().await {
-            permit.forget();
-        }
-    }
-}
-
-/// A request as a server saw it.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// Its method.
-    pub method: String,
-    /// Its path.
-    pub path: String,
-    /// Its headers.
-    pub headers: Headers,
-    /// Its body; empty if it was too long to be remembered.
-    pub body: Vec<u8>,
-    /// Bytes of its body.
-    pub length: u64,
-    /// Whether its connection had carried a request before.
-    pub is_reused: bool,
-}
-
-impl Seen {
-    /// The body as JSON.
-    pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_default()
-    }
-
-    /// A text of the body; empty if it is not there.
-    pub fn text(&self, key: &str) -> String {
-        self.json()[key].as_str().unwrap_or_default().to_owned()
-    }
-
-    /// The model that is asked for.
-    pub fn model(&self) -> String {
-        let model = self.text("model");
-        if model.is_empty() { self.text("name") } else { model }
-    }
-
-    pub(super) fn streams(&self) -> bool {
-        self.json()["stream"]
-            .as_bool()
-            .unwrap_or(self.path.starts_with("/api/"))
-    }
-
-    pub(super) fn unloads(&self) -> bool {
-        let body = self.json();
-        let asks =
-            !self.text("prompt").is_empty() || body["messages"].as_array().is_some_and(|messages| !messages.is_empty());
-        !asks && (body["keep_alive"] == 0 || body["keep_alive"] == "0s")
-    }
-}
-
 impl Server {
     /// A server on a port of its own.
     pub async fn start() -> Self {
@@ -171,18 +76,11 @@ impl Server {
     }
 
     fn listen(address: Option<SocketAddr>, listener: Listener) -> Self {
-        let state = State {
-            words: words(["Hello", " world"]),
-            ..State::default()
-        };
+        let state = State { words: words(["Hello", " world"]), ..State::default() };
         let state = Arc::new(watch::Sender::new(state));
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(listener, state.clone()));
-        Self {
-            address,
-            state,
-            tasks: Mutex::new(tasks),
-        }
+        tasks.spawn(serving::accept(listener, state.clone()));
+        Self { address, state, tasks: Mutex::new(tasks) }
     }
 
     /// Where it listens.
@@ -246,8 +144,7 @@ impl Server {
 
     /// Says these words, a line each.
     pub fn says<const N: usize>(&self, said: [&str; N]) -> &Self {
-        self.behaves(Behaviour::Answers)
-            .change(|state| state.words = words(said))
+        self.behaves(Behaviour::Answers).change(|state| state.words = words(said))
     }
 
     /// Says its words again, after it did something else.
@@ -323,11 +220,7 @@ impl Server {
     /// Answers a certain request with an error.
     pub fn fails(&self, method: &str, path: &str, status: u16, text: &str) -> &Self {
         let body = serde_json::json!({"error": text}).to_string();
-        self.on(
-            method,
-            path,
-            answers::whole(status, "application/json; charset=utf-8", body),
-        )
+        self.on(method, path, answers::whole(status, "application/json; charset=utf-8", body))
     }
 
     fn behaves(&self, behaviour: Behaviour) -> &Self {
@@ -343,13 +236,7 @@ impl Server {
 
     /// The requests for a path, so far.
     pub fn seen(&self, path: &str) -> Vec<Seen> {
-        self.state
-            .borrow()
-            .seen
-            .iter()
-            .filter(|seen| seen.path == path)
-            .cloned()
-            .collect()
+        self.state.borrow().seen.iter().filter(|seen| seen.path == path).cloned().collect()
     }
 
     /// Requests to models, so far.
@@ -375,14 +262,12 @@ impl Server {
 
     /// Waits until models were asked so many times, since it started.
     pub async fn asked(&self, times: usize) {
-        self.sees(&format!("{times} requests to models"), |state| state.work >= times)
-            .await;
+        self.sees(&format!("{times} requests to models"), |state| state.work >= times).await;
     }
 
     /// Waits until there was such a request.
     pub async fn saw(&self, path: &str) {
-        self.sees(path, |state| state.seen.iter().any(|seen| seen.path == path))
-            .await;
+        self.sees(path, |state| state.seen.iter().any(|seen| seen.path == path)).await;
     }
 
     /// Waits until a client went away before its answer was whole.
@@ -392,8 +277,7 @@ impl Server {
 
     /// Waits until so many clients went away before their answers were whole.
     pub async fn saw_cancels(&self, count: usize) {
-        self.sees(&format!("{count} cancelled requests"), |state| state.cancelled >= count)
-            .await;
+        self.sees(&format!("{count} cancelled requests"), |state| state.cancelled >= count).await;
     }
 
     /// Answers that nobody waited for, so far.
@@ -404,10 +288,7 @@ impl Server {
     /// Waits until it has a model in memory.
     pub async fn has_in_memory(&self, model: &str) {
         let name = super::store::full(model);
-        self.sees(&format!("{model} in memory"), |state| {
-            state.store.loaded().contains(&name)
-        })
-        .await;
+        self.sees(&format!("{model} in memory"), |state| state.store.loaded().contains(&name)).await;
     }
 
     /// Waits until nobody takes any more of what it writes: all that is between it and its clients is full.
@@ -427,192 +308,30 @@ impl Server {
 
     async fn sees(&self, what: &str, is_there: impl FnMut(&State) -> bool) {
         let mut watch = self.state.subscribe();
-        patiently(&format!("a server sees {what}"), watch.wait_for(is_there))
-            .await
-            .unwrap();
+        patiently(&format!("a server sees {what}"), watch.wait_for(is_there)).await.unwrap();
     }
 }
 
 impl State {
-    fn steps(&mut self, request: &Seen) -> Vec<Step> {
-        if self.is_silent {
-            return vec![Step::Stall];
-        }
-        match self.scripts.get(&(request.method.clone(), request.path.clone())) {
-            Some(steps) => steps.clone(),
-            None => answers::steps(self, request),
-        }
+    /// Remembers a request, and decides what it gets.
+    pub(super) fn sees(&mut self, request: Seen) -> Vec<Step> {
+        let script = self.scripts.get(&(request.method.clone(), request.path.clone())).cloned();
+        let steps = match script {
+            _ if self.is_silent => vec![Step::Stall],
+            Some(steps) => steps,
+            None => answers::steps(self, &request),
+        };
+        self.work += usize::from(answers::is_work(&request.path));
+        self.seen.push(request);
+        steps
+    }
+
+    /// Whether the body of a request is left unread.
+    pub(super) fn leaves_unread(&self, head: &Head) -> bool {
+        self.takes_no_blobs && head.line.starts_with("POST /api/blobs/")
     }
 }
 
 fn words<const N: usize>(said: [&str; N]) -> Vec<String> {
     said.map(str::to_owned).to_vec()
-}
-
-enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-impl Listener {
-    async fn accept(&self) -> io::Result<Either<TcpStream, UnixStream>> {
-        Ok(match self {
-            Self::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                Either::Left(stream)
-            }
-            Self::Unix(listener) => Either::Right(listener.accept().await?.0),
-        })
-    }
-}
-
-type Shared = Arc<watch::Sender<State>>;
-
-/// Takes connections until it is dropped, and with it all of them.
-async fn accept(listener: Listener, state: Shared) {
-    let mut connections = JoinSet::new();
-    while let Ok(stream) = listener.accept().await {
-        state.send_modify(|state| state.connections += 1);
-        connections.spawn(serve(stream, state.clone()));
-        while connections.try_join_next().is_some() {}
-    }
-}
-
-/// Answers the requests of one connection in turn.
-async fn serve(stream: impl AsyncRead + AsyncWrite, state: Shared) -> io::Result<()> {
-    let (read, mut write) = tokio::io::split(stream);
-    let mut read = BufReader::with_capacity(64 << 10, read);
-    let mut is_reused = false;
-    while let Some(head) = wire::read_head(&mut read).await? {
-        let mut running = Running::begin(&state, &head);
-        if head.headers.get("expect").is_some() {
-            write.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
-        }
-        if state.borrow().takes_no_blobs && head.line.starts_with("POST /api/blobs/") {
-            return std::future::pending().await;
-        }
-        let request = read_request(head, &mut read, is_reused).await?;
-        let steps = steps(&state, request);
-        let goes_on = tokio::select! {
-            taken = take(steps, &mut write, &state) => taken?,
-            () = gone(&mut read) => return Ok(()),
-        };
-        running.is_whole = true;
-        if !goes_on {
-            return Ok(());
-        }
-        is_reused = true;
-    }
-    Ok(())
-}
-
-/// A request under way. One that is dropped before it is whole was cancelled.
-struct Running {
-    state: Shared,
-    counts: bool,
-    is_whole: bool,
-}
-
-impl Running {
-    /// Questions about the state are no work.
-    fn begin(state: &Shared, head: &Head) -> Self {
-        let counts = !head.line.starts_with("GET");
-        state.send_modify(|state| state.running += usize::from(counts));
-        Self {
-            state: state.clone(),
-            counts,
-            is_whole: false,
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let counts = usize::from(self.counts);
-        self.state.send_modify(|state| {
-            state.running -= counts;
-            state.cancelled += if self.is_whole { 0 } else { counts };
-        });
-    }
-}
-
-/// Reads the body of a request.
-async fn read_request(head: Head, read: &mut (impl AsyncBufRead + Unpin), is_reused: bool) -> io::Result<Seen> {
-    let mut words = head.line.split(' ').map(str::to_owned);
-    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-    let mut body = Vec::new();
-    let mut length = 0;
-    let mut keep = |piece: &[u8]| {
-        length += piece.len() as u64;
-        body.extend_from_slice(if length > REMEMBERED { &[] } else { piece });
-    };
-    if head.headers.are_chunked() {
-        while let Some(chunk) = wire::read_chunk(read).await? {
-            keep(&chunk);
-        }
-    }
-    let mut left = usize::try_from(head.headers.length().unwrap_or(0)).unwrap_or(usize::MAX);
-    while left > 0 {
-        let piece = read.fill_buf().await?;
-        let taken = piece.len().min(left);
-        if taken == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        keep(&piece[..taken]);
-        read.consume(taken);
-        left -= taken;
-    }
-    Ok(Seen {
-        method,
-        path,
-        headers: head.headers,
-        body,
-        length,
-        is_reused,
-    })
-}
-
-/// Remembers a request and decides what it gets.
-fn steps(state: &Shared, request: Seen) -> Vec<Step> {
-    let mut steps = Vec::new();
-    state.send_modify(|state| {
-        steps = state.steps(&request);
-        state.work += usize::from(answers::is_work(&request.path));
-        state.seen.push(request);
-    });
-    steps
-}
-
-/// Takes the steps of an answer. False if the connection is to be closed behind it.
-async fn take(steps: Vec<Step>, write: &mut (impl AsyncWrite + Unpin), state: &Shared) -> io::Result<bool> {
-    for step in steps {
-        match step {
-            Step::Write(bytes) => write_through(write, &bytes).await?,
-            Step::Repeat(bytes) => loop {
-                write_through(write, &bytes).await?;
-                state.send_modify(|state| state.written += bytes.len() as u64);
-            },
-            Step::Wait(gate) => gate.pass().await,
-            Step::Load(model) => state.send_modify(|state| state.store.load(&model)),
-            Step::Add(model) => state.send_modify(|state| state.store.add(&model, None)),
-            Step::Stall => std::future::pending().await,
-            Step::HangUp => return Ok(false),
-        }
-    }
-    Ok(true)
-}
-
-async fn write_through(write: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
-    write.write_all(bytes).await?;
-    write.flush().await
-}
-
-/// Waits until the client has closed.
-async fn gone(read: &mut (impl AsyncBufRead + Unpin)) {
-    match read.fill_buf().await {
-        Ok([]) | Err(_) => {}
-        // The next request is waiting already; this client is not gone.
-        Ok(_) => std::future::pending().await,
-    }
 }

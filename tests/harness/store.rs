@@ -22,12 +22,7 @@ struct Model {
 
 impl Default for Store {
     fn default() -> Self {
-        Self {
-            version: "0.33.0".to_owned(),
-            models: Vec::new(),
-            loaded: Vec::new(),
-            blobs: Vec::new(),
-        }
+        Self { version: "0.33.0".to_owned(), models: Vec::new(), loaded: Vec::new(), blobs: Vec::new() }
     }
 }
 
@@ -38,11 +33,7 @@ impl Store {
         self.models.retain(|model| model.name != name);
         let later = format!("2026-01-01T00:00:{:02}Z", self.models.len());
         let modified_at = modified_at.map_or(later, str::to_owned);
-        self.models.push(Model {
-            digest: hex(&Sha256::digest(&name)),
-            name,
-            modified_at,
-        });
+        self.models.push(Model { digest: hex(&Sha256::digest(&name)), name, modified_at });
     }
 
     /// Removes a model; false if it is not there. One in memory stays there until it expires, as in Ollama.
@@ -136,10 +127,7 @@ impl Model {
 
     /// The seconds of the minute: enough to tell which is newer.
     fn seconds(&self) -> u64 {
-        self.modified_at
-            .get(17..19)
-            .and_then(|seconds| seconds.parse().ok())
-            .unwrap_or(0)
+        self.modified_at.get(17..19).and_then(|seconds| seconds.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -151,14 +139,10 @@ fn details() -> Value {
 /// A name with its tag, as Ollama stores it.
 pub fn full(name: &str) -> String {
     let name = name.to_lowercase();
-    if name.contains(':') {
-        name
-    } else {
-        format!("{name}:latest")
-    }
+    if name.contains(':') { name } else { format!("{name}:latest") }
 }
 
 /// Bytes as hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
 }

@@ -11,15 +11,17 @@ pub struct Headers(pub Vec<(String, String)>);
 impl Headers {
     /// The first value of a header, whatever the case of its name.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0
-            .iter()
-            .find(|(given, _)| given.eq_ignore_ascii_case(name))
-            .map(|(_, value)| value.as_str())
+        self.0.iter().find(|(given, _)| given.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+
+    /// Name and value of each.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// The names as they were written.
     pub fn names(&self) -> Vec<&str> {
-        self.0.iter().map(|(name, _)| name.as_str()).collect()
+        self.iter().map(|(name, _)| name).collect()
     }
 
     /// The length that is stated.
@@ -29,8 +31,7 @@ impl Headers {
 
     /// Whether the body comes in chunks.
     pub fn are_chunked(&self) -> bool {
-        self.get("transfer-encoding")
-            .is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"))
+        self.get("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"))
     }
 }
 
@@ -52,10 +53,7 @@ pub async fn read_head(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Opt
     loop {
         let header = read_line(from).await?.ok_or(io::ErrorKind::UnexpectedEof)?;
         if header.is_empty() {
-            return Ok(Some(Head {
-                line,
-                headers: Headers(headers),
-            }));
+            return Ok(Some(Head { line, headers: Headers(headers) }));
         }
         let (name, value) = header.split_once(':').ok_or(io::ErrorKind::InvalidData)?;
         headers.push((name.to_owned(), value.trim().to_owned()));
@@ -70,6 +68,13 @@ pub async fn read_chunk(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Op
     from.read_exact(&mut data).await?;
     read_line(from).await?;
     Ok((size != 0).then_some(data))
+}
+
+/// A head as it is written, with the empty line behind it.
+pub fn head<'a>(line: &str, headers: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<u8> {
+    let headers = headers.into_iter().map(|(name, value)| format!("{name}: {value}\r\n"));
+    let lines = [format!("{line}\r\n")].into_iter().chain(headers).chain(["\r\n".to_owned()]);
+    lines.collect::<Vec<_>>().concat().into_bytes()
 }
 
 /// A chunk as it is written.
