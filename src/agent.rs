@@ -60,12 +60,13 @@ impl Agent {
         let ollama = Ollama::new(ServerId::new(&name), options.ollama, Duration::from_secs(3));
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
-        let about = SelfDescription { description: describe(&name, address, options.engine), state: watch.state() };
+        let stop = CancellationToken::new();
+        let description = describe(&name, address, options.engine);
+        let about = SelfDescription { description, state: watch.state(), stop: stop.clone() };
         let send: rpc::Send = std::sync::Arc::new(move |ask| {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })
         });
-        let stop = CancellationToken::new();
         let answers = Grpc(rpc::service(send, Some(about)));
         let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })

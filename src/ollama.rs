@@ -71,6 +71,18 @@ impl Ask {
         let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
         Self { method: Method::POST, headers, payload: Payload::from_bytes(json), infers: true, ..Self::get(path) }
     }
+
+    /// The same call once more, without copying its body; `None` if that is a stream.
+    pub fn again(&self) -> Option<Self> {
+        Some(Self {
+            method: self.method.clone(),
+            path: self.path.clone(),
+            headers: self.headers.clone(),
+            payload: self.payload.again()?,
+            fresh: self.fresh,
+            infers: self.infers,
+        })
+    }
 }
 
 /// One Ollama.

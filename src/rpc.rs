@@ -21,6 +21,7 @@ use olol_proto::v1::{
     RelayResponseHead, ServerState, Session, ShowModelRequest, ShowModelResponse, WatchRequest,
 };
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::ollama::Ask;
@@ -39,6 +40,8 @@ pub struct SelfDescription {
     pub description: DescribeResponse,
     /// What does; `None` until the engine was asked for the first time.
     pub state: watch::Receiver<Option<ServerState>>,
+    /// When nobody should go on watching: the agent stops.
+    pub stop: CancellationToken,
 }
 
 /// The service.
@@ -98,9 +101,11 @@ impl Server for Face {
             0 => Duration::from_secs(1),
             given => Duration::from_millis(u64::from(given).clamp(50, 60_000)),
         };
-        let mut state = self.about()?.state.clone();
+        let about = self.about()?;
+        let stop = about.stop.clone();
+        let mut state = about.state.clone();
         state.mark_changed();
-        Ok(Response::new(Box::pin(futures_util::stream::unfold(state, move |mut state| async move {
+        let states = futures_util::stream::unfold(state, move |mut state| async move {
             loop {
                 // Who watches has it at once when something changed, and knows at intervals that we live.
                 if let Ok(Err(_gone)) = tokio::time::timeout(interval, state.changed()).await {
@@ -111,7 +116,9 @@ impl Server for Face {
                     return Some((Ok(now), state));
                 }
             }
-        }))))
+        });
+        // A watch never ends by itself, and a graceful stop waits for everything that runs.
+        Ok(Response::new(Box::pin(states.take_until(stop.cancelled_owned()))))
     }
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -249,6 +256,7 @@ fn failure(error: &Error) -> Status {
         Error::NoServer(_) => Status::unavailable(error.to_string()),
         Error::Busy => Status::resource_exhausted(error.to_string()),
         Error::Body(_) => Status::invalid_argument(error.to_string()),
+        Error::Loop => Status::failed_precondition(error.to_string()),
         _ => Status::internal(error.to_string()),
     };
     if let Error::Server { phase, .. } = error {

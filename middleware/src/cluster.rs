@@ -460,7 +460,8 @@ impl Cluster {
         }
     }
 
-    /// Asks for fresh news of every server and waits until those that are up have told them, or the time is over.
+    /// Asks for fresh news of every server and waits until those that are up have told them, or the time is over. The
+    /// snapshot then shows what they told.
     pub async fn refresh(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let snapshot = self.snapshot();
@@ -477,6 +478,22 @@ impl Cluster {
         for (mut done, round) in waits {
             let _ = tokio::time::timeout_at(deadline, done.wait_for(|done| *done >= round)).await;
         }
+        self.catch_up().await;
+    }
+
+    /// Waits until the snapshot shows what is in the book.
+    async fn catch_up(&self) {
+        let due = {
+            let book = self.book();
+            if !book.scheduled {
+                return;
+            }
+            book.rebuilt.map(|last| last + REBUILD_PAUSE)
+        };
+        if let Some(due) = due {
+            tokio::time::sleep_until(due).await;
+        }
+        self.rebuild(&mut self.book());
     }
 
     /// Waits until somebody wants news of a server.
@@ -627,8 +644,11 @@ mod tests {
         cluster.news_wanted(0).await;
         let round = cluster.round_begins(0);
         assert!(!asking.is_finished());
+        let model = Model { name: "new".to_owned(), ..Model::default() };
+        cluster.report(0, Report { models: vec![model], ..Report::default() });
         cluster.round_ends(0, round);
         asking.await.unwrap();
+        assert!(cluster.snapshot().known(&ModelName::parse("new").unwrap()).is_some());
     }
 
     #[test]

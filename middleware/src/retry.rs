@@ -131,20 +131,19 @@ where
     let Some(mut spare) = call.again() else { return service.call(call).await };
     let mut answer = service.call(call).await;
     loop {
-        let Some(cause) = rules.next(&mut spare, &answer) else { return answer };
+        let Some((call, cause)) = rules.next(&mut spare, &answer) else { return answer };
         if !rules.budget.withdraw() {
             return answer;
         }
         rules.instruments.retried(cause);
         tracing::debug!(id = %spare.id, cause, attempt = spare.attempts + 1, "trying again");
-        let Some(call) = spare.again() else { return answer };
         answer = service.ready().await?.call(call).await;
     }
 }
 
 impl Rules {
-    /// Makes the spare call the next attempt, and says why it is needed; `None` if the answer stands.
-    fn next(&self, spare: &mut Call, answer: &Result<Reply, Error>) -> Option<&'static str> {
+    /// The next attempt, and why it is needed; `None` if the answer stands. The spare call keeps who may be asked after it.
+    fn next(&self, spare: &mut Call, answer: &Result<Reply, Error>) -> Option<(Call, &'static str)> {
         let (failed, may_be_reached, reused, cause) = match answer {
             Ok(reply) if is_elsewhere(reply.status) => (reply.body.outcome.servers.last()?.clone(), false, false, "busy"),
             Err(error @ Error::Server { server, phase, reused, .. }) if error.is_retryable() => {
@@ -157,14 +156,15 @@ impl Rules {
             }
             _ => return None,
         };
-        spare.attempts += 1;
         // A pooled connection that had died was no attempt: the server has not been asked yet.
-        let index = spare.candidates.snapshot().servers.iter().find(|server| server.id == failed)?.index;
         if reused && !spare.fresh {
             spare.fresh = true;
-            spare.candidates.only(index);
-            return Some("stale-connection");
+            let index = spare.candidates.snapshot().servers.iter().find(|server| server.id == failed)?.index;
+            let mut again = spare.again()?;
+            again.candidates.only(index);
+            return Some((again, "stale-connection"));
         }
+        spare.attempts += 1;
         if spare.attempts >= self.config.attempts {
             return None;
         }
@@ -174,10 +174,10 @@ impl Rules {
         }
         if only_one {
             spare.fresh = true;
-            return Some(cause);
+        } else {
+            spare.candidates.drop_server(&failed);
         }
-        spare.candidates.drop_server(&failed);
-        Some(cause)
+        Some((spare.again()?, cause))
     }
 }
 
@@ -221,6 +221,19 @@ mod tests {
         assert!(call.fresh && names(&call) == ["0"]);
         respond.send_error(failure("0", Phase::Waiting, false));
         assert!(answer.await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_server_that_fails_on_a_fresh_connection_too_is_left_for_another() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default()));
+        let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
+        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, true));
+        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, false));
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!((names(&call), call.attempts), (vec!["1".to_owned()], 1));
+        respond.send_response(testing::reply("hi"));
+        assert!(answer.await.is_ok());
     }
 
     #[tokio::test]

@@ -49,7 +49,12 @@ impl Watch {
     pub(super) async fn follow(&self, ask: Ask, ollama: &Ollama) -> Result<Reply, Error> {
         let changes = self.may_change(&ask);
         let running = Running::begin(self.shared.clone(), changes);
-        let reply = ollama.send(ask).await?;
+        let spare = ask.again();
+        let reply = match (ollama.send(ask).await, spare) {
+            // A pooled connection had died: the proxy cannot know, and the Ollama has not been asked yet.
+            (Err(Error::Server { reused: true, .. }), Some(spare)) => ollama.send(Ask { fresh: true, ..spare }).await?,
+            (answer, _) => answer?,
+        };
         // What was loaded for this call is there when the head is.
         if changes {
             self.shared.look.notify_one();

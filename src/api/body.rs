@@ -132,6 +132,8 @@ pub enum HttpBody {
     Full(Bytes),
     /// What a server sends. The flag: whether a failure is told by a line, or by cutting the connection.
     Chunks(Body, bool),
+    /// An answer that broke off: the connection is cut.
+    Cut(Option<BoxError>),
     /// What axum made.
     Axum(axum::body::Body),
     /// What tonic made.
@@ -154,7 +156,13 @@ impl http_body::Body for HttpBody {
                     // A chunk that only tells counts.
                     Some(Ok(chunk)) if chunk.bytes.is_empty() => {}
                     Some(Ok(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk.bytes)))),
-                    Some(Err(error)) if !*has_lines => return Poll::Ready(Some(Err(error.into()))),
+                    Some(Err(error)) if !*has_lines => {
+                        // An error makes hyper drop what it has not written yet. Waiting once lets it write first what the
+                        // server has said until then.
+                        *this = Self::Cut(Some(error.into()));
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
                     Some(Err(error)) => {
                         tracing::debug!(%error, "an answer broke off");
                         *this = Self::Full(Bytes::new());
@@ -163,6 +171,7 @@ impl http_body::Body for HttpBody {
                     None => return Poll::Ready(None),
                 }
             },
+            Self::Cut(error) => Poll::Ready(error.take().map(Err)),
             Self::Axum(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
             Self::Grpc(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
         }
@@ -172,6 +181,7 @@ impl http_body::Body for HttpBody {
         match self {
             Self::Full(bytes) => bytes.is_empty(),
             Self::Chunks(body, _) => body.length() == Some(0),
+            Self::Cut(error) => error.is_none(),
             Self::Axum(body) => body.is_end_stream(),
             Self::Grpc(body) => body.is_end_stream(),
         }
@@ -181,6 +191,7 @@ impl http_body::Body for HttpBody {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Chunks(body, _) => body.length().map_or_else(SizeHint::default, SizeHint::with_exact),
+            Self::Cut(_) => SizeHint::default(),
             Self::Axum(body) => body.size_hint(),
             Self::Grpc(body) => body.size_hint(),
         }

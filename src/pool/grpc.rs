@@ -98,8 +98,10 @@ impl Agent {
     /// What a status means: the agent's own word on its Ollama, or the loss of the agent.
     fn error(&self, status: Status, phase: Phase, reused: bool) -> Error {
         let told = status.metadata().get(PHASE).and_then(|phase| Phase::from_word(phase.to_str().ok()?));
-        if told.is_none() && status.code() == Code::InvalidArgument {
-            return Error::Body(status.message().to_owned().into());
+        match status.code() {
+            Code::InvalidArgument if told.is_none() => return Error::Body(status.message().to_owned().into()),
+            Code::FailedPrecondition if told.is_none() => return Error::Loop,
+            _ => {}
         }
         let source: BoxError = status.message().to_owned().into();
         Error::Server { server: self.id.clone(), phase: told.unwrap_or(phase), reused: told.is_none() && reused, source }

@@ -1,0 +1,102 @@
+//! The servers of a test, and the way that OLOL takes to them.
+
+use std::time::Duration;
+
+use olol::agent::{Agent, Options};
+use olol::ollama::Endpoint;
+
+use super::server::Server;
+
+/// How the proxy reaches its servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Directly, over HTTP.
+    Http,
+    /// Through an agent beside each of them, over gRPC.
+    Agents,
+}
+
+impl Way {
+    /// Both: what OLOL promises holds on either.
+    pub const BOTH: [Self; 2] = [Self::Http, Self::Agents];
+}
+
+/// Some servers, named "0", "1", … by OLOL.
+#[derive(Debug)]
+pub struct Cluster {
+    servers: Vec<Server>,
+    way: Way,
+    weights: Vec<u32>,
+}
+
+impl Cluster {
+    /// So many servers, reached over HTTP, without any model.
+    pub async fn of(count: usize) -> Self {
+        let mut servers = Vec::new();
+        for _ in 0..count {
+            servers.push(Server::start().await);
+        }
+        Self { servers, way: Way::Http, weights: vec![1; count] }
+    }
+
+    /// Reaches them another way.
+    pub fn over(self, way: Way) -> Self {
+        Self { way, ..self }
+    }
+
+    /// Gives some more work than others.
+    pub fn weighing<const N: usize>(self, weights: [u32; N]) -> Self {
+        Self { weights: weights.to_vec(), ..self }
+    }
+
+    /// Gives a model to every server.
+    pub fn all_have(self, model: &str) -> Self {
+        for server in &self.servers {
+            server.has(model);
+        }
+        self
+    }
+
+    /// Gives a model to every server, and has it loaded there: which one answers is then a question of load alone.
+    pub fn all_have_loaded(self, model: &str) -> Self {
+        for server in &self.servers {
+            server.has_loaded(model);
+        }
+        self
+    }
+
+    /// One of them.
+    pub fn server(&self, at: usize) -> &Server {
+        &self.servers[at]
+    }
+
+    /// All of them.
+    pub fn servers(&self) -> &[Server] {
+        &self.servers
+    }
+
+    /// Starts agents where the way leads over them, and says what stands in `--servers`.
+    pub(super) async fn reach(&self) -> (Vec<Agent>, Vec<String>) {
+        let mut agents = Vec::new();
+        let mut list = Vec::new();
+        for (at, (server, weight)) in self.servers.iter().zip(&self.weights).enumerate() {
+            let address = server.address();
+            let shown = match self.way {
+                Way::Http => format!("http://{address}"),
+                Way::Agents => {
+                    agents.push(agent(Endpoint::parse(&address.to_string(), 0).unwrap()).await);
+                    agents[at].address().to_string()
+                }
+            };
+            list.push(format!("{at}@{shown}={weight}"));
+        }
+        (agents, list)
+    }
+}
+
+/// An agent beside an Ollama.
+pub async fn agent(ollama: Endpoint) -> Agent {
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let options = Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", grace: Duration::from_secs(5) };
+    Agent::start(options).await.unwrap()
+}

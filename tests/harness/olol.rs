@@ -1,0 +1,172 @@
+//! A proxy in front of a cluster, in the process of the test.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use olol::agent::Agent;
+use olol::config::Config;
+use olol::proxy::Proxy;
+use olol_middleware::cluster::State;
+use olol_middleware::{ModelName, Snapshot};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::client::{Answer, Connection, Request};
+use super::cluster::Cluster;
+use super::server::Server;
+use super::{patiently, until};
+
+/// A proxy, the agents between it and its servers, and where it keeps blobs.
+#[derive(Debug)]
+pub struct Olol {
+    proxy: Proxy,
+    agents: Vec<Agent>,
+    spool: TempDir,
+}
+
+impl Olol {
+    /// Starts a proxy with this configuration, and waits until it knows what its servers have.
+    pub async fn start(cluster: &Cluster, toml: &str) -> Self {
+        let olol = Self::launch(cluster, toml).await;
+        olol.knows(cluster).await;
+        olol
+    }
+
+    /// Starts a proxy, and waits for nothing.
+    pub async fn launch(cluster: &Cluster, toml: &str) -> Self {
+        let (agents, servers) = cluster.reach().await;
+        Self { agents, ..Self::at(servers, toml).await }
+    }
+
+    /// Starts a proxy for servers that are given as in `--servers`.
+    pub async fn at(servers: Vec<String>, toml: &str) -> Self {
+        let spool = tempfile::tempdir().unwrap();
+        let mut config: Config = toml::from_str(toml).unwrap_or_else(|error| panic!("{error}"));
+        config.proxy.port = 0;
+        config.proxy.servers = servers;
+        config.spool.dir = spool.path().to_owned();
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.proxy.address()
+    }
+
+    /// The agents, in the order of their servers.
+    pub fn agents(&self) -> &[Agent] {
+        &self.agents
+    }
+
+    /// Blobs that wait in the spool, and their parts.
+    pub fn spooled(&self) -> Vec<String> {
+        let files = std::fs::read_dir(self.spool.path()).unwrap();
+        files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// Calls that are at a server now, in the books of the proxy.
+    pub fn in_flight(&self, server: usize) -> u32 {
+        self.proxy.cluster().snapshot().servers[server].load.in_flight()
+    }
+
+    /// Whether a server is up, in the books of the proxy.
+    pub fn is_server_up(&self, server: usize) -> bool {
+        self.proxy.cluster().snapshot().servers[server].state == State::Up
+    }
+
+    /// Waits until the proxy knows what the servers have; those that do not answer are left out.
+    pub async fn knows(&self, cluster: &Cluster) {
+        let learning = async {
+            loop {
+                self.proxy.cluster().refresh(Duration::from_secs(1)).await;
+                let snapshot = self.proxy.cluster().snapshot();
+                let answering = cluster.servers().iter().enumerate().filter(|(_, server)| server.answers());
+                if answering.into_iter().all(|(at, server)| is_known(&snapshot, at, server)) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        patiently("the proxy knows its servers", learning).await;
+    }
+
+    /// Waits until every server is up.
+    pub async fn is_up(&self) {
+        let are_up = || self.proxy.cluster().snapshot().servers.iter().all(|server| server.state == State::Up);
+        until("every server is up", are_up).await;
+    }
+
+    /// A new connection.
+    pub async fn connect(&self) -> Connection {
+        Connection::open(self.address()).await
+    }
+
+    /// Sends a request on a connection of its own, and reads nothing yet.
+    pub async fn begin(&self, request: &Request) -> Connection {
+        let mut connection = self.connect().await;
+        connection.send(request).await;
+        connection
+    }
+
+    /// Sends a request on a connection of its own and reads the whole answer.
+    pub async fn ask(&self, request: &Request) -> Answer {
+        self.begin(request).await.answer().await
+    }
+
+    /// Asks for a path.
+    pub async fn get(&self, path: &str) -> Answer {
+        self.ask(&Request::get(path)).await
+    }
+
+    /// Chats with a model, as a stream.
+    pub async fn chat(&self, model: &str, text: &str) -> Answer {
+        self.ask(&chat(model, text)).await
+    }
+
+    /// Takes nothing new and lets what runs finish. True if all of it did in time.
+    pub async fn stop(self) -> bool {
+        patiently("the proxy stops", self.proxy.stop()).await
+    }
+}
+
+/// A chat as a stream.
+pub fn chat(model: &str, text: &str) -> Request {
+    Request::post("/api/chat", json!({"model": model, "messages": [{"role": "user", "content": text}]}))
+}
+
+/// The same in one piece.
+pub fn chat_at_once(model: &str, text: &str) -> Request {
+    Request::post(
+        "/api/chat",
+        json!({"model": model, "messages": [{"role": "user", "content": text}], "stream": false}),
+    )
+}
+
+/// A chat in OpenAI's form, as a stream.
+pub fn v1_chat(model: &str, text: &str) -> Request {
+    let body = json!({"model": model, "messages": [{"role": "user", "content": text}], "stream": true});
+    Request::post("/v1/chat/completions", body)
+}
+
+/// A request that only loads, or unloads, a model.
+pub fn keep_alive(model: &str, seconds: i32) -> Request {
+    Request::post("/api/generate", json!({"model": model, "keep_alive": seconds}))
+}
+
+/// Whether the books of the proxy are true of a server.
+fn is_known(snapshot: &Snapshot, at: usize, server: &Server) -> bool {
+    let report = &snapshot.servers[at].report;
+    let (models, loaded) = server.holds();
+    snapshot.servers[at].state == State::Up
+        && are_same(&models, report.models.iter().map(|model| &model.name))
+        && are_same(&loaded, report.loaded.iter().map(|model| &model.name))
+}
+
+fn are_same<'a>(names: &[String], others: impl Iterator<Item = &'a String>) -> bool {
+    let sorted = |mut names: Vec<Option<ModelName>>| {
+        names.sort();
+        names
+    };
+    sorted(names.iter().map(|name| ModelName::parse(name)).collect())
+        == sorted(others.map(|name| ModelName::parse(name)).collect())
+}
