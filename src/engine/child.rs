@@ -248,10 +248,17 @@ fn whole(form: Form, model: &str, text: &str, summary: &Summary) -> Response {
     ([(CONTENT_TYPE, "application/json; charset=utf-8")], object(form, model, text, Some(summary))).into_response()
 }
 
-/// One line for each piece, as it comes.
+/// One line for each piece, as it comes, up to the end or a failure.
 fn lines(form: Form, model: String, first: Event, events: UnboundedReceiver<Event>) -> Response {
-    let rest = futures_util::stream::unfold(events, |mut events| async move { events.recv().await.map(|event| (event, events)) });
-    let all = futures_util::stream::once(std::future::ready(first)).chain(rest);
+    let all = futures_util::stream::unfold((Some(first), Some(events)), |(first, events)| async move {
+        let mut events = events?;
+        let event = match first {
+            Some(event) => event,
+            None => events.recv().await?,
+        };
+        let goes_on = matches!(event, Event::Piece(_)).then_some(events);
+        Some((event, (None, goes_on)))
+    });
     let lines = all.map(move |event| {
         let mut line = match event {
             Event::Piece(text) => object(form, &model, &text, None),

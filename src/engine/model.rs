@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::model::params::LlamaModelParams;
+use llama_cpp_4::quantize::LlamaFtype;
 use olol_middleware::ModelName;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -80,7 +81,7 @@ impl ModelFile {
             family: architecture.clone(),
             families: [architecture.clone()],
             parameter_size: human_number(model.n_params()),
-            quantization_level: model.ftype().map_or("unknown", llama_cpp_4::quantize::LlamaFtype::name).to_owned(),
+            quantization_level: quantization(&info),
             context_length: number("context_length"),
             embedding_length: number("embedding_length"),
         };
@@ -203,6 +204,13 @@ fn info(model: &LlamaModel) -> Map<String, Value> {
         .collect();
     info.insert("general.parameter_count".to_owned(), json!(model.n_params()));
     info
+}
+
+/// The level that most of the weights have. llama.cpp itself knows it only once the weights are loaded.
+fn quantization(info: &Map<String, Value>) -> String {
+    let number = info.get("general.file_type").and_then(Value::as_u64).and_then(|number| u32::try_from(number).ok());
+    let known = number.and_then(|number| LlamaFtype::try_from(number).ok());
+    known.map_or("unknown", LlamaFtype::name).to_owned()
 }
 
 /// A value that llama.cpp has turned into text, turned back.

@@ -30,6 +30,8 @@ use super::stops::Shown;
 const DEFAULT_CONTEXT: u32 = 4096;
 /// Tokens that are given to the model at once, Ollama's `num_batch`.
 const BATCH: usize = 512;
+/// Weights that are worth a thread of their own, bytes.
+const BYTES_A_THREAD: u64 = 32 << 20;
 /// Tokens at the beginning that are kept when a prompt is too long, Ollama's `num_keep`.
 const KEEP: usize = 4;
 
@@ -159,7 +161,7 @@ impl Runner {
 
     fn session<'model>(&self, model: &'model LlamaModel, options: &Options) -> Result<Session<'model>, Refusal> {
         let context = self.context_for(options);
-        let threads = options.num_thread.and_then(|threads| i32::try_from(threads).ok()).unwrap_or_else(processors);
+        let threads = options.num_thread.and_then(|threads| i32::try_from(threads).ok()).unwrap_or_else(|| threads(self.file.size));
         let parameters = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(context))
             .with_n_batch(BATCH as u32)
@@ -229,8 +231,11 @@ impl Runner {
     }
 }
 
-fn processors() -> i32 {
-    std::thread::available_parallelism().map_or(1, |count| i32::try_from(count.get()).unwrap_or(i32::MAX))
+/// Threads for a model of this many bytes: a small one is quicker on few, since they wait for each other at every step.
+fn threads(size: u64) -> i32 {
+    let useful = 1 + size / BYTES_A_THREAD;
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    i32::try_from(useful.min(processors as u64)).unwrap_or(1)
 }
 
 /// A model with a context of one size.
