@@ -5,12 +5,15 @@
 //! load; so only the ratios of one run mean something, and they are valid only while `relay-http` against itself stays near 1.
 //! `OLOL_BENCH_ROUNDS` (7) and `OLOL_BENCH_SECONDS` (3) set how long it takes.
 
+#![expect(clippy::print_stdout, clippy::expect_used, reason = "a program for a terminal, which may end when it cannot go on")]
+
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::Instant;
 
 /// The relay that everything is compared with, and the names of the two copies of it.
 const YARDSTICK: &str = "relay-http";

@@ -95,7 +95,8 @@ impl Engine {
         let socket = folder.path().join("engine.sock");
         let process = Arc::default();
         let listener = UnixListener::bind(&socket)?;
-        let keeper = Keeper { program: start.program, model, listener, process: Arc::clone(&process) };
+        let folder_path = folder.path().to_owned();
+        let keeper = Keeper { program: start.program, model, folder: folder_path, listener, process: Arc::clone(&process) };
         let child = keeper.spawn().await?;
         let stop = CancellationToken::new();
         let keeping = tokio::spawn(keeper.keep(child, stop.clone()));
@@ -123,6 +124,7 @@ impl Engine {
 struct Keeper {
     program: PathBuf,
     model: PathBuf,
+    folder: PathBuf,
     /// Stays open between children, so that calls wait for the next one.
     listener: UnixListener,
     process: Arc<AtomicU32>,
@@ -137,6 +139,8 @@ impl Keeper {
             .arg("engine")
             .arg("--model")
             .arg(&self.model)
+            .arg("--folder")
+            .arg(&self.folder)
             .stdin(Stdio::from(socket))
             .stdout(Stdio::piped())
             // llama.cpp would start a debugger when it aborts.

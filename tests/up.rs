@@ -147,3 +147,21 @@ fn a_file_of_ones_own_is_served_under_its_name() {
     stream.read_to_string(&mut body).unwrap();
     assert!(body.contains(ANSWER.trim_end()) && body.contains("X-Olol-Server: local"), "{body}");
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_engine_whose_parent_was_killed_goes_too_and_tidies_up() {
+    let mut up = Up::start(&[]);
+    let engine = *engines_of(up.process.id()).first().unwrap();
+    let line = std::fs::read(format!("/proc/{engine}/cmdline")).unwrap();
+    let arguments: Vec<String> = line.split(|byte| *byte == 0).map(text).collect();
+    let folder = arguments.iter().skip_while(|argument| *argument != "--folder").nth(1).unwrap();
+    assert!(std::path::Path::new(folder).join("engine.sock").exists());
+    up.process.kill().unwrap();
+    up.process.wait().unwrap();
+    let patience = tokio::time::Instant::now() + LIMIT;
+    while std::path::Path::new(folder).exists() || std::path::Path::new(&format!("/proc/{engine}/exe")).exists() {
+        assert!(tokio::time::Instant::now() < patience, "engine {engine} or {folder} is still there");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

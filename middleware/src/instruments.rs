@@ -157,6 +157,7 @@ impl ServerMeters {
 }
 
 /// Sets what is read rather than counted. Call before a scrape.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
 pub fn observe(snapshot: &Snapshot) {
     for server in &snapshot.servers {
         let label = || vec![Label::new("server", server.id.shared())];

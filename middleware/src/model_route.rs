@@ -157,7 +157,9 @@ impl Router {
             loop {
                 spare.candidates = self.cluster.snapshot().all();
                 self.narrow(&mut spare);
-                asked.iter().for_each(|server| spare.candidates.drop_server(server));
+                for server in &asked {
+                    spare.candidates.drop_server(server);
+                }
                 let somebody = !spare.candidates.is_empty()
                     && spare.candidates.snapshot().known(&model).is_some_and(|known| !known.installed.is_empty());
                 if somebody {

@@ -215,7 +215,7 @@ impl Key {
 /// Whether a `keep_alive` is no time at all: the number 0, or a Go duration of zeros.
 fn is_zero(value: &[u8]) -> bool {
     let text = value.strip_prefix(b"\"").and_then(|text| text.strip_suffix(b"\"")).unwrap_or(value);
-    !text.is_empty() && text.iter().any(|b| *b == b'0') && !text.iter().any(|b| matches!(b, b'1'..=b'9'))
+    !text.is_empty() && text.contains(&b'0') && !text.iter().any(|b| matches!(b, b'1'..=b'9'))
 }
 
 #[cfg(test)]

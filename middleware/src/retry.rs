@@ -53,6 +53,7 @@ impl Budget {
         let full = i64::from(config.reserve) * 1000;
         let now = self.0.load(Ordering::Relaxed);
         if now != full {
+            #[expect(clippy::cast_possible_truncation, reason = "between 0 and 1000")]
             let share = (config.budget.clamp(0.0, 1.0) * 1000.0) as i64;
             // Two deposits at once may count as one: a budget is no ledger.
             self.0.store(now.saturating_add(share).min(full), Ordering::Relaxed);
@@ -169,7 +170,7 @@ impl Rules {
             return None;
         }
         let only_one = spare.candidates.iter().count() <= 1;
-        if only_one && !(may_be_reached && !spare.fresh) {
+        if only_one && (!may_be_reached || spare.fresh) {
             return None;
         }
         if only_one {

@@ -123,7 +123,7 @@ pub fn check(order: &[Concern]) -> Result<(), OrderError> {
 pub fn build(config: &Config, shared: &Shared, leaf: Stack) -> Result<Stack, OrderError> {
     check(&config.stack.order)?;
     Ok(config.stack.order.iter().rev().fold(leaf, |inner, concern| match concern {
-        Concern::Trace => push(inner, &TraceLayer::new(config.trace.clone())),
+        Concern::Trace => push(inner, &TraceLayer::new(&config.trace)),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {

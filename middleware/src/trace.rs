@@ -35,7 +35,7 @@ pub struct TraceLayer {
 
 impl TraceLayer {
     /// Logs as configured.
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: &Config) -> Self {
         Self { access_log: config.access_log }
     }
 }
@@ -155,7 +155,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reply_carries_the_id_of_its_request() {
-        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default()));
         let call = testing::call("tiny").await;
         let id = call.id.clone();
         let answer = ask(&mut service, call);
@@ -165,7 +165,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_error_passes_unchanged() {
-        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default()));
         let answer = ask(&mut service, testing::call("tiny").await);
         inner.next_request().await.unwrap().1.send_error(Error::Busy);
         assert!(matches!(answer.await, Err(Error::Busy)));

@@ -10,10 +10,13 @@ pub(super) struct Arguments {
     /// The file
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
+    /// Folder to remove when the parent is gone without having done so
+    #[arg(long)]
+    folder: PathBuf,
 }
 
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        crate::engine::run_child(&self.model)
+        crate::engine::run_child(&self.model, &self.folder)
     }
 }

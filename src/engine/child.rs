@@ -39,7 +39,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Serves a model on the socket that is our standard input, until the parent goes. Tells the parent on standard output
 /// that it is ready, or why it will never be.
-pub(crate) fn run(model: &Path) -> anyhow::Result<()> {
+pub(crate) fn run(model: &Path, folder: &Path) -> anyhow::Result<()> {
     let parent = rustix::process::getppid();
     log::start();
     let backend = LlamaBackend::init()?;
@@ -63,7 +63,8 @@ pub(crate) fn run(model: &Path) -> anyhow::Result<()> {
         tell(READY)?;
         tokio::select! {
             served = axum::serve(listener, router(Face { file: Arc::new(file), memory, jobs })).into_future() => served?,
-            () = orphaned(parent) => {}
+            // A parent that was killed could not tidy up.
+            () = orphaned(parent) => std::fs::remove_dir_all(folder)?,
         }
         Ok(())
     })
