@@ -294,13 +294,17 @@ impl Told {
         }
     }
 
-    /// Who failed and why; the plain words where all failed alike.
+    /// Who failed and why; one server's own words where all of them failed.
     fn failure(&self) -> String {
-        let alike = self.failures.windows(2).all(|pair| pair[0].1 == pair[1].1);
-        let all = self.failures.len() >= self.ids.len() && !self.failures.is_empty();
+        let all = self.counting().next().is_none();
         let text = match self.failures.first() {
-            Some((_, why)) if alike && all => why.clone(),
             None => "a server ended without success".to_owned(),
+            Some((id, why)) if all => {
+                for (other, why) in &self.failures[1..] {
+                    tracing::debug!(server = %other, why, told = %id, "all servers failed");
+                }
+                why.clone()
+            }
             Some(_) => self.failures.iter().map(|(id, why)| format!("server {id}: {why}")).collect::<Vec<_>>().join("; "),
         };
         json!({"error": text}).to_string()
@@ -371,8 +375,10 @@ mod tests {
     }
 
     #[test]
-    fn when_all_fail_alike_the_words_are_ollamas() {
+    fn when_all_fail_the_words_are_ollamas() {
         let missing = r#"{"error":"pull model manifest: file does not exist"}"#;
         assert_eq!(run(2, &[(0, missing), (1, missing)]).last().map(String::as_str), Some(&*format!("{missing}\n")));
+        let elsewhere = r#"{"error":"another path"}"#;
+        assert_eq!(run(2, &[(1, missing), (0, elsewhere)]).last().map(String::as_str), Some(&*format!("{missing}\n")));
     }
 }
