@@ -88,6 +88,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
             let length = this.prefix.len().min(buffer.remaining());
             buffer.put_slice(&this.prefix[..length]);
             this.prefix.advance(length);
+            if this.prefix.is_empty() {
+                // An idle connection keeps nothing of its first request.
+                this.prefix = Bytes::new();
+            }
             return Poll::Ready(Ok(()));
         }
         let before = buffer.filled().len();
