@@ -135,6 +135,10 @@ impl Edge {
 impl Answers for Edge {
     type Body = UnsyncBoxBody<Bytes, BoxError>;
 
+    fn is_brief(&self, request: &Request<Incoming>) -> bool {
+        Api::is_brief(request)
+    }
+
     async fn answer(&self, request: Request<Incoming>, client: SocketAddr) -> Response<Self::Body> {
         let edge = self.clone();
         let service = tower::service_fn(move |request: Request<Incoming>| {

@@ -382,12 +382,36 @@ impl Stream for Body {
 
 impl Drop for Body {
     fn drop(&mut self) {
-        self.finish(End::Dropped);
+        // Who was promised nothing need not ask for it.
+        self.finish(if self.length == Some(self.delivered) { End::Whole } else { End::Dropped });
     }
 }
 
 impl fmt::Debug for Body {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Body").field("length", &self.length).field("outcome", &self.outcome).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    struct Ends(Arc<Mutex<Vec<End>>>);
+
+    impl Watcher for Ends {
+        fn end(&mut self, end: End, _outcome: &Outcome) {
+            self.0.lock().unwrap().push(end);
+        }
+    }
+
+    #[test]
+    fn a_body_of_nothing_is_whole_when_it_is_dropped_unread() {
+        for (text, wanted) in [("", End::Whole), ("hi", End::Dropped)] {
+            let ends: Arc<Mutex<Vec<End>>> = Arc::default();
+            drop(Reply::full(StatusCode::OK, HeaderMap::new(), text).watch(Ends(ends.clone())));
+            assert_eq!(*ends.lock().unwrap(), [wanted]);
+        }
     }
 }

@@ -343,6 +343,32 @@ struct Entry {
     load: Arc<Load>,
     health: Arc<Health>,
     meters: Arc<ServerMeters>,
+    /// What calls have changed there, until a report that was begun later.
+    changes: Vec<Change>,
+}
+
+/// A model that came to a server, or went, by a call that the server has answered.
+#[derive(Debug)]
+struct Change {
+    at: Instant,
+    name: ModelName,
+    /// What is there now; `None`: nothing.
+    model: Option<Model>,
+}
+
+impl Change {
+    fn apply(&self, report: &mut Report) {
+        let is_it = |name: &str| ModelName::parse(name).as_ref() == Some(&self.name);
+        match &self.model {
+            // What a server says of a model is better than what is guessed of it.
+            Some(_) if report.models.iter().any(|held| is_it(&held.name)) => {}
+            Some(model) => report.models.push(model.clone()),
+            None => {
+                report.models.retain(|held| !is_it(&held.name));
+                report.loaded.retain(|loaded| !is_it(&loaded.name));
+            }
+        }
+    }
 }
 
 /// How to ask for news of a server, and to hear that they came.
@@ -364,6 +390,7 @@ impl Cluster {
             .into_iter()
             .map(|member| Entry {
                 meters: Arc::new(ServerMeters::new(&member.id)),
+                changes: Vec::new(),
                 member,
                 state: State::Unknown,
                 reason: String::new(),
@@ -391,8 +418,15 @@ impl Cluster {
 
     /// A server said what it is.
     pub fn report(&self, index: usize, report: Report) {
+        self.report_since(index, report, Instant::now());
+    }
+
+    /// A server said what it was at some moment after `since`: what calls have changed later still holds.
+    pub fn report_since(&self, index: usize, mut report: Report, since: Instant) {
         let mut book = self.book();
         let Some(entry) = book.entries.get_mut(index) else { return };
+        entry.changes.retain(|change| change.at >= since);
+        entry.changes.iter().for_each(|change| change.apply(&mut report));
         entry.failures = 0;
         entry.health.succeeded();
         let same = entry.state == State::Up && *entry.report == report;
@@ -438,6 +472,37 @@ impl Cluster {
             report.models.retain(|held| ModelName::parse(&held.name).as_ref() != Some(model));
             report.loaded.retain(|loaded| ModelName::parse(&loaded.name).as_ref() != Some(model));
         });
+    }
+
+    /// A call has brought a model to these servers. Known at once: the next call of the same client may need it.
+    pub fn note_installed(&self, servers: &[ServerId], name: &ModelName, like: Option<&ModelName>) {
+        self.note(servers, name, |report| {
+            let is_like = |held: &&Model| like.is_some() && ModelName::parse(&held.name).as_ref() == like;
+            let twin = report.models.iter().find(is_like).cloned().unwrap_or_default();
+            Some(Model { name: name.to_string(), ..twin })
+        });
+    }
+
+    /// A call has removed a model from these servers. Known at once, as with [`Cluster::note_installed`].
+    pub fn note_removed(&self, servers: &[ServerId], name: &ModelName) {
+        self.note(servers, name, |_| None);
+    }
+
+    fn note(&self, servers: &[ServerId], name: &ModelName, model: impl Fn(&Report) -> Option<Model>) {
+        if servers.is_empty() {
+            return;
+        }
+        let mut book = self.book();
+        for entry in book.entries.iter_mut().filter(|entry| servers.contains(&entry.member.id)) {
+            let change = Change { at: Instant::now(), name: name.clone(), model: model(&entry.report) };
+            let mut report = Report::clone(&entry.report);
+            change.apply(&mut report);
+            entry.report = Arc::new(report);
+            entry.changes.retain(|known| known.name != *name);
+            entry.changes.push(change);
+        }
+        // These are seldom, and cannot wait for the pause between snapshots.
+        self.rebuild(&mut book);
     }
 
     fn amend(&self, server: &ServerId, change: impl FnOnce(&mut Report)) {
@@ -603,6 +668,25 @@ mod tests {
         tokio::time::sleep(REBUILD_PAUSE).await;
         let loaded = cluster.snapshot().known(&tiny.name).unwrap().loaded.clone();
         assert_eq!(loaded.iter().collect::<Vec<_>>(), [1]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_is_known_at_once_and_outlives_a_report_that_was_begun_before_it() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        let (one, copy, tiny) = (ServerId::new("1"), ModelName::parse("copy").unwrap(), ModelName::parse("tiny").unwrap());
+        let holders = |name| cluster.snapshot().known(name).map(|known| known.installed.iter().collect::<Vec<_>>());
+        let before = Instant::now();
+        tokio::time::advance(Duration::from_millis(1)).await;
+        cluster.note_installed(std::slice::from_ref(&one), &copy, Some(&tiny));
+        cluster.note_removed(std::slice::from_ref(&one), &tiny);
+        assert_eq!((holders(&copy), holders(&tiny)), (Some(vec![1]), Some(vec![0])));
+        let old = Report { models: vec![Model { name: "tiny:latest".into(), ..Model::default() }], ..Report::default() };
+        cluster.report_since(1, old.clone(), before);
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        assert_eq!((holders(&copy), holders(&tiny)), (Some(vec![1]), Some(vec![0])));
+        cluster.report(1, old);
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        assert_eq!((holders(&copy), holders(&tiny)), (None, Some(vec![0, 1])));
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,7 +14,9 @@ pub struct Peek {
     pub model: Option<String>,
     /// The base of a `create`.
     pub from: Option<String>,
-    /// The digests in `files` and `adapters` of a `create`.
+    /// The new name of a `copy`.
+    pub destination: Option<String>,
+    /// The digests in `files` and `adapters` of a `create`; the one in the path of a blob.
     pub digests: Vec<String>,
     /// Where the value of `model` stands, quotes included.
     pub model_span: Option<Span>,
@@ -107,6 +109,7 @@ impl Members {
             Key::Name => self.name = text(),
             Key::Source => self.source = text(),
             Key::From => self.peek.from = text(),
+            Key::Destination => self.peek.destination = text(),
             Key::Files | Key::Adapters => self.digests(&json::cut(pieces, span)),
             Key::Options => self.peek.options = Some(span),
             Key::KeepAlive => {
@@ -168,6 +171,7 @@ enum Key {
     Name,
     Source,
     From,
+    Destination,
     Files,
     Adapters,
     Options,
@@ -179,11 +183,12 @@ enum Key {
 }
 
 impl Key {
-    const ALL: [(&'static str, Self); 12] = [
+    const ALL: [(&'static str, Self); 13] = [
         ("model", Self::Model),
         ("name", Self::Name),
         ("source", Self::Source),
         ("from", Self::From),
+        ("destination", Self::Destination),
         ("files", Self::Files),
         ("adapters", Self::Adapters),
         ("options", Self::Options),

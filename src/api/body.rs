@@ -2,12 +2,13 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{FutureExt, Stream, StreamExt};
+use http::Request;
 use http::header::{self, HeaderMap};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -19,6 +20,9 @@ use tower_http::timeout::TimeoutBody;
 
 /// What a mid-stream failure becomes where a line may tell it: what Ollama says when its runner dies.
 const BROKEN_LINE: &[u8] = b"{\"error\":\"an error was encountered while running the model: unexpected EOF\"}\n";
+
+/// Bytes of a body that are read although nobody wants them.
+const DRAINED: u64 = 256 << 10;
 
 /// Memory for bodies of clients, shared by all requests.
 #[derive(Debug)]
@@ -44,9 +48,16 @@ impl Room {
 pub(super) struct Taken {
     room: Arc<Room>,
     bytes: u64,
+    /// Whether a body that streams through has been read to its end.
+    over: Option<Arc<AtomicBool>>,
 }
 
 impl Taken {
+    /// Whether a part of the body was not wanted so far: who answers now does not wait for it.
+    pub(super) fn is_cut(&self) -> bool {
+        self.over.as_ref().is_some_and(|over| !over.load(Ordering::Relaxed))
+    }
+
     fn grow(&mut self, bytes: usize) -> bool {
         let grown = self.room.take(bytes as u64);
         if grown {
@@ -71,14 +82,16 @@ pub(super) async fn read(
     streams: bool,
     room: &Arc<Room>,
 ) -> Result<(Payload, Taken), Error> {
-    let mut taken = Taken { room: room.clone(), bytes: 0 };
+    let mut taken = Taken { room: room.clone(), bytes: 0, over: None };
     let mut pieces = SmallVec::new();
     if incoming.is_end_stream() {
         return Ok((Payload::Whole(pieces), taken));
     }
     let length = super::header_text(headers, &header::CONTENT_LENGTH).and_then(|length| length.parse().ok());
     if streams {
-        return Ok((Payload::Stream { length, pieces: rest(incoming, room.pause) }, taken));
+        let over = taken.over.insert(Arc::default()).clone();
+        let pieces = Box::pin(Through { pieces: rest(incoming, room.pause), left: length, over });
+        return Ok((Payload::Stream { length, pieces }, taken));
     }
     // A small body is nearly always here already, and needs no clock.
     while !incoming.is_end_stream() {
@@ -123,6 +136,46 @@ fn spilt(pieces: SmallVec<[Bytes; 1]>, rest: Pieces, length: Option<u64>) -> Pay
 fn rest(incoming: Incoming, pause: Duration) -> Pieces {
     let body = Box::pin(TimeoutBody::new(pause, incoming));
     Box::pin(body.into_data_stream().map(|piece| piece.map_err(Error::Body)))
+}
+
+/// A body that streams through, and notes its end.
+struct Through {
+    pieces: Pieces,
+    left: Option<u64>,
+    over: Arc<AtomicBool>,
+}
+
+impl Stream for Through {
+    type Item = Result<Bytes, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let next = std::task::ready!(self.pieces.as_mut().poll_next(cx));
+        if let (Some(Ok(piece)), Some(left)) = (&next, self.left) {
+            self.left = Some(left.saturating_sub(piece.len() as u64));
+        }
+        if next.is_none() || self.left == Some(0) {
+            self.over.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(next)
+    }
+}
+
+/// Reads the body of a request that is answered without it, so that its connection can be kept. False if it is longer than
+/// Go's server would read for that, or if its client waits to be told to send it.
+pub(super) async fn drain(request: Request<Incoming>, room: &Room) -> bool {
+    let mut left = DRAINED;
+    let is_long = request.body().size_hint().lower() > DRAINED;
+    if !request.body().is_end_stream() && (is_long || request.headers().contains_key(header::EXPECT)) {
+        return false;
+    }
+    let mut incoming = request.into_body();
+    while !incoming.is_end_stream() {
+        let Ok(Some(Ok(frame))) = tokio::time::timeout(room.pause, incoming.frame()).await else { break };
+        let length = frame.data_ref().map_or(0, Bytes::len) as u64;
+        let Some(fewer) = left.checked_sub(length) else { return false };
+        left = fewer;
+    }
+    true
 }
 
 /// The body of an answer to a client.
@@ -194,6 +247,25 @@ impl http_body::Body for HttpBody {
             Self::Cut(_) => SizeHint::default(),
             Self::Axum(body) => body.size_hint(),
             Self::Grpc(body) => body.size_hint(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_what_streams_through_is_noted() {
+        for (length, pieces_read) in [(Some(4), 2), (None, 3)] {
+            let over: Arc<AtomicBool> = Arc::default();
+            let pieces: Pieces = Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"ab")), Ok(Bytes::from_static(b"cd"))]));
+            let mut through = Through { pieces, left: length, over: over.clone() };
+            for _ in 0..pieces_read {
+                assert!(!over.load(Ordering::Relaxed));
+                through.next().await;
+            }
+            assert!(over.load(Ordering::Relaxed));
         }
     }
 }

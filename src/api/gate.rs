@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use http::header::{self, HeaderMap, HeaderValue};
-use http::{Method, Response, StatusCode, Uri};
+use http::{Method, Response, Uri};
 
 use super::body::HttpBody;
 use super::{header_text, response};
@@ -87,12 +87,13 @@ impl Gate {
         uri: &Uri,
         allow: Option<&'static str>,
     ) -> Result<Pass, Response<HttpBody>> {
-        let host = uri.authority().map(http::uri::Authority::as_str).or_else(|| header_text(headers, &header::HOST)).unwrap_or("");
+        let named = uri.authority().map(|authority| authority.as_str().rsplit('@').next().unwrap_or_default());
+        let host = named.or_else(|| header_text(headers, &header::HOST)).unwrap_or("");
         let origin = header_text(headers, &header::ORIGIN).filter(|origin| !origin.is_empty());
         let foreign = origin.filter(|origin| !is_same(origin, host));
         let pass = match foreign {
             None => Pass(None),
-            Some(origin) if !self.origins.allow(origin) => return Err(response::full(StatusCode::FORBIDDEN, "")),
+            Some(origin) if !self.origins.allow(origin) => return Err(response::forbidden(allow)),
             Some(origin) => {
                 let value = if self.origins.any { "*" } else { origin };
                 let pass = Pass(HeaderValue::from_str(value).ok());
@@ -105,7 +106,7 @@ impl Gate {
         match &self.here {
             Some(here) if !is_address_allowed(here, bare(host)) => {
                 let mut answer = if !is_name_allowed(here, bare(host)) {
-                    response::full(StatusCode::FORBIDDEN, "")
+                    response::forbidden(allow)
                 } else if method == Method::OPTIONS {
                     response::no_content(allow)
                 } else {
@@ -234,6 +235,22 @@ mod tests {
         assert_eq!(status(&gate("chrome-extension://*"), Method::GET, "localhost", "chrome-extension://abc"), 200);
         assert_eq!(status(&gate("*"), Method::GET, "localhost", "https://example.com"), 200);
         assert!(Origins::new("http://*.*").is_err());
+    }
+
+    #[test]
+    fn what_is_denied_still_names_the_methods_of_its_route() {
+        let headers = HeaderMap::from_iter([
+            (header::HOST, HeaderValue::from_static("localhost")),
+            (header::ORIGIN, HeaderValue::from_static("https://evil.example")),
+        ]);
+        let answer = gate("").check(&Method::OPTIONS, &headers, &Uri::from_static("/api/chat"), Some("POST")).unwrap_err();
+        assert_eq!((answer.status().as_u16(), &answer.headers()["allow"]), (403, &HeaderValue::from_static("POST")));
+    }
+
+    #[test]
+    fn who_a_uri_names_is_not_its_host() {
+        let uri = Uri::from_static("http://user:word@localhost/api/tags");
+        assert!(gate("").check(&Method::GET, &HeaderMap::new(), &uri, None).is_ok());
     }
 
     #[test]

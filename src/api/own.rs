@@ -40,7 +40,9 @@ impl Own {
 
     /// Whether a path is ours.
     pub(super) fn takes(&self, path: &str) -> bool {
-        matches!(path, "/metrics" | "/healthz" | "/readyz") || path.starts_with("/api/status/") || path.starts_with("/olol/")
+        // The status with a slash at its end is Ollama's to redirect.
+        let is_below_status = path.strip_prefix("/api/status/").is_some_and(|below| !below.is_empty());
+        matches!(path, "/metrics" | "/healthz" | "/readyz") || is_below_status || path.starts_with("/olol/")
     }
 
     /// Answers a request.

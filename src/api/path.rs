@@ -12,8 +12,14 @@ use super::response;
 /// The decoded path of a request; or the answer to one whose path is not clean.
 pub(super) fn read<'a>(method: &Method, uri: &'a Uri) -> Result<Cow<'a, str>, Response<HttpBody>> {
     let raw = uri.path();
+    if raw == "*" && method == Method::OPTIONS {
+        return Err(response::full(StatusCode::OK, ""));
+    }
     if raw == "*" {
-        return Err(response::closing(StatusCode::BAD_REQUEST));
+        return Err(response::closing(StatusCode::BAD_REQUEST, "no-path"));
+    }
+    if method == Method::CONNECT && uri.authority().is_some() {
+        return Err(response::no_path());
     }
     let clean = clean(raw);
     if method != Method::CONNECT && clean != raw {
@@ -27,7 +33,8 @@ pub(super) fn trailing_slash(method: &Method, path: &str, uri: &Uri) -> Option<R
     let without = path.strip_suffix('/').filter(|without| !without.is_empty())?;
     Route::find(without).filter(|route| route.takes(method))?;
     let code = if method == Method::GET { StatusCode::MOVED_PERMANENTLY } else { StatusCode::TEMPORARY_REDIRECT };
-    let without = uri.path().strip_suffix('/')?;
+    // A slash that was written as an escape is one too.
+    let without = uri.path().strip_suffix('/').unwrap_or(without);
     Some(redirect(method, code, without, uri.query()))
 }
 
@@ -127,6 +134,8 @@ mod tests {
         let answer = trailing_slash(&Method::GET, "/api/tags/", &uri).unwrap();
         assert_eq!((answer.status().as_u16(), &answer.headers()["location"]), (301, &HeaderValue::from_static("/api/tags?a=1")));
         assert!(trailing_slash(&Method::DELETE, "/api/tags/", &uri).is_none());
+        let answer = trailing_slash(&Method::GET, "/api/tags/", &Uri::from_static("/api/tags%2f")).unwrap();
+        assert_eq!(answer.headers()["location"], "/api/tags");
         assert!(trailing_slash(&Method::GET, "/", &Uri::from_static("/")).is_none());
     }
 }

@@ -19,22 +19,26 @@ pub(super) fn refuse<B>(request: &Request<B>) -> Option<Response<HttpBody>> {
         return Some(response::bad_request(": missing required Host header"));
     }
     if hosts.iter().count() > 1 {
-        return Some(response::bad_request(": too many Host headers"));
+        return Some(response::bad_request(""));
     }
     if !hosts.iter().all(is_valid_host) {
         return Some(response::bad_request(": malformed Host header"));
     }
+    if header_text(request.headers(), &header::CONTENT_LENGTH).is_some_and(|length| length.parse::<i64>().is_err()) {
+        return Some(response::bad_request(""));
+    }
     if let Some(expect) = header_text(request.headers(), &header::EXPECT)
-        && !expect.eq_ignore_ascii_case("100-continue")
+        && !expect.is_empty()
+        && !expect.split(',').any(|word| word.trim().eq_ignore_ascii_case("100-continue"))
     {
-        return Some(response::closing(StatusCode::EXPECTATION_FAILED));
+        return Some(response::closing(StatusCode::EXPECTATION_FAILED, "expectation"));
     }
     None
 }
 
 /// The characters of Go's `httpguts.ValidHostHeader`.
 fn is_valid_host(host: &HeaderValue) -> bool {
-    host.as_bytes().iter().all(|byte| byte.is_ascii_alphanumeric() || b"!$%&()*+,-.:;=@[]_~'".contains(byte))
+    host.as_bytes().iter().all(|byte| byte.is_ascii_alphanumeric() || b"!$%&()*+,-.:;=[]_~'".contains(byte))
 }
 
 /// The head of a call, with what can be seen of its body.
@@ -60,8 +64,35 @@ fn peek(route: Route, path: &str, payload: &Payload) -> Peek {
         (Route::V1Model, _) => {
             Peek { model: path.rsplit_once('/').map(|(_, model)| model.to_owned()), ..Peek::default() }
         }
+        (Route::Blob, _) => {
+            Peek { digests: path.rsplit_once('/').map(|(_, digest)| digest.to_owned()).into_iter().collect(), ..Peek::default() }
+        }
         (Route::V1Audio, Payload::Whole(pieces)) => Peek::multipart(pieces),
         (_, Payload::Whole(pieces)) => Peek::json(pieces),
         (_, Payload::Stream { .. }) => Peek::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(request: http::request::Builder) -> Option<u16> {
+        refuse(&request.header("host", "a").body(()).unwrap()).map(|answer| answer.status().as_u16())
+    }
+
+    #[test]
+    fn what_go_refuses_is_refused() {
+        assert_eq!(refusal(Request::builder()), None);
+        assert_eq!(refusal(Request::builder().header("host", "a")), Some(400));
+        assert_eq!(refusal(Request::builder().header("content-length", "9223372036854775808")), Some(400));
+        for (expect, wanted) in [("100-continue", None), ("a, 100-Continue", None), ("", None), ("a", Some(417))] {
+            assert_eq!(refusal(Request::builder().header("expect", expect)), wanted, "{expect}");
+        }
+    }
+
+    #[test]
+    fn the_digest_of_a_blob_is_the_decoded_one() {
+        assert_eq!(peek(Route::Blob, "/api/blobs/sha256:ab", &Payload::empty()).digests, ["sha256:ab"]);
     }
 }

@@ -96,6 +96,20 @@ pub(super) fn text(status: StatusCode, text: &'static str) -> Response<HttpBody>
     answer
 }
 
+/// What the router says to hosts and origins that may not ask.
+pub(super) fn forbidden(allow: Option<&'static str>) -> Response<HttpBody> {
+    let mut answer = no_content(allow);
+    *answer.status_mut() = StatusCode::FORBIDDEN;
+    answer
+}
+
+/// What Go's server says to a target that is no path.
+pub(super) fn no_path() -> Response<HttpBody> {
+    let mut answer = text(StatusCode::NOT_FOUND, "404 page not found\n");
+    answer.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer
+}
+
 /// No body at all, and perhaps the methods of the route.
 pub(super) fn no_content(allow: Option<&'static str>) -> Response<HttpBody> {
     let mut answer = full(StatusCode::NO_CONTENT, "");
@@ -105,9 +119,10 @@ pub(super) fn no_content(allow: Option<&'static str>) -> Response<HttpBody> {
     answer
 }
 
-/// A status after which the connection is closed.
-pub(super) fn closing(status: StatusCode) -> Response<HttpBody> {
+/// A status after which the connection is closed. The reason tells it from what hyper says by itself.
+pub(super) fn closing(status: StatusCode, reason: &'static str) -> Response<HttpBody> {
     let mut answer = full(status, "");
+    answer.headers_mut().insert("x-olol-reason", HeaderValue::from_static(reason));
     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     answer
 }

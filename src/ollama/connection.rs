@@ -129,7 +129,8 @@ impl Link {
         self.reused
     }
 
-    /// Sends a request, and waits for the head of the answer.
+    /// Sends a request, and waits for the head of the answer. A server may answer and close before it has read the whole
+    /// body: its word counts more than the failure to send the rest.
     pub(super) async fn ask(&mut self, request: Request<Outgoing>) -> hyper::Result<Response<Incoming>> {
         let mut answer = std::pin::pin!(self.sender.send_request(request));
         let (connection, closed) = (&mut self.connection, &mut self.closed);
@@ -138,7 +139,10 @@ impl Link {
                 match Pin::new(&mut *connection).poll(cx) {
                     Poll::Ready(Err(error)) => {
                         *closed = true;
-                        return Poll::Ready(Err(error));
+                        return Poll::Ready(match answer.as_mut().poll(cx) {
+                            Poll::Ready(Ok(response)) => Ok(response),
+                            _ => Err(error),
+                        });
                     }
                     Poll::Ready(Ok(())) => *closed = true,
                     Poll::Pending => {}

@@ -85,7 +85,6 @@ pub(super) fn reply(server: ServerId, link: Link, links: Arc<Links>, response: R
 fn strip(headers: &mut HeaderMap) {
     let own = headers.remove(header::CONNECTION).filter(|value| value.as_bytes().eq_ignore_ascii_case(b"keep-alive"));
     super::strip_hop_by_hop(headers);
-    headers.remove(header::DATE);
     if let Some(value) = own {
         headers.insert(header::CONNECTION, value);
     }

@@ -4,12 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use olol_middleware::Cluster;
+use tokio::time::Instant;
 
 use super::{Backend, Config, grpc};
 use crate::ollama::Ollama;
 
 /// Shortest time between two rounds that somebody asked for.
 const SHORTEST: Duration = Duration::from_millis(20);
+
+/// How old what an agent tells may be: the longest that its look at its engine takes.
+const AGENT_LAG: Duration = Duration::from_secs(3);
 
 /// Runs until it is dropped.
 pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<Backend>, config: Config) {
@@ -37,8 +41,9 @@ async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) 
 
 async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration, failures: u32) {
     let last = cluster.snapshot().servers.get(index).map(|server| server.report.clone()).unwrap_or_default();
+    let begun = Instant::now();
     match tokio::time::timeout(limit, ollama.report(&last.loaded, limit / 2)).await {
-        Ok(Ok(report)) => cluster.report(index, report),
+        Ok(Ok(report)) => cluster.report_since(index, report, begun),
         Ok(Err(error)) => cluster.check_failed(index, error.to_string(), failures),
         Err(_) => cluster.check_failed(index, format!("no answer after {} ms", limit.as_millis()), failures),
     }
@@ -65,7 +70,8 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
                     Some(Ok(Ok(Some(state)))) => match grpc::report(state) {
                         Ok(report) => {
-                            cluster.report(index, report);
+                            let now = Instant::now();
+                            cluster.report_since(index, report, now.checked_sub(AGENT_LAG).unwrap_or(now));
                             if let Some(round) = told.take() {
                                 cluster.round_ends(index, round);
                             }

@@ -137,7 +137,7 @@ fn hex_of(digest: &str) -> Option<String> {
 impl<F: Fleet> Scatter<F> {
     /// Takes a blob into the spool, or tells whether it is there; in Ollama's words.
     pub(super) async fn blob(self, call: Call) -> Result<Reply, Error> {
-        let digest = call.path.path().rsplit_once('/').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
+        let digest = call.peek.digests.first().cloned().unwrap_or_default();
         let Some(hex) = hex_of(&digest) else {
             let body = if is_head(&call) { "" } else { r#"{"error":"invalid digest format"}"# };
             return Ok(json_reply(StatusCode::BAD_REQUEST, NATIVE, body));

@@ -10,7 +10,7 @@ use futures_util::stream::{self, SelectAll, Stream, StreamExt};
 use http::StatusCode;
 use olol_middleware::call::Body;
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Candidates, Chunk, Error, Reply, Route, Server, ServerId};
+use olol_middleware::{Call, Candidates, Chunk, Cluster, Error, ModelName, Reply, Route, Server, ServerId};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -32,7 +32,7 @@ impl<F: Fleet> Scatter<F> {
             targets.clone_from(everybody);
         }
         if call.route == Route::Create {
-            let base = call.peek.from.as_deref().and_then(olol_middleware::ModelName::parse);
+            let base = call.peek.from.as_deref().and_then(ModelName::parse);
             let with_base = holders(&call.candidates, base.as_ref());
             if !with_base.is_empty() {
                 targets = with_base;
@@ -67,6 +67,8 @@ impl<F: Fleet> Scatter<F> {
             return refused.into_iter().next().map_or_else(none, |(_, answer)| answer);
         }
         let streams = call.peek.stream != Some(false);
+        let begun_by: Vec<ServerId> = begun.iter().map(|(id, _)| id.clone()).collect();
+        let made = Made { cluster: self.shared.cluster.clone(), model: call.model.clone(), servers: begun_by };
         let mut headers = begun[0].1.headers.clone();
         headers.remove(http::header::CONTENT_LENGTH);
         let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect());
@@ -80,20 +82,24 @@ impl<F: Fleet> Scatter<F> {
             told.failures.push((id, why));
         }
         if !streams {
-            return whole(begun, told, absent, news).await;
+            return whole(begun, told, absent, &made, news).await;
         }
         let said = select(begun.into_iter().map(|(_, reply)| reply.body).enumerate());
-        let lines = stream::unfold((said, told, false), |(mut said, mut told, over)| async move {
-            if over {
-                return None;
-            }
+        let lines = stream::unfold((said, told, Some(made)), |(mut said, mut told, mut made)| async move {
+            // Gone with the last line.
+            let _ = made.as_ref()?;
             loop {
-                let (line, over) = match said.next().await {
-                    Some((server, said)) => (told.hear(server, said), false),
-                    None => (Some(told.last()), true),
+                let line = match said.next().await {
+                    Some((server, said)) => told.hear(server, said),
+                    None => {
+                        if let Some(made) = made.take() {
+                            made.note(&told);
+                        }
+                        Some(told.last())
+                    }
                 };
                 if let Some(line) = line {
-                    return Some((Ok(Chunk::from(line)), (said, told, over)));
+                    return Some((Ok(Chunk::from(line)), (said, told, made)));
                 }
             }
         });
@@ -111,6 +117,23 @@ impl<F: Fleet> Scatter<F> {
             }
         }
         Ok(())
+    }
+}
+
+/// What these servers are about to have.
+struct Made {
+    cluster: Arc<Cluster>,
+    model: Option<ModelName>,
+    servers: Vec<ServerId>,
+}
+
+impl Made {
+    /// Makes known who has it now, before the client hears of it.
+    fn note(&self, told: &Told) {
+        let Some(model) = &self.model else { return };
+        let failed = |id: &ServerId| told.failures.iter().any(|(failed, _)| failed == id);
+        let servers: Vec<ServerId> = self.servers.iter().filter(|id| !failed(id)).cloned().collect();
+        self.cluster.note_installed(&servers, model, None);
     }
 }
 
@@ -142,7 +165,13 @@ fn lines_of(chunk: &Bytes) -> Vec<Bytes> {
 }
 
 /// The answers of all, when the client wants one object.
-async fn whole(begun: Vec<(ServerId, Reply)>, mut told: Told, mut absent: Vec<ServerId>, news: News) -> Result<Reply, Error> {
+async fn whole(
+    begun: Vec<(ServerId, Reply)>,
+    mut told: Told,
+    mut absent: Vec<ServerId>,
+    made: &Made,
+    news: News,
+) -> Result<Reply, Error> {
     let answers = futures_util::future::join_all(begun.into_iter().map(|(id, reply)| async move {
         (id, reply.headers, reply.body.collect(LONGEST).await)
     }))
@@ -157,6 +186,7 @@ async fn whole(begun: Vec<(ServerId, Reply)>, mut told: Told, mut absent: Vec<Se
             }
         }
     }
+    made.note(&told);
     let mut reply = match good {
         Some((headers, body)) if told.failures.is_empty() => Reply::full(StatusCode::OK, headers, body),
         _ => json_reply(StatusCode::INTERNAL_SERVER_ERROR, "application/json; charset=utf-8", told.failure()),
@@ -264,13 +294,17 @@ impl Told {
         }
     }
 
-    /// Who failed and why; the plain words where all failed alike.
+    /// Who failed and why; one server's own words where all of them failed.
     fn failure(&self) -> String {
-        let alike = self.failures.windows(2).all(|pair| pair[0].1 == pair[1].1);
-        let all = self.failures.len() >= self.ids.len() && !self.failures.is_empty();
+        let all = self.counting().next().is_none();
         let text = match self.failures.first() {
-            Some((_, why)) if alike && all => why.clone(),
             None => "a server ended without success".to_owned(),
+            Some((id, why)) if all => {
+                for (other, why) in &self.failures[1..] {
+                    tracing::debug!(server = %other, why, told = %id, "all servers failed");
+                }
+                why.clone()
+            }
             Some(_) => self.failures.iter().map(|(id, why)| format!("server {id}: {why}")).collect::<Vec<_>>().join("; "),
         };
         json!({"error": text}).to_string()
@@ -341,8 +375,10 @@ mod tests {
     }
 
     #[test]
-    fn when_all_fail_alike_the_words_are_ollamas() {
+    fn when_all_fail_the_words_are_ollamas() {
         let missing = r#"{"error":"pull model manifest: file does not exist"}"#;
         assert_eq!(run(2, &[(0, missing), (1, missing)]).last().map(String::as_str), Some(&*format!("{missing}\n")));
+        let elsewhere = r#"{"error":"another path"}"#;
+        assert_eq!(run(2, &[(1, missing), (0, elsewhere)]).last().map(String::as_str), Some(&*format!("{missing}\n")));
     }
 }
