@@ -145,7 +145,8 @@ impl Answers for Edge {
             let mut edge = edge.clone();
             AssertUnwindSafe(async move {
                 if !Api::is_grpc(&request) {
-                    return Ok::<_, std::convert::Infallible>(edge.api.handle(request, Some(client)).await);
+                    // Boxed here: the future is large, and would be moved with each of those around it.
+                    return Ok::<_, std::convert::Infallible>(Box::pin(edge.api.handle(request, Some(client))).await);
                 }
                 match edge.grpc.call(request).await {
                     Ok(answer) => Ok(answer.map(HttpBody::Grpc)),

@@ -95,20 +95,19 @@ where
 
 async fn route<S>(router: Arc<Router>, mut ready: S, mut call: Call) -> Result<Reply, Error>
 where
-    S: Service<Call, Response = Reply, Error = Error> + Clone,
+    S: Service<Call, Response = Reply, Error = Error>,
 {
     router.narrow(&mut call);
     let several = call.candidates.snapshot().servers.len() > 1;
     let spare = several.then(|| call.again()).flatten();
     let head = call.head.clone();
-    let next = ready.clone();
     let reply = ready.call(call).await?;
     if reply.status != StatusCode::NOT_FOUND {
         router.learn(&head, &reply);
         return Ok(reply);
     }
     match spare {
-        Some(spare) => router.look_again(next, spare, reply).await,
+        Some(spare) => router.look_again(ready, spare, reply).await,
         None => Ok(reply),
     }
 }
@@ -144,7 +143,7 @@ impl Router {
     /// A server said that it does not have the model: forgets that it had, and asks the others, the likeliest first.
     async fn look_again<S>(&self, mut next: S, mut spare: Call, mut refusal: Reply) -> Result<Reply, Error>
     where
-        S: Service<Call, Response = Reply, Error = Error> + Clone,
+        S: Service<Call, Response = Reply, Error = Error>,
     {
         let mut asked = Vec::new();
         let mut refreshed = false;

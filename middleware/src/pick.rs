@@ -13,6 +13,7 @@ use tower::{Service, ServiceExt};
 use crate::call::{Call, End, Outcome, Reply, Watcher};
 use crate::cluster::{Candidates, Server};
 use crate::error::{Error, Phase};
+use crate::slots::Lease;
 
 /// Where the services of the servers come from.
 pub trait Fleet: Clone + Send + Sync + 'static {
@@ -89,7 +90,7 @@ async fn send(server: Arc<Server>, service: impl Service<Call, Response = Reply,
             outcome.servers.push(server.id.clone());
             outcome.attempts = attempts;
             outcome.model = model;
-            Ok(reply.hold(lease).watch(Verdict(server)))
+            Ok(reply.watch(Place { server, lease: Some(lease) }))
         }
         Err(error) => {
             server.meters.attempt(false);
@@ -104,16 +105,20 @@ async fn send(server: Arc<Server>, service: impl Service<Call, Response = Reply,
     }
 }
 
-/// Judges a server by how its answer ends.
-struct Verdict(Arc<Server>);
+/// A place at a server while its answer lasts; then the server is judged by how that ended, and the place is free.
+struct Place {
+    server: Arc<Server>,
+    lease: Option<Lease>,
+}
 
-impl Watcher for Verdict {
+impl Watcher for Place {
     fn end(&mut self, end: End, _outcome: &Outcome) {
         match end {
-            End::Whole => self.0.health.succeeded(),
-            End::Broken(_) => self.0.health.failed(false),
+            End::Whole => self.server.health.succeeded(),
+            End::Broken(_) => self.server.health.failed(false),
             End::Dropped => {}
         }
+        self.lease = None;
     }
 }
 

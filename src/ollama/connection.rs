@@ -174,7 +174,8 @@ impl Link {
 pub(super) struct Links {
     endpoint: Endpoint,
     timeout: Duration,
-    idle: Mutex<Vec<Link>>,
+    #[expect(clippy::vec_box, reason = "a link is more than a kilobyte, and goes from hand to hand with every call")]
+    idle: Mutex<Vec<Box<Link>>>,
 }
 
 impl Links {
@@ -187,7 +188,7 @@ impl Links {
     }
 
     /// A connection that is ready: the one used last, or a new one.
-    pub(super) async fn get(&self, fresh: bool) -> Result<Link, BoxError> {
+    pub(super) async fn get(&self, fresh: bool) -> Result<Box<Link>, BoxError> {
         if !fresh {
             let mut cx = Context::from_waker(Waker::noop());
             while let Some(mut link) = self.pop() {
@@ -203,14 +204,14 @@ impl Links {
         }
     }
 
-    async fn connect(&self) -> Result<Link, BoxError> {
+    async fn connect(&self) -> Result<Box<Link>, BoxError> {
         let io = TokioIo::new(self.endpoint.connect().await?);
         let (sender, connection) = http1::Builder::new().handshake(io).await?;
-        Ok(Link { sender, connection, closed: false, reused: false, idle_since: Instant::now() })
+        Ok(Box::new(Link { sender, connection, closed: false, reused: false, idle_since: Instant::now() }))
     }
 
     /// Keeps a connection for the next call, if it can carry one.
-    pub(super) fn put(&self, mut link: Link, cx: &mut Context<'_>) {
+    pub(super) fn put(&self, mut link: Box<Link>, cx: &mut Context<'_>) {
         if link.is_alive(cx) {
             link.idle_since = Instant::now();
             let mut idle = self.idle();
@@ -226,11 +227,12 @@ impl Links {
         self.idle().retain_mut(|link| link.idle_since.elapsed() < IDLE_FOR && link.is_alive(&mut cx));
     }
 
-    fn pop(&self) -> Option<Link> {
+    fn pop(&self) -> Option<Box<Link>> {
         self.idle().pop()
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Link>> {
+    #[expect(clippy::vec_box, reason = "as above")]
+    fn idle(&self) -> MutexGuard<'_, Vec<Box<Link>>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -62,7 +62,7 @@ impl http_body::Body for Outgoing {
 }
 
 /// Turns a response into a reply whose body drives the connection, and gives it back when it is done.
-pub(super) fn reply(server: ServerId, link: Link, links: Arc<Links>, response: Response<Incoming>, infers: bool) -> Reply {
+pub(super) fn reply(server: ServerId, link: Box<Link>, links: Arc<Links>, response: Response<Incoming>, infers: bool) -> Reply {
     let (mut head, body) = response.into_parts();
     let length = body.size_hint().exact();
     let boundary = Boundary::of(&head.headers);
@@ -93,7 +93,7 @@ fn strip(headers: &mut HeaderMap) {
 /// The body of an answer.
 struct Answer {
     server: ServerId,
-    link: Option<Link>,
+    link: Option<Box<Link>>,
     links: Arc<Links>,
     body: Incoming,
     lines: Lines,
