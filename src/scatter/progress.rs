@@ -26,16 +26,19 @@ enum Said {
 impl<F: Fleet> Scatter<F> {
     /// Lets every server concerned do it and follows them all.
     pub(super) async fn progress(self, call: Call) -> Result<Reply, Error> {
-        let everybody = &call.candidates.snapshot().servers;
+        let everybody = call.candidates.snapshot().servers.clone();
         let mut targets: Vec<Arc<Server>> = everybody.iter().filter(|server| server.is_usable()).cloned().collect();
         if targets.is_empty() {
-            targets.clone_from(everybody);
+            targets.clone_from(&everybody);
         }
+        let is_left_out = |server: &Arc<Server>| targets.iter().all(|target| target.id != server.id);
+        let mut absent: Vec<ServerId> = everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
         if call.route == Route::Create {
             let base = call.peek.from.as_deref().and_then(olol_middleware::ModelName::parse);
             let with_base = holders(&call.candidates, base.as_ref());
             if !with_base.is_empty() {
                 targets = with_base;
+                absent.clear();
             }
             let digests = call.peek.digests.clone();
             let candidates = call.candidates.clone();
@@ -70,7 +73,6 @@ impl<F: Fleet> Scatter<F> {
         let mut headers = begun[0].1.headers.clone();
         headers.remove(http::header::CONTENT_LENGTH);
         let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect());
-        let mut absent = Vec::new();
         for (id, answer) in refused {
             let why = match answer {
                 Ok(reply) => error_text(&reply.body.collect(LONGEST).await.unwrap_or_default()),
