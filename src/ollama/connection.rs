@@ -138,7 +138,11 @@ impl Link {
                 match Pin::new(&mut *connection).poll(cx) {
                     Poll::Ready(Err(error)) => {
                         *closed = true;
-                        return Poll::Ready(Err(error));
+                        // A server may answer before it has read all of a body, and close: the answer counts.
+                        return match answer.as_mut().poll(cx) {
+                            Poll::Ready(Ok(response)) => Poll::Ready(Ok(response)),
+                            _ => Poll::Ready(Err(error)),
+                        };
                     }
                     Poll::Ready(Ok(())) => *closed = true,
                     Poll::Pending => {}
