@@ -194,6 +194,17 @@ async fn a_server_that_dies_in_a_pull_is_named() {
 }
 
 #[tokio::test]
+async fn a_server_that_is_down_takes_no_part_in_a_pull_and_is_named() {
+    let cluster = Cluster::of(2).await;
+    let olol = Olol::start(&cluster, "pool.check-interval-ms = 50").await;
+    cluster.server(1).dies();
+    until("the proxy knows", || !olol.is_server_up(1)).await;
+    let pulled = olol.ask(&pull("tiny")).await;
+    assert_eq!((pulled.status, statuses(&pulled).last()), (200, Some(&"success".into())));
+    assert_eq!(pulled.header("x-olol-partial"), "1");
+}
+
+#[tokio::test]
 async fn a_pull_without_stream_is_one_object() {
     let cluster = Cluster::of(2).await;
     let olol = Olol::start(&cluster, "").await;

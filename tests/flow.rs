@@ -42,7 +42,7 @@ async fn an_upload_whose_client_stalls_does_not_hold_up_a_stream() {
 async fn an_upload_that_its_server_does_not_read_does_not_hold_up_a_stream() {
     for way in Way::BOTH {
         let (cluster, olol, gate) = paced(way).await;
-        cluster.server(0).takes_no_blobs();
+        cluster.server(0).ignores_uploads();
         let mut upload = begin_upload(&olol).await;
         upload.write_until_stuck(&[0; 8 << 10]).await;
         streams_freely(&olol, &gate).await;
@@ -120,6 +120,23 @@ async fn bodies_beyond_the_memory_for_them_are_streamed() {
         assert_eq!((answer.status, answer.said().as_str()), (200, "Hello world"), "{way:?}");
         let seen = cluster.server(0).seen("/api/chat").pop().unwrap();
         assert_eq!(seen.json()["messages"][0]["content"].as_str().map(str::len), Some(prompt.len()));
+    }
+}
+
+#[tokio::test]
+async fn a_client_reads_an_answer_that_comes_before_its_upload_is_through() {
+    for way in Way::BOTH {
+        for servers in [1, 2] {
+            let cluster = Cluster::of(servers).await.over(way);
+            cluster.server(0).knows_every_blob();
+            let olol = Olol::start(&cluster, "").await;
+            let (digest, bytes) = ("sha256:9834876dcfb05cb167a5c24953eba58c4ac89b1adf57f28f2f9d09af107ee8f0", "aaa");
+            let path = format!("/api/blobs/{digest}");
+            olol.ask(&Request::post(&path, bytes)).await;
+            let again = Request::post(&path, "x".repeat(50 << 20));
+            let answer = olol.ask(&again).await;
+            assert_eq!((answer.status, answer.ending), (200, Ending::Length), "{way:?}, {servers} servers");
+        }
     }
 }
 

@@ -33,6 +33,9 @@ pub(super) fn steps(state: &mut State, request: &Seen) -> Vec<Step> {
         let get = Seen { method: "GET".to_owned(), ..request.clone() };
         return steps(state, &get).into_iter().map(without_body).collect();
     }
+    if matches!(state.behaviour, Behaviour::DiesOnReuse) && request.is_reused && request.method != "GET" {
+        return vec![Step::HangUp];
+    }
     let store = &mut state.store;
     let name = request.model();
     match (request.method.as_str(), request.path.as_str()) {
@@ -172,7 +175,6 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
     match &behaviour {
         Behaviour::StallsBeforeHead => return vec![Step::Stall],
         Behaviour::DiesBeforeHead => return vec![Step::HangUp],
-        Behaviour::DiesOnReuse if request.is_reused => return vec![Step::HangUp],
         Behaviour::Refuses(status, text) => return error(*status, text),
         _ if !state.store.has(&name) => return missing(&name),
         _ => {}

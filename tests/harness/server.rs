@@ -33,7 +33,7 @@ pub(super) struct State {
     scripts: HashMap<(String, String), Vec<Step>>,
     is_silent: bool,
     is_dead: bool,
-    takes_no_blobs: bool,
+    uploads: Uploads,
     seen: Vec<Seen>,
     work: usize,
     /// Connections that it ever took.
@@ -44,6 +44,17 @@ pub(super) struct State {
     pub(super) cancelled: usize,
     /// Bytes of streams without end.
     pub(super) written: u64,
+}
+
+/// What a server does with the body of an upload.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) enum Uploads {
+    #[default]
+    Read,
+    /// Reads nothing of it, and says nothing.
+    Ignored,
+    /// Says that it has the blob already, and reads nothing of it: what Go's server does.
+    Known,
 }
 
 /// What a server does when a model is asked something.
@@ -162,7 +173,7 @@ impl Server {
         self.says(said).behaves(Behaviour::DiesAfter)
     }
 
-    /// Closes a connection that is used a second time, instead of answering.
+    /// Closes a connection that is used a second time, instead of answering what is asked on it.
     pub fn dies_on_reuse(&self) -> &Self {
         self.behaves(Behaviour::DiesOnReuse)
     }
@@ -207,9 +218,14 @@ impl Server {
         self.change(|state| state.is_silent = true)
     }
 
-    /// Leaves the bodies of uploads unread.
-    pub fn takes_no_blobs(&self) -> &Self {
-        self.change(|state| state.takes_no_blobs = true)
+    /// Leaves the bodies of uploads unread, and says nothing.
+    pub fn ignores_uploads(&self) -> &Self {
+        self.change(|state| state.uploads = Uploads::Ignored)
+    }
+
+    /// Answers uploads at once, and leaves their bodies unread.
+    pub fn knows_every_blob(&self) -> &Self {
+        self.change(|state| state.uploads = Uploads::Known)
     }
 
     /// Takes these steps for a certain request, whatever else it would do.
@@ -326,9 +342,9 @@ impl State {
         steps
     }
 
-    /// Whether the body of a request is left unread.
-    pub(super) fn leaves_unread(&self, head: &Head) -> bool {
-        self.takes_no_blobs && head.line.starts_with("POST /api/blobs/")
+    /// What is done with the body of a request.
+    pub(super) fn uploads(&self, head: &Head) -> Uploads {
+        if head.line.starts_with("POST /api/blobs/") { self.uploads } else { Uploads::Read }
     }
 }
 

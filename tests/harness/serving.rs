@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio_util::either::Either;
 
 use super::script::{Seen, Step};
-use super::server::State;
+use super::server::{State, Uploads};
 use super::wire::{self, Head};
 
 /// The most of a body that is remembered; of longer ones only the length is.
@@ -58,7 +58,12 @@ async fn serve(stream: impl AsyncRead + AsyncWrite, state: Shared) -> io::Result
         if head.headers.get("expect").is_some() {
             write.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
-        if state.borrow().leaves_unread(&head) {
+        let uploads = state.borrow().uploads(&head);
+        if uploads == Uploads::Known {
+            write_through(&mut write, b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await?;
+            write.shutdown().await?;
+        }
+        if uploads != Uploads::Read {
             return std::future::pending().await;
         }
         let request = read_request(head, &mut read, is_reused).await?;
