@@ -31,6 +31,7 @@ impl<F: Fleet> Scatter<F> {
         if targets.is_empty() {
             targets.clone_from(&everybody);
         }
+        let mut refused = Vec::new();
         let is_left_out = |server: &Arc<Server>| targets.iter().all(|target| target.id != server.id);
         let mut absent: Vec<ServerId> = everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
         if call.route == Route::Create {
@@ -40,13 +41,14 @@ impl<F: Fleet> Scatter<F> {
                 targets = with_base;
                 absent.clear();
             }
-            let digests = call.peek.digests.clone();
-            let candidates = call.candidates.clone();
-            self.give_blobs(&digests, &candidates, &targets).await?;
+            let (digests, candidates) = (call.peek.digests.clone(), call.candidates.clone());
+            for (server, error) in self.give_blobs(&digests, &candidates, &targets).await {
+                targets.retain(|target| target.id != server);
+                refused.push((server, Err(error)));
+            }
         }
         let news = News { cluster: self.shared.cluster.clone(), servers: targets.clone() };
         let mut begun = Vec::new();
-        let mut refused = Vec::new();
         let answers = futures_util::future::join_all(targets.iter().map(|server| {
             let call = call.again();
             let scatter = &self;
@@ -72,7 +74,8 @@ impl<F: Fleet> Scatter<F> {
         let streams = call.peek.stream != Some(false);
         let mut headers = begun[0].1.headers.clone();
         headers.remove(http::header::CONTENT_LENGTH);
-        let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect());
+        let concerned = begun.len() + refused.len();
+        let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect(), concerned);
         for (id, answer) in refused {
             let why = match answer {
                 Ok(reply) => error_text(&reply.body.collect(LONGEST).await.unwrap_or_default()),
@@ -104,15 +107,23 @@ impl<F: Fleet> Scatter<F> {
         Ok(reply.hold(news))
     }
 
-    /// Gives the blobs that a create names to the servers that lack them.
-    async fn give_blobs(&self, digests: &[String], candidates: &Candidates, targets: &[Arc<Server>]) -> Result<(), Error> {
-        for digest in digests {
-            let Some(blob) = self.shared.spool.find(digest) else { continue };
-            for server in targets {
-                self.give(candidates, &blob, server).await?;
+    /// Gives the blobs that a create names to the servers that lack them, and tells to whom they could not be given.
+    async fn give_blobs(
+        &self,
+        digests: &[String],
+        candidates: &Candidates,
+        targets: &[Arc<Server>],
+    ) -> Vec<(ServerId, Error)> {
+        let blobs: Vec<_> = digests.iter().filter_map(|digest| self.shared.spool.find(digest)).collect();
+        let giving = targets.iter().map(|server| async {
+            for blob in &blobs {
+                if let Err(error) = self.give(candidates, blob, server).await {
+                    return Some((server.id.clone(), error));
+                }
             }
-        }
-        Ok(())
+            None
+        });
+        futures_util::future::join_all(giving).await.into_iter().flatten().collect()
     }
 }
 
@@ -196,6 +207,8 @@ struct Step {
 /// What the client has been told so far, and what the servers have said.
 struct Told {
     ids: Vec<ServerId>,
+    /// How many servers it is about: those that are followed, and those that refused.
+    concerned: usize,
     servers: Vec<Course>,
     failures: Vec<(ServerId, String)>,
     /// Statuses that were told, and bytes of layers.
@@ -205,9 +218,9 @@ struct Told {
 }
 
 impl Told {
-    fn new(ids: Vec<ServerId>) -> Self {
+    fn new(ids: Vec<ServerId>, concerned: usize) -> Self {
         let servers = ids.iter().map(|_| Course::default()).collect();
-        Self { ids, servers, failures: Vec::new(), said: Vec::new(), success: None, finished: false }
+        Self { ids, concerned, servers, failures: Vec::new(), said: Vec::new(), success: None, finished: false }
     }
 
     /// Takes what a server said; returns what the client is told now.
@@ -269,7 +282,7 @@ impl Told {
     /// Who failed and why; the plain words where all failed alike.
     fn failure(&self) -> String {
         let alike = self.failures.windows(2).all(|pair| pair[0].1 == pair[1].1);
-        let all = self.failures.len() >= self.ids.len() && !self.failures.is_empty();
+        let all = self.failures.len() >= self.concerned;
         let text = match self.failures.first() {
             Some((_, why)) if alike && all => why.clone(),
             None => "a server ended without success".to_owned(),
@@ -307,7 +320,7 @@ mod tests {
     use super::*;
 
     fn run(servers: usize, events: &[(usize, &str)]) -> Vec<String> {
-        let mut told = Told::new((0..servers).map(|at| ServerId::new(&at.to_string())).collect());
+        let mut told = Told::new((0..servers).map(|at| ServerId::new(&at.to_string())).collect(), servers);
         let mut out: Vec<String> = Vec::new();
         for (server, line) in events {
             let said = if *line == "over" { Said::Over } else { Said::Line(Bytes::copy_from_slice(line.as_bytes())) };
