@@ -81,20 +81,52 @@ async fn a_thousand_streams_at_a_time_are_all_whole() {
         let cluster = Cluster::of(2).await.over(way).all_have_loaded("tiny");
         let gate = Gate::closed();
         for server in cluster.servers() {
-            server.is_paced_by(&gate);
+            server.echoes().is_paced_by(&gate);
         }
         let olol = Olol::start(&cluster, "").await;
         let mut streams = Vec::new();
-        for _ in 0..1000 {
-            streams.push(olol.begin(&chat("tiny", "hi")).await);
+        for number in 0..1000 {
+            streams.push(olol.begin(&chat("tiny", &format!("stream number {number}"))).await);
         }
         for server in cluster.servers() {
             server.asked(500).await;
         }
         gate.open();
-        for stream in &mut streams {
+        for (number, stream) in streams.iter_mut().enumerate() {
             let answer = stream.answer().await;
-            assert_eq!((answer.said().as_str(), answer.ending), ("Hello world", Ending::LastChunk), "{way:?}");
+            assert_eq!(
+                (answer.said(), answer.ending),
+                (format!("stream number {number}"), Ending::LastChunk),
+                "{way:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_do_not_get_mixed_up_when_clients_and_servers_come_and_go() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(3).await.over(way).all_have_loaded("tiny");
+        for server in cluster.servers() {
+            server.echoes();
+        }
+        cluster.server(2).dies_on_reuse();
+        let olol = Olol::start(&cluster, "").await;
+        let mut clients = Vec::new();
+        for _ in 0..8 {
+            clients.push(olol.connect().await);
+        }
+        for round in 0..20 {
+            for (number, client) in clients.iter_mut().enumerate() {
+                client.send(&chat("tiny", &format!("client {number} round {round}"))).await;
+            }
+            // One leaves with its answer unread.
+            drop(clients.remove(round % 8));
+            clients.insert(round % 8, olol.connect().await);
+            for (number, client) in clients.iter_mut().enumerate().filter(|(number, _)| *number != round % 8) {
+                let answer = client.answer().await;
+                assert_eq!(answer.said(), format!("client {number} round {round}"), "{way:?}: {}", answer.text());
+            }
         }
     }
 }

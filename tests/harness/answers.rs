@@ -201,8 +201,14 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
     steps
 }
 
+/// The words of an answer.
+fn said(state: &State, request: &Seen) -> Vec<String> {
+    let asked = request.json()["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
+    if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() }
+}
+
 fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
-    let text = state.words.concat();
+    let text = said(state, request).concat();
     let body = match request.path.as_str() {
         "/api/generate" => with_counts(json!({"model": name, "created_at": WHEN, "response": text, "done": true})),
         "/api/chat" => with_counts(
@@ -221,7 +227,7 @@ fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
 fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
     let form = Form::of(&request.path);
     let mut steps = vec![begun(if form.is_native() { LINES } else { EVENTS })];
-    for word in &state.words {
+    for word in &said(state, request) {
         if let Behaviour::Paced(gate) = &state.behaviour {
             steps.push(Step::Wait(gate.clone()));
         }

@@ -30,6 +30,7 @@ pub(super) struct State {
     pub(super) store: Store,
     pub(super) behaviour: Behaviour,
     pub(super) words: Vec<String>,
+    pub(super) echoes: bool,
     scripts: HashMap<(String, String), Vec<Step>>,
     is_silent: bool,
     is_dead: bool,
@@ -156,6 +157,11 @@ impl Server {
     /// Says these words, a line each.
     pub fn says<const N: usize>(&self, said: [&str; N]) -> &Self {
         self.behaves(Behaviour::Answers).change(|state| state.words = words(said))
+    }
+
+    /// Says back what it is asked, a word a line.
+    pub fn echoes(&self) -> &Self {
+        self.change(|state| state.echoes = true)
     }
 
     /// Says its words again, after it did something else.
