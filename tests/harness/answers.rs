@@ -226,11 +226,13 @@ fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
 
 fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
     let form = Form::of(&request.path);
+    let pace = || match &state.behaviour {
+        Behaviour::Paced(gate) => Some(Step::Wait(gate.clone())),
+        _ => None,
+    };
     let mut steps = vec![begun(if form.is_native() { LINES } else { EVENTS })];
     for word in &said(state, request) {
-        if let Behaviour::Paced(gate) = &state.behaviour {
-            steps.push(Step::Wait(gate.clone()));
-        }
+        steps.extend(pace());
         steps.push(Step::Write(wire::chunk(&form.piece(name, word))));
     }
     match state.behaviour {
@@ -238,9 +240,7 @@ fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
         Behaviour::StallsAfter => steps.push(Step::Stall),
         Behaviour::Floods => steps.push(Step::Repeat(wire::chunk(&form.piece(name, &"flood ".repeat(10_000))))),
         _ => {
-            if let Behaviour::Paced(gate) = &state.behaviour {
-                steps.push(Step::Wait(gate.clone()));
-            }
+            steps.extend(pace());
             steps.push(Step::Write([wire::chunk(&form.last(name)), wire::LAST_CHUNK.to_vec()].concat()));
         }
     }

@@ -37,13 +37,11 @@ pub(super) struct State {
     uploads: Uploads,
     seen: Vec<Seen>,
     work: usize,
-    /// Connections that it ever took.
-    pub(super) connections: usize,
     /// Answers that it is giving.
     pub(super) running: usize,
     /// Answers whose clients went away.
     pub(super) cancelled: usize,
-    /// Bytes of streams without end.
+    /// Bytes of its answers that were taken.
     pub(super) written: u64,
 }
 
@@ -108,7 +106,7 @@ impl Server {
 
     // What it has.
 
-    /// Has models on its disk.
+    /// Has a model on its disk.
     pub fn has(&self, model: &str) -> &Self {
         self.change(|state| state.store.add(model, None))
     }
@@ -162,11 +160,6 @@ impl Server {
     /// Says back what it is asked, a word a line.
     pub fn echoes(&self) -> &Self {
         self.change(|state| state.echoes = true)
-    }
-
-    /// Says its words again, after it did something else.
-    pub fn recovers(&self) -> &Self {
-        self.behaves(Behaviour::Answers)
     }
 
     /// Closes the connection instead of answering.
@@ -266,11 +259,6 @@ impl Server {
         self.state.borrow().work
     }
 
-    /// Connections that it ever took.
-    pub fn connections(&self) -> usize {
-        self.state.borrow().connections
-    }
-
     /// Answers that it is giving.
     pub fn running(&self) -> usize {
         self.state.borrow().running
@@ -287,11 +275,6 @@ impl Server {
         self.sees(&format!("{times} requests to models"), |state| state.work >= times).await;
     }
 
-    /// Waits until there was such a request.
-    pub async fn saw(&self, path: &str) {
-        self.sees(path, |state| state.seen.iter().any(|seen| seen.path == path)).await;
-    }
-
     /// Waits until a client went away before its answer was whole.
     pub async fn saw_cancel(&self) {
         self.saw_cancels(1).await;
@@ -300,11 +283,6 @@ impl Server {
     /// Waits until so many clients went away before their answers were whole.
     pub async fn saw_cancels(&self, count: usize) {
         self.sees(&format!("{count} cancelled requests"), |state| state.cancelled >= count).await;
-    }
-
-    /// Answers that nobody waited for, so far.
-    pub fn cancelled(&self) -> usize {
-        self.state.borrow().cancelled
     }
 
     /// Waits until it has a model in memory.
