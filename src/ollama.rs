@@ -108,7 +108,9 @@ impl Ollama {
     /// Sends a call and returns when the head of the answer is there. Dropping the future, or the reply's body, closes the
     /// connection, and with it ends the work at the server.
     pub async fn send(&self, ask: Ask) -> Result<Reply, Error> {
-        let mut link = match self.links.get(ask.fresh).await {
+        // What can be sent only once is not risked on a connection that may have died.
+        let fresh = ask.fresh || matches!(ask.payload, Payload::Stream { .. });
+        let mut link = match self.links.get(fresh).await {
             Ok(link) => link,
             Err(error) => return Err(self.failed(Phase::Connecting, false, error)),
         };

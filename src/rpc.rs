@@ -9,10 +9,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Stream, StreamExt};
 use olol_middleware::call::{Body, Pieces};
-use olol_middleware::{Chunk, Error, Payload, Reply};
+use olol_middleware::{Chunk, Error, Payload, Reply, Route};
 use olol_proto::v1::server_server::{Server, ServerServer};
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse, EmbedRequest,
@@ -26,6 +27,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::ollama::Ask;
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
+
+/// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
+const LARGEST_HELD: u64 = 64 << 10;
 
 /// Where calls go.
 pub type Send = Arc<dyn Fn(Ask) -> BoxFuture<'static, Result<Reply, Error>> + std::marker::Send + Sync>;
@@ -70,7 +74,13 @@ impl Server for Face {
         let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("the call has no message"))?;
         let head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
         let deadline = Duration::from_millis(head.deadline_ms);
-        let payload = if first.last { whole(first.body) } else { streamed(first.body, messages, &head) };
+        let length = length(&head);
+        let is_upload = Route::find(&head.path) == Some(Route::Blob);
+        let payload = match length {
+            _ if first.last => whole(first.body),
+            Some(length) if length <= LARGEST_HELD && !is_upload => held(first.body, messages).await?,
+            _ => streamed(first.body, messages, length),
+        };
         let sending = (self.send)(ask(head, payload)?);
         let reply = if deadline.is_zero() {
             sending.await
@@ -82,8 +92,8 @@ impl Server for Face {
         let first = body.next().now_or_never().flatten();
         let (first, broken) = match first {
             Some(Ok(chunk)) => (chunk, None),
-            Some(Err(error)) => (Chunk::from(bytes::Bytes::new()), Some(failure(&error))),
-            None => (Chunk::from(bytes::Bytes::new()), None),
+            Some(Err(error)) => (Chunk::from(Bytes::new()), Some(failure(&error))),
+            None => (Chunk::from(Bytes::new()), None),
         };
         let head = RelayResponseHead { status: u32::from(status.as_u16()), headers: to_wire(&headers) };
         let first = RelayResponse { head: Some(head), ..piece(first) };
@@ -183,14 +193,35 @@ fn no_sessions() -> Status {
     Status::unimplemented("sessions kept by the server are not there yet; send the whole history with Chat")
 }
 
-fn whole(body: bytes::Bytes) -> Payload {
+/// What a head says of the length of its body.
+fn length(head: &RelayHead) -> Option<u64> {
+    let length = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"))?;
+    std::str::from_utf8(&length.value).ok()?.parse().ok()
+}
+
+fn whole(body: Bytes) -> Payload {
     if body.is_empty() { Payload::empty() } else { Payload::from_bytes(body) }
 }
 
+/// A short body that came in pieces, as a whole: such a one can be sent again.
+async fn held(first: Bytes, mut messages: Streaming<RelayRequest>) -> Result<Payload, Status> {
+    let mut pieces = smallvec::smallvec![first];
+    let mut bytes = 0;
+    loop {
+        let message = messages.message().await?.ok_or_else(|| Status::invalid_argument("the body has no end"))?;
+        bytes += message.body.len() as u64;
+        if bytes > LARGEST_HELD {
+            return Err(Status::invalid_argument("the body is longer than its head says"));
+        }
+        pieces.push(message.body);
+        if message.last {
+            return Ok(Payload::Whole(pieces));
+        }
+    }
+}
+
 /// A body that is still coming. A stream that ends without its last message is a client that went away.
-fn streamed(first: bytes::Bytes, messages: Streaming<RelayRequest>, head: &RelayHead) -> Payload {
-    let length = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
-    let length = length.and_then(|header| std::str::from_utf8(&header.value).ok()?.parse().ok());
+fn streamed(first: Bytes, messages: Streaming<RelayRequest>, length: Option<u64>) -> Payload {
     let rest = futures_util::stream::unfold((messages, false), |(mut messages, over)| async move {
         if over {
             return None;
@@ -211,7 +242,7 @@ fn ask(head: RelayHead, payload: Payload) -> Result<Ask, Status> {
     let path: http::Uri = head.path.parse().map_err(|_| Status::invalid_argument("the path is no path"))?;
     Ok(Ask {
         method: head.method.parse().map_err(|_| Status::invalid_argument("the method is no method"))?,
-        infers: olol_middleware::Route::find(path.path()).is_some_and(olol_middleware::Route::infers),
+        infers: Route::find(path.path()).is_some_and(Route::infers),
         path,
         headers: from_wire(head.headers),
         payload,

@@ -7,7 +7,7 @@ mod harness;
 use std::net::SocketAddr;
 
 use harness::olol::{chat, chat_at_once, v1_chat};
-use harness::{Cluster, Connection, Gate, Olol, Request, Step, Way, patiently, until};
+use harness::{Cluster, Connection, Ending, Gate, Olol, Request, Step, Way, patiently, until};
 use tokio::net::{TcpSocket, TcpStream};
 
 #[tokio::test]
@@ -30,6 +30,19 @@ async fn in_mid_stream() {
         client.head().await;
         client.line().await;
         leaves(client, &cluster, &olol).await;
+    }
+}
+
+#[tokio::test]
+async fn who_closes_only_the_sending_side_has_left_too() {
+    for way in Way::BOTH {
+        let (cluster, olol) = loaded(way).await;
+        cluster.server(0).stalls_after(["Hel"]);
+        let mut client = olol.begin(&chat("tiny", "hi")).await;
+        client.head().await;
+        client.half_close().await;
+        cluster.server(0).saw_cancel().await;
+        assert!(client.rest().await.1 != Ending::LastChunk, "{way:?}: half an answer is not called whole");
     }
 }
 

@@ -169,6 +169,22 @@ async fn a_pull_that_fails_somewhere_says_where() {
 }
 
 #[tokio::test]
+async fn a_pull_that_a_server_refuses_says_which() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(2).await.over(way);
+        cluster.server(1).fails("POST", "/api/pull", 500, "mkdir /models: read-only file system");
+        let olol = Olol::start(&cluster, "").await;
+        let pulled = olol.ask(&pull("tiny")).await;
+        assert_eq!(
+            (pulled.status, pulled.error().as_str()),
+            (200, "server 1: mkdir /models: read-only file system"),
+            "{way:?}"
+        );
+        assert_eq!((pulled.header("x-olol-partial"), having(&cluster, "tiny")), ("1", vec![true, false]));
+    }
+}
+
+#[tokio::test]
 async fn a_pull_that_fails_everywhere_alike_has_ollamas_words() {
     let cluster = Cluster::of(2).await;
     for server in cluster.servers() {
@@ -191,6 +207,17 @@ async fn a_server_that_dies_in_a_pull_is_named() {
         assert!(pulled.error().starts_with("server 1: "), "{way:?}: {}", pulled.text());
         assert_eq!(pulled.ending, Ending::LastChunk);
     }
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_takes_no_part_in_a_pull_and_is_named() {
+    let cluster = Cluster::of(2).await;
+    let olol = Olol::start(&cluster, "pool.check-interval-ms = 50").await;
+    cluster.server(1).dies();
+    until("the proxy knows", || !olol.is_server_up(1)).await;
+    let pulled = olol.ask(&pull("tiny")).await;
+    assert_eq!((pulled.status, statuses(&pulled).last()), (200, Some(&"success".into())));
+    assert_eq!(pulled.header("x-olol-partial"), "1");
 }
 
 #[tokio::test]
@@ -296,6 +323,21 @@ async fn a_blob_is_uploaded_once_and_given_to_every_server_that_creates() {
             let given = server.seen(&path).into_iter().find(|seen| seen.method == "POST").expect("the blob");
             assert!(server.still_has("mine") && given.body == bytes.as_bytes(), "{way:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_create_goes_on_where_its_blobs_could_be_given() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(2).await.over(way);
+        let olol = Olol::start(&cluster, "").await;
+        let (digest, path, bytes) = blob(100);
+        cluster.server(1).fails("POST", &path, 500, "no space left on device");
+        olol.ask(&Request::post(&path, &bytes)).await;
+        let created =
+            olol.ask(&Request::post("/api/create", json!({"model": "mine", "files": {"a.gguf": digest}}))).await;
+        assert!(created.status == 200 && created.error().starts_with("server 1: "), "{way:?}: {}", created.text());
+        assert_eq!((created.header("x-olol-partial"), having(&cluster, "mine")), ("1", vec![true, false]));
     }
 }
 

@@ -110,6 +110,28 @@ async fn a_pooled_connection_that_died_is_replaced_and_the_client_sees_nothing()
 }
 
 #[tokio::test]
+async fn a_long_body_is_sent_again_when_a_pooled_connection_had_died() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(1).await.over(way).all_have("tiny");
+        cluster.server(0).dies_on_reuse();
+        let olol = Olol::start(&cluster, "").await;
+        let answer = olol.chat("tiny", &"x".repeat(3_000_000)).await;
+        assert_eq!((answer.status, answer.said().as_str()), (200, "Hello world"), "{way:?}: {}", answer.text());
+    }
+}
+
+#[tokio::test]
+async fn an_upload_which_can_be_sent_only_once_goes_over_a_fresh_connection() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(1).await.over(way);
+        cluster.server(0).dies_on_reuse();
+        let olol = Olol::start(&cluster, "").await;
+        let answer = olol.ask(&Request::post("/api/blobs/sha256:00", "bytes")).await;
+        assert_eq!(answer.status, 201, "{way:?}: {}", answer.text());
+    }
+}
+
+#[tokio::test]
 async fn a_model_that_was_deleted_is_found_elsewhere() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way).weighing([1000, 1]).all_have("tiny");

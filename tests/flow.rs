@@ -42,7 +42,7 @@ async fn an_upload_whose_client_stalls_does_not_hold_up_a_stream() {
 async fn an_upload_that_its_server_does_not_read_does_not_hold_up_a_stream() {
     for way in Way::BOTH {
         let (cluster, olol, gate) = paced(way).await;
-        cluster.server(0).takes_no_blobs();
+        cluster.server(0).ignores_uploads();
         let mut upload = begin_upload(&olol).await;
         upload.write_until_stuck(&[0; 8 << 10]).await;
         streams_freely(&olol, &gate).await;
@@ -81,20 +81,52 @@ async fn a_thousand_streams_at_a_time_are_all_whole() {
         let cluster = Cluster::of(2).await.over(way).all_have_loaded("tiny");
         let gate = Gate::closed();
         for server in cluster.servers() {
-            server.is_paced_by(&gate);
+            server.echoes().is_paced_by(&gate);
         }
         let olol = Olol::start(&cluster, "").await;
         let mut streams = Vec::new();
-        for _ in 0..1000 {
-            streams.push(olol.begin(&chat("tiny", "hi")).await);
+        for number in 0..1000 {
+            streams.push(olol.begin(&chat("tiny", &format!("stream number {number}"))).await);
         }
         for server in cluster.servers() {
             server.asked(500).await;
         }
         gate.open();
-        for stream in &mut streams {
+        for (number, stream) in streams.iter_mut().enumerate() {
             let answer = stream.answer().await;
-            assert_eq!((answer.said().as_str(), answer.ending), ("Hello world", Ending::LastChunk), "{way:?}");
+            assert_eq!(
+                (answer.said(), answer.ending),
+                (format!("stream number {number}"), Ending::LastChunk),
+                "{way:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_do_not_get_mixed_up_when_clients_and_servers_come_and_go() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(3).await.over(way).all_have_loaded("tiny");
+        for server in cluster.servers() {
+            server.echoes();
+        }
+        cluster.server(2).dies_on_reuse();
+        let olol = Olol::start(&cluster, "").await;
+        let mut clients = Vec::new();
+        for _ in 0..8 {
+            clients.push(olol.connect().await);
+        }
+        for round in 0..20 {
+            for (number, client) in clients.iter_mut().enumerate() {
+                client.send(&chat("tiny", &format!("client {number} round {round}"))).await;
+            }
+            // One leaves with its answer unread.
+            drop(clients.remove(round % 8));
+            clients.insert(round % 8, olol.connect().await);
+            for (number, client) in clients.iter_mut().enumerate().filter(|(number, _)| *number != round % 8) {
+                let answer = client.answer().await;
+                assert_eq!(answer.said(), format!("client {number} round {round}"), "{way:?}: {}", answer.text());
+            }
         }
     }
 }
@@ -120,6 +152,23 @@ async fn bodies_beyond_the_memory_for_them_are_streamed() {
         assert_eq!((answer.status, answer.said().as_str()), (200, "Hello world"), "{way:?}");
         let seen = cluster.server(0).seen("/api/chat").pop().unwrap();
         assert_eq!(seen.json()["messages"][0]["content"].as_str().map(str::len), Some(prompt.len()));
+    }
+}
+
+#[tokio::test]
+async fn a_client_reads_an_answer_that_comes_before_its_upload_is_through() {
+    for way in Way::BOTH {
+        for servers in [1, 2] {
+            let cluster = Cluster::of(servers).await.over(way);
+            cluster.server(0).knows_every_blob();
+            let olol = Olol::start(&cluster, "").await;
+            let (digest, bytes) = ("sha256:9834876dcfb05cb167a5c24953eba58c4ac89b1adf57f28f2f9d09af107ee8f0", "aaa");
+            let path = format!("/api/blobs/{digest}");
+            olol.ask(&Request::post(&path, bytes)).await;
+            let again = Request::post(&path, "x".repeat(50 << 20));
+            let answer = olol.ask(&again).await;
+            assert_eq!((answer.status, answer.ending), (200, Ending::Length), "{way:?}, {servers} servers");
+        }
     }
 }
 

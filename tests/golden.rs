@@ -7,7 +7,7 @@ mod harness;
 use std::path::Path;
 
 use harness::wire::{self, Headers};
-use harness::{Answer, Cluster, Ending, Olol, Request, Server, Step, Way};
+use harness::{Answer, Cluster, Ending, Olol, Request, Server, Step, Way, answers};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -76,6 +76,22 @@ async fn a_line_of_200_kb_in_writes_of_3_kb_comes_in_one_chunk() {
         let answer = olol.ask(&Request::post("/api/generate", r#"{"model":"tiny","prompt":"hi"}"#)).await;
         assert_eq!(answer.chunks.iter().map(Vec::len).collect::<Vec<_>>(), [line.len(), last.len()], "{way:?}");
         assert_eq!(answer.text(), [&line, last].concat());
+    }
+}
+
+#[tokio::test]
+async fn a_line_that_is_longer_than_what_is_joined_arrives_whole() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(1).await.over(way).all_have("tiny");
+        let line = format!("{{\"response\":\"{}\",\"done\":true}}\n", "x".repeat(5_000_000));
+        cluster.server(0).on(
+            "POST",
+            "/api/generate",
+            answers::chunked("application/x-ndjson", [line.clone().into_bytes()]),
+        );
+        let olol = Olol::start(&cluster, "").await;
+        let answer = olol.ask(&Request::post("/api/generate", r#"{"model":"tiny","prompt":"hi"}"#)).await;
+        assert!(answer.text() == line && answer.ending == Ending::LastChunk, "{way:?}");
     }
 }
 

@@ -95,6 +95,54 @@ async fn an_agent_lets_streams_finish_too() {
 }
 
 #[tokio::test]
+async fn an_agent_that_is_killed_ends_its_streams_and_no_others() {
+    let cluster = Cluster::of(2).await.all_have_loaded("tiny");
+    let gate = Gate::closed();
+    cluster.server(0).stalls_after(["Hel"]);
+    cluster.server(1).is_paced_by(&gate);
+    let agents = [Process::agent(cluster.server(0).address()).await, Process::agent(cluster.server(1).address()).await];
+    let servers = format!("0@{},1@{}", agents[0].address(), agents[1].address());
+    let proxy = Process::proxy(&servers, &[]).await;
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let mut stream = proxy.connect().await;
+        stream.send(&chat("tiny", "hi")).await;
+        let server = stream.head().await.headers.get("x-olol-server").map(str::to_owned);
+        streams.push((server, stream));
+    }
+    streams.sort_by_key(|(server, _)| server.clone());
+    let [killed, _other] = agents;
+    drop(killed);
+    let (lines, ending) = streams[0].1.rest().await;
+    assert!(lines.last().unwrap().starts_with(b"{\"error\"") && ending == Ending::LastChunk);
+    gate.open();
+    let (lines, ending) = streams[1].1.rest().await;
+    assert_eq!((lines.len(), ending), (3, Ending::LastChunk));
+    let answer = proxy.connect().await.ask(&chat("tiny", "hi")).await;
+    assert_eq!((answer.said().as_str(), answer.server()), ("Hello world", "1"));
+}
+
+#[tokio::test]
+async fn the_client_prints_what_the_model_says() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let port = cluster.server(0).address().port().to_string();
+    let asked = Process::run(&["client", "--port", &port, "--model", "tiny", "--prompt", "hi"]).await;
+    assert_eq!((asked.status.code(), String::from_utf8_lossy(&asked.stdout).trim_end()), (Some(0), "Hello world"));
+    assert_eq!(cluster.server(0).seen("/api/generate")[0].text("prompt"), "hi");
+}
+
+#[tokio::test]
+async fn the_client_fails_with_the_servers_words() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let port = cluster.server(0).address().port().to_string();
+    let (ended, error) = run(&["client", "--port", &port, "--model", "nosuch", "--prompt", "hi"]).await;
+    assert!(ended == Some(1) && error.contains("model 'nosuch' not found"), "{error}");
+    cluster.server(0).dies();
+    let (ended, error) = run(&["client", "--port", &port, "--model", "tiny", "--prompt", "hi"]).await;
+    assert!(ended == Some(1) && error.contains("no Ollama answers at"), "{error}");
+}
+
+#[tokio::test]
 async fn what_is_wrong_on_the_command_line_is_said_with_its_remedy() {
     for (arguments, code, says) in [
         (&["proxy", "--port", "70000"][..], 2, "70000"),

@@ -135,7 +135,32 @@ fn spilt(pieces: SmallVec<[Bytes; 1]>, rest: Pieces, length: Option<u64>) -> Pay
 /// The rest of a body, with a limit for the pauses of its sender.
 fn rest(incoming: Incoming, pause: Duration) -> Pieces {
     let body = Box::pin(TimeoutBody::new(pause, incoming));
-    Box::pin(body.into_data_stream().map(|piece| piece.map_err(Error::Body)))
+    Box::pin(Rest(Some(Box::pin(body.into_data_stream().map(|piece| piece.map_err(Error::Body))))))
+}
+
+/// What is still coming. When nobody wants it any more it is read to its end all the same: a server may answer an upload
+/// before it is through, and a client that is cut off while it sends does not read its answer.
+struct Rest(Option<Pieces>);
+
+impl Stream for Rest {
+    type Item = Result<Bytes, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(pieces) = &mut self.0 else { return Poll::Ready(None) };
+        let next = std::task::ready!(pieces.poll_next_unpin(cx));
+        if !matches!(next, Some(Ok(_))) {
+            self.0 = None;
+        }
+        Poll::Ready(next)
+    }
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        if let (Some(mut pieces), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn(async move { while let Some(Ok(_)) = pieces.next().await {} });
+        }
+    }
 }
 
 /// A body that streams through, and notes its end.

@@ -26,24 +26,29 @@ enum Said {
 impl<F: Fleet> Scatter<F> {
     /// Lets every server concerned do it and follows them all.
     pub(super) async fn progress(self, call: Call) -> Result<Reply, Error> {
-        let everybody = &call.candidates.snapshot().servers;
+        let everybody = call.candidates.snapshot().servers.clone();
         let mut targets: Vec<Arc<Server>> = everybody.iter().filter(|server| server.is_usable()).cloned().collect();
         if targets.is_empty() {
-            targets.clone_from(everybody);
+            targets.clone_from(&everybody);
         }
+        let mut refused = Vec::new();
+        let is_left_out = |server: &Arc<Server>| targets.iter().all(|target| target.id != server.id);
+        let mut absent: Vec<ServerId> = everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
         if call.route == Route::Create {
             let base = call.peek.from.as_deref().and_then(ModelName::parse);
             let with_base = holders(&call.candidates, base.as_ref());
             if !with_base.is_empty() {
                 targets = with_base;
+                absent.clear();
             }
-            let digests = call.peek.digests.clone();
-            let candidates = call.candidates.clone();
-            self.give_blobs(&digests, &candidates, &targets).await?;
+            let (digests, candidates) = (call.peek.digests.clone(), call.candidates.clone());
+            for (server, error) in self.give_blobs(&digests, &candidates, &targets).await {
+                targets.retain(|target| target.id != server);
+                refused.push((server, Err(error)));
+            }
         }
         let news = News { cluster: self.shared.cluster.clone(), servers: targets.clone() };
         let mut begun = Vec::new();
-        let mut refused = Vec::new();
         let answers = futures_util::future::join_all(targets.iter().map(|server| {
             let call = call.again();
             let scatter = &self;
@@ -71,8 +76,8 @@ impl<F: Fleet> Scatter<F> {
         let made = Made { cluster: self.shared.cluster.clone(), model: call.model.clone(), servers: begun_by };
         let mut headers = begun[0].1.headers.clone();
         headers.remove(http::header::CONTENT_LENGTH);
-        let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect());
-        let mut absent = Vec::new();
+        let concerned = begun.len() + refused.len();
+        let mut told = Told::new(begun.iter().map(|(id, _)| id.clone()).collect(), concerned);
         for (id, answer) in refused {
             let why = match answer {
                 Ok(reply) => error_text(&reply.body.collect(LONGEST).await.unwrap_or_default()),
@@ -108,15 +113,23 @@ impl<F: Fleet> Scatter<F> {
         Ok(reply.hold(news))
     }
 
-    /// Gives the blobs that a create names to the servers that lack them.
-    async fn give_blobs(&self, digests: &[String], candidates: &Candidates, targets: &[Arc<Server>]) -> Result<(), Error> {
-        for digest in digests {
-            let Some(blob) = self.shared.spool.find(digest) else { continue };
-            for server in targets {
-                self.give(candidates, &blob, server).await?;
+    /// Gives the blobs that a create names to the servers that lack them, and tells to whom they could not be given.
+    async fn give_blobs(
+        &self,
+        digests: &[String],
+        candidates: &Candidates,
+        targets: &[Arc<Server>],
+    ) -> Vec<(ServerId, Error)> {
+        let blobs: Vec<_> = digests.iter().filter_map(|digest| self.shared.spool.find(digest)).collect();
+        let giving = targets.iter().map(|server| async {
+            for blob in &blobs {
+                if let Err(error) = self.give(candidates, blob, server).await {
+                    return Some((server.id.clone(), error));
+                }
             }
-        }
-        Ok(())
+            None
+        });
+        futures_util::future::join_all(giving).await.into_iter().flatten().collect()
     }
 }
 
@@ -224,6 +237,8 @@ struct Step {
 /// What the client has been told so far, and what the servers have said.
 struct Told {
     ids: Vec<ServerId>,
+    /// How many servers it is about: those that are followed, and those that refused.
+    concerned: usize,
     servers: Vec<Course>,
     failures: Vec<(ServerId, String)>,
     /// Statuses that were told, and bytes of layers.
@@ -233,9 +248,9 @@ struct Told {
 }
 
 impl Told {
-    fn new(ids: Vec<ServerId>) -> Self {
+    fn new(ids: Vec<ServerId>, concerned: usize) -> Self {
         let servers = ids.iter().map(|_| Course::default()).collect();
-        Self { ids, servers, failures: Vec::new(), said: Vec::new(), success: None, finished: false }
+        Self { ids, concerned, servers, failures: Vec::new(), said: Vec::new(), success: None, finished: false }
     }
 
     /// Takes what a server said; returns what the client is told now.
@@ -296,7 +311,7 @@ impl Told {
 
     /// Who failed and why; one server's own words where all of them failed.
     fn failure(&self) -> String {
-        let all = self.counting().next().is_none();
+        let all = self.failures.len() >= self.concerned;
         let text = match self.failures.first() {
             None => "a server ended without success".to_owned(),
             Some((id, why)) if all => {
@@ -339,7 +354,7 @@ mod tests {
     use super::*;
 
     fn run(servers: usize, events: &[(usize, &str)]) -> Vec<String> {
-        let mut told = Told::new((0..servers).map(|at| ServerId::new(&at.to_string())).collect());
+        let mut told = Told::new((0..servers).map(|at| ServerId::new(&at.to_string())).collect(), servers);
         let mut out: Vec<String> = Vec::new();
         for (server, line) in events {
             let said = if *line == "over" { Said::Over } else { Said::Line(Bytes::copy_from_slice(line.as_bytes())) };

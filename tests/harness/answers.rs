@@ -33,6 +33,9 @@ pub(super) fn steps(state: &mut State, request: &Seen) -> Vec<Step> {
         let get = Seen { method: "GET".to_owned(), ..request.clone() };
         return steps(state, &get).into_iter().map(without_body).collect();
     }
+    if matches!(state.behaviour, Behaviour::DiesOnReuse) && request.is_reused && request.method != "GET" {
+        return vec![Step::HangUp];
+    }
     let store = &mut state.store;
     let name = request.model();
     match (request.method.as_str(), request.path.as_str()) {
@@ -172,7 +175,6 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
     match &behaviour {
         Behaviour::StallsBeforeHead => return vec![Step::Stall],
         Behaviour::DiesBeforeHead => return vec![Step::HangUp],
-        Behaviour::DiesOnReuse if request.is_reused => return vec![Step::HangUp],
         Behaviour::Refuses(status, text) => return error(*status, text),
         _ if !state.store.has(&name) => return missing(&name),
         _ => {}
@@ -199,8 +201,14 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
     steps
 }
 
+/// The words of an answer.
+fn said(state: &State, request: &Seen) -> Vec<String> {
+    let asked = request.json()["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
+    if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() }
+}
+
 fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
-    let text = state.words.concat();
+    let text = said(state, request).concat();
     let body = match request.path.as_str() {
         "/api/generate" => with_counts(json!({"model": name, "created_at": WHEN, "response": text, "done": true})),
         "/api/chat" => with_counts(
@@ -218,11 +226,13 @@ fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
 
 fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
     let form = Form::of(&request.path);
+    let pace = || match &state.behaviour {
+        Behaviour::Paced(gate) => Some(Step::Wait(gate.clone())),
+        _ => None,
+    };
     let mut steps = vec![begun(if form.is_native() { LINES } else { EVENTS })];
-    for word in &state.words {
-        if let Behaviour::Paced(gate) = &state.behaviour {
-            steps.push(Step::Wait(gate.clone()));
-        }
+    for word in &said(state, request) {
+        steps.extend(pace());
         steps.push(Step::Write(wire::chunk(&form.piece(name, word))));
     }
     match state.behaviour {
@@ -230,9 +240,7 @@ fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
         Behaviour::StallsAfter => steps.push(Step::Stall),
         Behaviour::Floods => steps.push(Step::Repeat(wire::chunk(&form.piece(name, &"flood ".repeat(10_000))))),
         _ => {
-            if let Behaviour::Paced(gate) = &state.behaviour {
-                steps.push(Step::Wait(gate.clone()));
-            }
+            steps.extend(pace());
             steps.push(Step::Write([wire::chunk(&form.last(name)), wire::LAST_CHUNK.to_vec()].concat()));
         }
     }

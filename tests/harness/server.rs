@@ -30,20 +30,30 @@ pub(super) struct State {
     pub(super) store: Store,
     pub(super) behaviour: Behaviour,
     pub(super) words: Vec<String>,
+    pub(super) echoes: bool,
     scripts: HashMap<(String, String), Vec<Step>>,
     is_silent: bool,
     is_dead: bool,
-    takes_no_blobs: bool,
+    uploads: Uploads,
     seen: Vec<Seen>,
     work: usize,
-    /// Connections that it ever took.
-    pub(super) connections: usize,
     /// Answers that it is giving.
     pub(super) running: usize,
     /// Answers whose clients went away.
     pub(super) cancelled: usize,
-    /// Bytes of streams without end.
+    /// Bytes of its answers that were taken.
     pub(super) written: u64,
+}
+
+/// What a server does with the body of an upload.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) enum Uploads {
+    #[default]
+    Read,
+    /// Reads nothing of it, and says nothing.
+    Ignored,
+    /// Says that it has the blob already, and reads nothing of it: what Go's server does.
+    Known,
 }
 
 /// What a server does when a model is asked something.
@@ -96,7 +106,7 @@ impl Server {
 
     // What it has.
 
-    /// Has models on its disk.
+    /// Has a model on its disk.
     pub fn has(&self, model: &str) -> &Self {
         self.change(|state| state.store.add(model, None))
     }
@@ -147,9 +157,9 @@ impl Server {
         self.behaves(Behaviour::Answers).change(|state| state.words = words(said))
     }
 
-    /// Says its words again, after it did something else.
-    pub fn recovers(&self) -> &Self {
-        self.behaves(Behaviour::Answers)
+    /// Says back what it is asked, a word a line.
+    pub fn echoes(&self) -> &Self {
+        self.change(|state| state.echoes = true)
     }
 
     /// Closes the connection instead of answering.
@@ -162,7 +172,7 @@ impl Server {
         self.says(said).behaves(Behaviour::DiesAfter)
     }
 
-    /// Closes a connection that is used a second time, instead of answering.
+    /// Closes a connection that is used a second time, instead of answering what is asked on it.
     pub fn dies_on_reuse(&self) -> &Self {
         self.behaves(Behaviour::DiesOnReuse)
     }
@@ -207,9 +217,14 @@ impl Server {
         self.change(|state| state.is_silent = true)
     }
 
-    /// Leaves the bodies of uploads unread.
-    pub fn takes_no_blobs(&self) -> &Self {
-        self.change(|state| state.takes_no_blobs = true)
+    /// Leaves the bodies of uploads unread, and says nothing.
+    pub fn ignores_uploads(&self) -> &Self {
+        self.change(|state| state.uploads = Uploads::Ignored)
+    }
+
+    /// Answers uploads at once, and leaves their bodies unread.
+    pub fn knows_every_blob(&self) -> &Self {
+        self.change(|state| state.uploads = Uploads::Known)
     }
 
     /// Takes these steps for a certain request, whatever else it would do.
@@ -244,11 +259,6 @@ impl Server {
         self.state.borrow().work
     }
 
-    /// Connections that it ever took.
-    pub fn connections(&self) -> usize {
-        self.state.borrow().connections
-    }
-
     /// Answers that it is giving.
     pub fn running(&self) -> usize {
         self.state.borrow().running
@@ -265,11 +275,6 @@ impl Server {
         self.sees(&format!("{times} requests to models"), |state| state.work >= times).await;
     }
 
-    /// Waits until there was such a request.
-    pub async fn saw(&self, path: &str) {
-        self.sees(path, |state| state.seen.iter().any(|seen| seen.path == path)).await;
-    }
-
     /// Waits until a client went away before its answer was whole.
     pub async fn saw_cancel(&self) {
         self.saw_cancels(1).await;
@@ -278,11 +283,6 @@ impl Server {
     /// Waits until so many clients went away before their answers were whole.
     pub async fn saw_cancels(&self, count: usize) {
         self.sees(&format!("{count} cancelled requests"), |state| state.cancelled >= count).await;
-    }
-
-    /// Answers that nobody waited for, so far.
-    pub fn cancelled(&self) -> usize {
-        self.state.borrow().cancelled
     }
 
     /// Waits until it has a model in memory.
@@ -326,9 +326,9 @@ impl State {
         steps
     }
 
-    /// Whether the body of a request is left unread.
-    pub(super) fn leaves_unread(&self, head: &Head) -> bool {
-        self.takes_no_blobs && head.line.starts_with("POST /api/blobs/")
+    /// What is done with the body of a request.
+    pub(super) fn uploads(&self, head: &Head) -> Uploads {
+        if head.line.starts_with("POST /api/blobs/") { self.uploads } else { Uploads::Read }
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio_util::either::Either;
 
 use super::script::{Seen, Step};
-use super::server::State;
+use super::server::{State, Uploads};
 use super::wire::{self, Head};
 
 /// The most of a body that is remembered; of longer ones only the length is.
@@ -42,7 +42,6 @@ impl Listener {
 pub(super) async fn accept(listener: Listener, state: Shared) {
     let mut connections = JoinSet::new();
     while let Ok(stream) = listener.accept().await {
-        state.send_modify(|state| state.connections += 1);
         connections.spawn(serve(stream, state.clone()));
         while connections.try_join_next().is_some() {}
     }
@@ -58,7 +57,12 @@ async fn serve(stream: impl AsyncRead + AsyncWrite, state: Shared) -> io::Result
         if head.headers.get("expect").is_some() {
             write.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
-        if state.borrow().leaves_unread(&head) {
+        let uploads = state.borrow().uploads(&head);
+        if uploads == Uploads::Known {
+            write.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await?;
+            write.shutdown().await?;
+        }
+        if uploads != Uploads::Read {
             return std::future::pending().await;
         }
         let request = read_request(head, &mut read, is_reused).await?;
@@ -142,10 +146,9 @@ fn steps(state: &Shared, request: Seen) -> Vec<Step> {
 async fn take(steps: Vec<Step>, write: &mut (impl AsyncWrite + Unpin), state: &Shared) -> io::Result<bool> {
     for step in steps {
         match step {
-            Step::Write(bytes) => write_through(write, &bytes).await?,
+            Step::Write(bytes) => write_through(write, &bytes, state).await?,
             Step::Repeat(bytes) => loop {
-                write_through(write, &bytes).await?;
-                state.send_modify(|state| state.written += bytes.len() as u64);
+                write_through(write, &bytes, state).await?;
             },
             Step::Wait(gate) => gate.pass().await,
             Step::Load(model) => state.send_modify(|state| state.store.load(&model)),
@@ -157,9 +160,11 @@ async fn take(steps: Vec<Step>, write: &mut (impl AsyncWrite + Unpin), state: &S
     Ok(true)
 }
 
-async fn write_through(write: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+async fn write_through(write: &mut (impl AsyncWrite + Unpin), bytes: &[u8], state: &Shared) -> io::Result<()> {
     write.write_all(bytes).await?;
-    write.flush().await
+    write.flush().await?;
+    state.send_modify(|state| state.written += bytes.len() as u64);
+    Ok(())
 }
 
 /// Waits until the client has closed.
