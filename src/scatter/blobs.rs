@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use http::header::HeaderMap;
+use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
 use olol_middleware::call::{Head, Pieces};
 use olol_middleware::pick::Fleet;
@@ -23,6 +23,8 @@ use super::{Config, Scatter, is_head, json_reply};
 
 /// Bytes read from the spool at a time.
 const READ: usize = 256 << 10;
+/// Bytes of a body that are read although nobody wants them.
+const LEFT: u64 = 256 << 10;
 const NATIVE: &str = "application/json; charset=utf-8";
 
 /// The folder where blobs wait.
@@ -139,16 +141,22 @@ impl<F: Fleet> Scatter<F> {
     pub(super) async fn blob(self, call: Call) -> Result<Reply, Error> {
         let digest = call.peek.digests.first().cloned().unwrap_or_default();
         let Some(hex) = hex_of(&digest) else {
-            let body = if is_head(&call) { "" } else { r#"{"error":"invalid digest format"}"# };
-            return Ok(json_reply(StatusCode::BAD_REQUEST, NATIVE, body));
+            const INVALID: &str = r#"{"error":"invalid digest format"}"#;
+            if is_head(&call) {
+                return Ok(without_body(StatusCode::BAD_REQUEST, INVALID.len()));
+            }
+            leave(call).await;
+            return Ok(json_reply(StatusCode::BAD_REQUEST, NATIVE, INVALID));
         };
         let known = self.shared.spool.find(&digest).is_some();
         let plain = |status| Reply::full(status, HeaderMap::new(), Bytes::new());
-        if is_head(&call) {
-            return Ok(plain(if known { StatusCode::OK } else { StatusCode::NOT_FOUND }));
-        }
         if known {
+            leave(call).await;
             return Ok(plain(StatusCode::OK));
+        }
+        if is_head(&call) {
+            let body = format!(r#"{{"error":"blob \"sha256:{hex}\" not found"}}"#);
+            return Ok(without_body(StatusCode::NOT_FOUND, body.len()));
         }
         let pieces = match call.payload {
             Payload::Stream { pieces, .. } => pieces,
@@ -174,6 +182,27 @@ impl<F: Fleet> Scatter<F> {
             return Ok(());
         }
         Err(Error::Storage(format!("server {} did not take the blob {}: status {}", server.id, blob.digest, reply.status.as_u16())))
+    }
+}
+
+/// A refusal that is asked for by HEAD: its length, and nothing of it.
+fn without_body(status: StatusCode, length: usize) -> Reply {
+    let mut reply = json_reply(status, NATIVE, "");
+    reply.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    reply
+}
+
+/// Reads a body that nobody wants as far as Go's server would, so that the connection of its client can be kept.
+async fn leave(call: Call) {
+    let waits = call.headers.contains_key(header::EXPECT);
+    let Payload::Stream { length, mut pieces } = call.payload else { return };
+    let mut left = LEFT;
+    if waits || length.is_some_and(|length| length > LEFT) {
+        return;
+    }
+    while let Some(Ok(piece)) = pieces.next().await {
+        let Some(fewer) = left.checked_sub(piece.len() as u64) else { return };
+        left = fewer;
     }
 }
 
@@ -206,6 +235,22 @@ mod tests {
         assert_eq!(hex_of(&format!("sha256-{hex}")), Some(hex));
         for bad in ["", "sha256:", "sha256:../../etc/passwd", "md5:00", &format!("sha256:{}", "z".repeat(64))] {
             assert_eq!(hex_of(bad), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_wants_is_read_unless_it_is_long() {
+        for (length, wanted) in [(Some(10), 2), (None, 2), (Some(LEFT + 1), 0)] {
+            let read = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+            let counted = read.clone();
+            let pieces = futures_util::stream::iter([Ok(Bytes::from_static(b"hello")), Ok(Bytes::from_static(b"hello"))]);
+            let pieces = pieces.inspect(move |_| {
+                counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            });
+            let candidates = olol_middleware::Cluster::new(Vec::new()).snapshot().all();
+            let payload = Payload::Stream { length, pieces: Box::pin(pieces) };
+            leave(upload(&candidates, "sha256:ab", Method::POST, payload).unwrap()).await;
+            assert_eq!(read.load(std::sync::atomic::Ordering::Relaxed), wanted);
         }
     }
 

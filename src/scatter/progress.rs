@@ -94,14 +94,13 @@ impl<F: Fleet> Scatter<F> {
             // Gone with the last line.
             let _ = made.as_ref()?;
             loop {
-                let line = match said.next().await {
-                    Some((server, said)) => told.hear(server, said),
-                    None => {
-                        if let Some(made) = made.take() {
-                            made.note(&told);
-                        }
-                        Some(told.last())
+                let line = if let Some((server, said)) = said.next().await {
+                    told.hear(server, said)
+                } else {
+                    if let Some(made) = made.take() {
+                        made.note(&told);
                     }
+                    Some(told.last())
                 };
                 if let Some(line) = line {
                     return Some((Ok(Chunk::from(line)), (said, told, made)));

@@ -137,7 +137,8 @@ impl Head {
             if self.folds && matches!(line, [b' ' | b'\t', ..]) {
                 mended.truncate(mended.trim_ascii_end().len());
                 mended.extend_from_slice(b" ");
-                mended.extend_from_slice(line.trim_ascii_start());
+                mended.extend_from_slice(line.trim_ascii());
+                mended.extend_from_slice(b"\r\n");
             } else {
                 mended.extend_from_slice(line);
             }
@@ -307,5 +308,6 @@ mod tests {
         assert_eq!(&mended(b"GET / HTTP/1.1\r\n\r\n")[..], b"GET / HTTP/1.1\r\n\r\n");
         assert_eq!(&mended(b"GET / HTTP/1.2\r\n\r\n")[..], b"GET / HTTP/1.1\r\n\r\n");
         assert_eq!(&mended(b"GET / HTTP/1.1\r\nA: b\r\n  c\r\nD: e\r\n\r\n")[..], b"GET / HTTP/1.1\r\nA: b c\r\nD: e\r\n\r\n");
+        assert_eq!(&mended(b"GET / HTTP/1.1\r\nA: b\r\n  \r\n\r\n")[..], b"GET / HTTP/1.1\r\nA: b \r\n\r\n");
     }
 }
