@@ -5,7 +5,11 @@
 //! load; so only the ratios of one run mean something, and they are valid only while `relay-http` against itself stays near 1.
 //! `OLOL_BENCH_ROUNDS` (7) and `OLOL_BENCH_SECONDS` (3) set how long it takes.
 
-#![expect(clippy::print_stdout, clippy::expect_used, reason = "a program for a terminal, which may end when it cannot go on")]
+#![expect(
+    clippy::print_stdout,
+    clippy::expect_used,
+    reason = "a program for a terminal, which may end when it cannot go on"
+)]
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -27,8 +31,25 @@ fn main() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let field = Field { bench, folder: folder.path().to_owned() };
     let seconds = setting("OLOL_BENCH_SECONDS", 3).to_string();
-    field.phase(&[], "requests", &["--scenario", "generate-oneshot", "-c", "64", "-d", &seconds, "--warmup", "64", "--tokens", "1"]);
-    let paced = ["--scenario", "generate-stream", "--rate", "256", "-d", &seconds, "-c", "20", "--warmup", "20", "--tokens", "100"];
+    field.phase(
+        &[],
+        "requests",
+        &["--scenario", "generate-oneshot", "-c", "64", "-d", &seconds, "--warmup", "64", "--tokens", "1"],
+    );
+    let paced = [
+        "--scenario",
+        "generate-stream",
+        "--rate",
+        "256",
+        "-d",
+        &seconds,
+        "-c",
+        "20",
+        "--warmup",
+        "20",
+        "--tokens",
+        "100",
+    ];
     field.phase(&["--inter-token-ms", "10"], "tokens", &paced);
     let hold = ["--scenario", "generate-stream", "-c", "1000", "-n", "1000", "--tokens", "20", "--timeout", "100"];
     field.phase(&["--inter-token-ms", "200"], "1000 open streams", &hold);
@@ -107,14 +128,20 @@ impl Field {
             (address, self.run(Path::new(env!("CARGO_BIN_EXE_olol")), &arguments, address))
         });
         let servers = agents.each_ref().map(|(address, _)| address.to_string()).join(",");
-        peers.push(self.olol("olol over agents", &servers, "[trace]\naccess-log = false\n", agents.map(|(_, agent)| agent).into()));
+        peers.push(self.olol(
+            "olol over agents",
+            &servers,
+            "[trace]\naccess-log = false\n",
+            agents.map(|(_, agent)| agent).into(),
+        ));
         peers
     }
 
     fn relay(&self, name: &'static str, mode: &str, upstream: &str) -> Peer {
         let address = free_address();
         let listen = address.to_string();
-        let process = self.run(&self.bench, &["relay", "--listen", &listen, "--mode", mode, "--upstream", upstream], address);
+        let process =
+            self.run(&self.bench, &["relay", "--listen", &listen, "--mode", mode, "--upstream", upstream], address);
         Peer { name, address, processes: vec![process] }
     }
 
@@ -138,7 +165,10 @@ impl Field {
 
     /// nginx, where there is one.
     fn nginx(&self, mocks: [SocketAddr; 2]) -> Option<Peer> {
-        let program = ["/usr/sbin/nginx", "/usr/bin/nginx", "/opt/homebrew/bin/nginx"].into_iter().map(Path::new).find(|path| path.exists())?;
+        let program = ["/usr/sbin/nginx", "/usr/bin/nginx", "/opt/homebrew/bin/nginx"]
+            .into_iter()
+            .map(Path::new)
+            .find(|path| path.exists())?;
         let address = free_address();
         let folder = self.folder.join(format!("nginx-{}", address.port()));
         std::fs::create_dir_all(folder.join("logs")).expect("a folder");
@@ -159,8 +189,14 @@ impl Field {
     /// Starts a program and waits until it listens.
     fn run(&self, program: &Path, arguments: &[&str], address: SocketAddr) -> Running {
         let mut command = Command::new(program);
-        command.args(arguments).current_dir(&self.folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Running(command.spawn().unwrap_or_else(|error| panic!("{} does not start: {error}", program.display())));
+        command
+            .args(arguments)
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let process =
+            Running(command.spawn().unwrap_or_else(|error| panic!("{} does not start: {error}", program.display())));
         let patience = Instant::now() + Duration::from_secs(20);
         while std::net::TcpStream::connect(address).is_err() {
             assert!(Instant::now() < patience, "{} does not listen at {address}", program.display());
@@ -177,14 +213,18 @@ fn free_address() -> SocketAddr {
 /// The middle one of a figure's ratios to the yardstick, round by round.
 fn ratio(report: &Value, peer: usize, figure: impl Fn(&Value) -> Option<f64>) -> Option<f64> {
     let runs = |peer: usize| report["runs"][peer].as_array();
-    let mut ratios: Vec<f64> = runs(peer)?.iter().zip(runs(0)?).filter_map(|(ours, theirs)| Some(figure(ours)? / figure(theirs)?)).collect();
+    let mut ratios: Vec<f64> =
+        runs(peer)?.iter().zip(runs(0)?).filter_map(|(ours, theirs)| Some(figure(ours)? / figure(theirs)?)).collect();
     ratios.sort_by(f64::total_cmp);
     ratios.get(ratios.len() / 2).copied().filter(|ratio| ratio.is_finite())
 }
 
 fn print(title: &str, peers: &[Peer], report: &Value) {
     println!("\n{title}: medians of ratios to {YARDSTICK}, round by round");
-    println!("{:<20} {:>14} {:>14} {:>12} {:>14} {:>10} {:>8}", "", "CPU/request", "CPU/token", "requests/s", "first token µs", "peak MB", "broken");
+    println!(
+        "{:<20} {:>14} {:>14} {:>12} {:>14} {:>10} {:>8}",
+        "", "CPU/request", "CPU/token", "requests/s", "first token µs", "peak MB", "broken"
+    );
     for (at, peer) in peers.iter().enumerate() {
         let text = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
         let proxy = |key: &'static str| ratio(report, at, move |run| run["proxy"][key].as_f64());
@@ -200,7 +240,16 @@ fn print(title: &str, peers: &[Peer], report: &Value) {
         let peak = middle(&|run| run["proxy"]["rss_peak_mb"].as_f64());
         let summary = &report["summary"][at];
         let broken = summary["violations"].as_u64().unwrap_or(0) + summary["not_ok"].as_u64().unwrap_or(0);
-        println!("{:<20} {:>14} {:>14} {:>12} {:>14.0} {:>10.1} {:>8}", peer.name, text(cpu), text(token), text(rate), first, peak, broken);
+        println!(
+            "{:<20} {:>14} {:>14} {:>12} {:>14.0} {:>10.1} {:>8}",
+            peer.name,
+            text(cpu),
+            text(token),
+            text(rate),
+            first,
+            peak,
+            broken
+        );
     }
     let again = peers.iter().position(|peer| peer.name == YARDSTICK_AGAIN);
     let noise = again.and_then(|at| ratio(report, at, |run| run["proxy"]["cpu_s_per_1k_requests"].as_f64()));

@@ -110,9 +110,10 @@ impl Answers for Grpc {
 
     async fn answer(&self, request: Request<Incoming>, _client: SocketAddr) -> Response<tonic::body::Body> {
         if request.version() != http::Version::HTTP_2 {
-            let mut answer = Response::new(tonic::body::Body::new(http_body_util::Full::new(bytes::Bytes::from_static(
-                b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n",
-            ))));
+            let mut answer =
+                Response::new(tonic::body::Body::new(http_body_util::Full::new(bytes::Bytes::from_static(
+                    b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n",
+                ))));
             *answer.status_mut() = http::StatusCode::BAD_REQUEST;
             return answer;
         }

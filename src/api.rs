@@ -59,7 +59,8 @@ impl Api {
 
     /// Whether Ollama answers a request even to a client that has shut down its sending side: all but what works for long.
     pub fn is_brief<B>(request: &Request<B>) -> bool {
-        let takes_long = |route: Route| route.infers() || matches!(route, Route::Pull | Route::Push | Route::Create | Route::Blob);
+        let takes_long =
+            |route: Route| route.infers() || matches!(route, Route::Pull | Route::Push | Route::Create | Route::Blob);
         !Route::find(request.uri().path()).is_some_and(takes_long)
     }
 
@@ -77,8 +78,11 @@ impl Api {
         }
         // A body without a length ends with the connection there; nothing else would tell the client. An answer of that
         // version without a word on it is one after which hyper closes.
-        let has_length = answer.headers().contains_key(header::CONTENT_LENGTH) || answer.body().size_hint().exact().is_some();
-        if is_close_delimited && (!has_length || answer.headers().get(header::CONNECTION).is_some_and(|value| value == "close")) {
+        let has_length =
+            answer.headers().contains_key(header::CONTENT_LENGTH) || answer.body().size_hint().exact().is_some();
+        if is_close_delimited
+            && (!has_length || answer.headers().get(header::CONNECTION).is_some_and(|value| value == "close"))
+        {
             *answer.version_mut() = Version::HTTP_10;
         }
         answer
@@ -133,7 +137,13 @@ impl Api {
     }
 
     /// Sends a request down the stack.
-    async fn relay(&self, route: Route, path: &str, request: Request<Incoming>, client: Option<SocketAddr>) -> Response<HttpBody> {
+    async fn relay(
+        &self,
+        route: Route,
+        path: &str,
+        request: Request<Incoming>,
+        client: Option<SocketAddr>,
+    ) -> Response<HttpBody> {
         if request.headers().get(HOP) == Some(&self.hop) {
             return response::refused(route, &Error::Loop);
         }
@@ -165,7 +175,14 @@ impl Api {
         }
     }
 
-    fn call(&self, route: Route, path: &str, parts: http::request::Parts, payload: Payload, client: Option<SocketAddr>) -> Call {
+    fn call(
+        &self,
+        route: Route,
+        path: &str,
+        parts: http::request::Parts,
+        payload: Payload,
+        client: Option<SocketAddr>,
+    ) -> Call {
         let head = request::head(route, path, parts, &payload, client);
         Call::new(head, payload, self.shared.cluster.snapshot().all())
     }

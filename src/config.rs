@@ -101,9 +101,12 @@ pub enum ConfigError {
 impl Config {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
-        let config: Self = toml::from_str(&text)
-            .map_err(|error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string().trim_end().to_owned() })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
+        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Syntax {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
         config.validate()?;
         Ok(config)
     }
@@ -148,7 +151,8 @@ impl Config {
 pub fn listen_address(host: &str, port: u16) -> Result<SocketAddr, String> {
     use std::net::ToSocketAddrs;
     let bare = host.trim_start_matches('[').trim_end_matches(']');
-    let mut addresses = (bare, port).to_socket_addrs().map_err(|error| format!("cannot listen on '{host}': {error}"))?;
+    let mut addresses =
+        (bare, port).to_socket_addrs().map_err(|error| format!("cannot listen on '{host}': {error}"))?;
     addresses.next().ok_or_else(|| format!("cannot listen on '{host}': it has no address"))
 }
 

@@ -96,7 +96,8 @@ impl Engine {
         let process = Arc::default();
         let listener = UnixListener::bind(&socket)?;
         let folder_path = folder.path().to_owned();
-        let keeper = Keeper { program: start.program, model, folder: folder_path, listener, process: Arc::clone(&process) };
+        let keeper =
+            Keeper { program: start.program, model, folder: folder_path, listener, process: Arc::clone(&process) };
         let child = keeper.spawn().await?;
         let stop = CancellationToken::new();
         let keeping = tokio::spawn(keeper.keep(child, stop.clone()));
@@ -148,7 +149,9 @@ impl Keeper {
             // Ctrl-C in a terminal is for the parent, which lets answers finish.
             .process_group(0);
         let mut child = Command::from(command).kill_on_drop(true).spawn()?;
-        let Some(stdout) = child.stdout.take() else { return Err(EngineError::Model("the engine has no output".to_owned())) };
+        let Some(stdout) = child.stdout.take() else {
+            return Err(EngineError::Model("the engine has no output".to_owned()));
+        };
         match BufReader::new(stdout).lines().next_line().await? {
             Some(line) if line == READY => {
                 self.process.store(child.id().unwrap_or(0), Ordering::Relaxed);

@@ -96,7 +96,9 @@ impl ServerSpec {
             }
         };
         let (name, address) = rest.split_once('@').map_or((None, rest), |(name, address)| (Some(name), address));
-        if name.is_some_and(|name| name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))) {
+        if name.is_some_and(|name| {
+            name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        }) {
             return Err(EndpointError(format!("the name in '{text}' must be of letters, digits, '-', '_' and '.'")));
         }
         let way = if address.starts_with("http://") || address.starts_with("https://") {
@@ -233,7 +235,8 @@ impl One {
     fn prepare(&self, call: Call) -> (Ask, Context) {
         let mut headers = call.headers.clone();
         headers.insert(HOP, self.hop.clone());
-        let session = headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        let session =
+            headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
         let context = Context { deadline: call.deadline, session, request_id: call.id.to_string() };
         let ask = Ask {
             method: call.method.clone(),

@@ -45,7 +45,8 @@ impl Proxy {
     pub async fn start(config: &Config) -> anyhow::Result<Self> {
         config.validate()?;
         let wanted = config.address()?;
-        let listener = TcpListener::bind(wanted).await.map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;
+        let listener =
+            TcpListener::bind(wanted).await.map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
@@ -61,7 +62,14 @@ impl Proxy {
         let leaf = Scatter::new(pool, cluster.clone(), &config.spool, about.clone());
         let stack = stack::build(&config.layers(), &shared, Stack::new(leaf))?;
         let origins = std::env::var("OLLAMA_ORIGINS").unwrap_or_default();
-        let listed: Vec<&str> = config.proxy.origins.iter().map(String::as_str).chain([origins.as_str()]).filter(|o| !o.is_empty()).collect();
+        let listed: Vec<&str> = config
+            .proxy
+            .origins
+            .iter()
+            .map(String::as_str)
+            .chain([origins.as_str()])
+            .filter(|o| !o.is_empty())
+            .collect();
         let gate = Gate::new(Origins::new(&listed.join(",")).map_err(anyhow::Error::msg)?, address.ip());
         let room = Room::new(config.limits.body_memory, Duration::from_secs(config.limits.body_pause_s));
         let metrics = recorder()?;
@@ -168,8 +176,11 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response<http_body_util::Fu
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let error = Error::Internal(text.unwrap_or("panic").to_owned());
     tracing::error!(%error, "a defect of OLOL; please report it");
-    let mut answer = Response::new(http_body_util::Full::from(serde_json::json!({"error": error.to_string()}).to_string()));
+    let mut answer =
+        Response::new(http_body_util::Full::from(serde_json::json!({"error": error.to_string()}).to_string()));
     *answer.status_mut() = error.status();
-    answer.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json; charset=utf-8"));
+    answer
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json; charset=utf-8"));
     answer
 }

@@ -16,10 +16,10 @@ use olol_middleware::call::{Body, Pieces};
 use olol_middleware::{Chunk, Error, Payload, Reply, Route};
 use olol_proto::v1::server_server::{Server, ServerServer};
 use olol_proto::v1::{
-    ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse, EmbedRequest,
-    EmbedResponse, EndSessionRequest, EndSessionResponse, GenerateRequest, GenerateResponse, ListModelsRequest,
-    ListModelsResponse, PullModelRequest, PullModelResponse, RelayCounters, RelayHead, RelayRequest, RelayResponse,
-    RelayResponseHead, ServerState, Session, ShowModelRequest, ShowModelResponse, WatchRequest,
+    ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse,
+    EmbedRequest, EmbedResponse, EndSessionRequest, EndSessionResponse, GenerateRequest, GenerateResponse,
+    ListModelsRequest, ListModelsResponse, PullModelRequest, PullModelResponse, RelayCounters, RelayHead, RelayRequest,
+    RelayResponse, RelayResponseHead, ServerState, Session, ShowModelRequest, ShowModelResponse, WatchRequest,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -85,7 +85,9 @@ impl Server for Face {
         let reply = if deadline.is_zero() {
             sending.await
         } else {
-            tokio::time::timeout(deadline, sending).await.map_err(|_| Status::deadline_exceeded("the caller stopped waiting"))?
+            tokio::time::timeout(deadline, sending)
+                .await
+                .map_err(|_| Status::deadline_exceeded("the caller stopped waiting"))?
         };
         let Reply { status, headers, mut body } = reply.map_err(|error| failure(&error))?;
         // What came with the head goes with the head.
@@ -167,7 +169,10 @@ impl Server for Face {
         Err(no_sessions())
     }
 
-    async fn chat_message(&self, _request: Request<ChatMessageRequest>) -> Result<Response<Self::ChatMessageStream>, Status> {
+    async fn chat_message(
+        &self,
+        _request: Request<ChatMessageRequest>,
+    ) -> Result<Response<Self::ChatMessageStream>, Status> {
         Err(no_sessions())
     }
 

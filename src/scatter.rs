@@ -127,7 +127,9 @@ impl<F: Fleet> Scatter<F> {
 
     /// A change at the only server: its bytes pass unchanged, and what is known of it is renewed when they are through.
     async fn change_one(self, call: Call) -> Result<Reply, Error> {
-        let Some(server) = call.candidates.snapshot().servers.first().cloned() else { return self.pick.clone().call(call).await };
+        let Some(server) = call.candidates.snapshot().servers.first().cloned() else {
+            return self.pick.clone().call(call).await;
+        };
         let news = News { cluster: self.shared.cluster.clone(), servers: vec![server.clone()] };
         let reply = if matches!(call.payload, olol_middleware::Payload::Stream { .. }) {
             self.pick.clone().call(call).await?
@@ -141,7 +143,8 @@ impl<F: Fleet> Scatter<F> {
     async fn one_list(self, call: Call) -> Result<Reply, Error> {
         let snapshot = call.candidates.snapshot().clone();
         let is_status = call.route == Route::Status;
-        let candidates: Vec<Arc<Server>> = snapshot.servers.iter().filter(|server| server.is_usable()).cloned().collect();
+        let candidates: Vec<Arc<Server>> =
+            snapshot.servers.iter().filter(|server| server.is_usable()).cloned().collect();
         let target = candidates.first().or(snapshot.servers.first()).cloned();
         let answer = match target {
             // A status is wanted most when no server answers: Ollama's keys are then left out, ours are not.

@@ -41,7 +41,11 @@ pub trait Answers: Clone + Send + 'static {
     type Body: http_body::Body<Data = bytes::Bytes, Error: Into<BoxError>> + Send + Unpin + 'static;
 
     /// Answers one request of a client.
-    fn answer(&self, request: Request<Incoming>, client: SocketAddr) -> impl Future<Output = Response<Self::Body>> + Send;
+    fn answer(
+        &self,
+        request: Request<Incoming>,
+        client: SocketAddr,
+    ) -> impl Future<Output = Response<Self::Body>> + Send;
 
     /// Whether the answer takes so little that it is given to a client, too, that has shut down its sending side. In all
     /// other cases such a client has left.

@@ -22,7 +22,9 @@ fn filter(level: &str) -> anyhow::Result<EnvFilter> {
     let level = level.to_lowercase();
     let mut words = level.split(',').map(str::trim).filter(|word| !word.contains('='));
     if let Some(word) = words.find(|word| word.parse::<LevelFilter>().is_err()) {
-        anyhow::bail!("'{word}' is no log level: say error, warn, info, debug, trace or off, or a filter such as olol=debug");
+        anyhow::bail!(
+            "'{word}' is no log level: say error, warn, info, debug, trace or off, or a filter such as olol=debug"
+        );
     }
     EnvFilter::builder().parse(&level).map_err(|error| anyhow::anyhow!("'{level}' is no log filter: {error}"))
 }
@@ -33,7 +35,9 @@ pub fn raise_open_files() {
     {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
         let limit = getrlimit(Resource::Nofile);
-        if limit.current != limit.maximum && setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).is_err() {
+        if limit.current != limit.maximum
+            && setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).is_err()
+        {
             tracing::warn!(?limit, "the limit of open files could not be raised");
         }
     }

@@ -44,7 +44,8 @@ impl Running {
     }
 
     async fn generate(&self, more: Value) -> Value {
-        let mut body = json!({"model": "olol-tiny", "prompt": QUESTION, "stream": false, "options": {"temperature": 0}});
+        let mut body =
+            json!({"model": "olol-tiny", "prompt": QUESTION, "stream": false, "options": {"temperature": 0}});
         merge(&mut body, more);
         let (status, answer) = self.object("/api/generate", &body).await;
         assert_eq!(status, StatusCode::OK, "{answer}");
@@ -53,7 +54,8 @@ impl Running {
 }
 
 const QUESTION: &str = "What is a load balancer?";
-const ANSWER: &str = "A load balancer spreads requests over several servers, so that no single server has too much work.";
+const ANSWER: &str =
+    "A load balancer spreads requests over several servers, so that no single server has too much work.";
 
 fn merge(into: &mut Value, more: Value) {
     match (into, more) {
@@ -93,13 +95,21 @@ async fn it_knows_what_it_was_taught_and_counts_what_it_does() {
     let running = Running::new().await;
     let answer = running.generate(json!({})).await;
     assert_eq!((answer["response"].as_str(), answer["done_reason"].as_str()), (Some(ANSWER), Some("stop")));
-    for count in ["total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration"] {
+    for count in
+        ["total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration"]
+    {
         assert!(answer[count].as_u64().is_some_and(|count| count > 0), "{count}: {answer}");
     }
-    let parts: u64 = ["load_duration", "prompt_eval_duration", "eval_duration"].map(|part| answer[part].as_u64().unwrap()).iter().sum();
+    let parts: u64 = ["load_duration", "prompt_eval_duration", "eval_duration"]
+        .map(|part| answer[part].as_u64().unwrap())
+        .iter()
+        .sum();
     assert!(parts <= answer["total_duration"].as_u64().unwrap(), "{answer}");
     let again = running.generate(json!({})).await;
-    assert_eq!((&again["response"], &again["context"], &again["prompt_eval_count"]), (&answer["response"], &answer["context"], &answer["prompt_eval_count"]));
+    assert_eq!(
+        (&again["response"], &again["context"], &again["prompt_eval_count"]),
+        (&answer["response"], &answer["context"], &answer["prompt_eval_count"])
+    );
     assert_eq!(again["load_duration"], 0);
     running.engine.stop().await;
 }
@@ -128,8 +138,13 @@ async fn answers_end_where_a_request_says() {
     assert_eq!((short["eval_count"].as_u64(), short["done_reason"].as_str()), (Some(3), Some("length")));
     assert!(ANSWER.starts_with(short["response"].as_str().unwrap()));
     let stopped = running.generate(json!({"options": {"stop": ["several"]}})).await;
-    assert_eq!((stopped["response"].as_str(), stopped["done_reason"].as_str()), (Some("A load balancer spreads requests over "), Some("stop")));
-    let full = running.generate(json!({"prompt": "Tell me a story.", "raw": true, "options": {"num_ctx": 32, "stop": []}})).await;
+    assert_eq!(
+        (stopped["response"].as_str(), stopped["done_reason"].as_str()),
+        (Some("A load balancer spreads requests over "), Some("stop"))
+    );
+    let full = running
+        .generate(json!({"prompt": "Tell me a story.", "raw": true, "options": {"num_ctx": 32, "stop": []}}))
+        .await;
     let used = full["prompt_eval_count"].as_u64().unwrap() + full["eval_count"].as_u64().unwrap();
     assert!(full["done_reason"] == "stop" || (full["done_reason"] == "length" && used >= 32), "{full}");
 }
@@ -137,7 +152,11 @@ async fn answers_end_where_a_request_says() {
 #[tokio::test]
 async fn the_same_seed_gives_the_same_text() {
     let running = Running::new().await;
-    let sample = |seed: u64| running.generate(json!({"prompt": "Tell me a story.", "options": {"temperature": 1.5, "seed": seed, "num_predict": 24}}));
+    let sample = |seed: u64| {
+        running.generate(
+            json!({"prompt": "Tell me a story.", "options": {"temperature": 1.5, "seed": seed, "num_predict": 24}}),
+        )
+    };
     let (one, same, other) = (sample(1).await, sample(1).await, sample(2).await);
     assert_eq!(one["response"], same["response"]);
     assert_ne!(one["response"], other["response"]);
@@ -165,7 +184,9 @@ async fn a_prompt_that_is_too_long_is_cut_or_refused() {
     let strict = json!({"model": "olol-tiny", "prompt": long, "truncate": false, "options": {"num_ctx": 64}});
     let (status, refusal) = running.object("/api/generate", &strict).await;
     assert!(status == StatusCode::BAD_REQUEST && refusal["error"].as_str().unwrap().contains("64 fit"), "{refusal}");
-    let messages: Vec<Value> = (0..50).map(|turn| json!({"role": if turn % 2 == 0 { "user" } else { "assistant" }, "content": "Hello there."})).collect();
+    let messages: Vec<Value> = (0..50)
+        .map(|turn| json!({"role": if turn % 2 == 0 { "user" } else { "assistant" }, "content": "Hello there."}))
+        .collect();
     let chat = json!({"model": "olol-tiny", "messages": messages, "stream": false, "options": {"num_ctx": 64, "num_predict": 1}});
     let (status, chat) = running.object("/api/chat", &chat).await;
     assert!(status == StatusCode::OK && chat["prompt_eval_count"].as_u64().unwrap() < 64, "{chat}");
@@ -175,14 +196,19 @@ async fn a_prompt_that_is_too_long_is_cut_or_refused() {
 async fn a_model_is_loaded_shown_and_unloaded() {
     let running = Running::new().await;
     assert_eq!(running.get("/api/ps").await, json!({"models": []}));
-    let (_, loaded) = running.object("/api/generate", &json!({"model": "olol-tiny", "options": {"num_ctx": 256}})).await;
+    let (_, loaded) =
+        running.object("/api/generate", &json!({"model": "olol-tiny", "options": {"num_ctx": 256}})).await;
     assert_eq!((loaded["done_reason"].as_str(), loaded["done"].as_bool()), (Some("load"), Some(true)));
     let ps = running.get("/api/ps").await;
-    assert_eq!((ps["models"][0]["name"].as_str(), ps["models"][0]["context_length"].as_u64()), (Some("olol-tiny:latest"), Some(256)));
+    assert_eq!(
+        (ps["models"][0]["name"].as_str(), ps["models"][0]["context_length"].as_u64()),
+        (Some("olol-tiny:latest"), Some(256))
+    );
     // Who names no context takes what is loaded.
     running.generate(json!({})).await;
     assert_eq!(running.get("/api/ps").await["models"][0]["context_length"], 256);
-    let (_, unloaded) = running.object("/api/chat", &json!({"model": "olol-tiny", "messages": [], "keep_alive": 0})).await;
+    let (_, unloaded) =
+        running.object("/api/chat", &json!({"model": "olol-tiny", "messages": [], "keep_alive": 0})).await;
     assert_eq!(unloaded["done_reason"], "unload");
     assert_eq!(running.get("/api/ps").await, json!({"models": []}));
     running.generate(json!({"keep_alive": 0})).await;
@@ -232,10 +258,30 @@ async fn what_it_cannot_do_is_refused_with_the_reason() {
         ("/api/generate", json!({"prompt": "x"}), 404, "model '' not found"),
         ("/api/chat", json!({"model": ""}), 400, "model is required"),
         ("/api/show", json!({"model": "nosuch"}), 404, "model 'nosuch:latest' not found"),
-        ("/api/generate", json!({"model": "olol-tiny", "prompt": "x", "keep_alive": "soon"}), 400, "time: invalid duration \"soon\""),
-        ("/api/generate", json!({"model": "olol-tiny", "prompt": "x", "format": "json"}), 400, "\"olol-tiny\" does not support structured outputs"),
-        ("/api/chat", json!({"model": "olol-tiny", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}), 400, "does not support images"),
-        ("/api/embed", json!({"model": "olol-tiny", "input": "x"}), 501, "the built-in engine of OLOL cannot answer /api/embed yet"),
+        (
+            "/api/generate",
+            json!({"model": "olol-tiny", "prompt": "x", "keep_alive": "soon"}),
+            400,
+            "time: invalid duration \"soon\"",
+        ),
+        (
+            "/api/generate",
+            json!({"model": "olol-tiny", "prompt": "x", "format": "json"}),
+            400,
+            "\"olol-tiny\" does not support structured outputs",
+        ),
+        (
+            "/api/chat",
+            json!({"model": "olol-tiny", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}),
+            400,
+            "does not support images",
+        ),
+        (
+            "/api/embed",
+            json!({"model": "olol-tiny", "input": "x"}),
+            501,
+            "the built-in engine of OLOL cannot answer /api/embed yet",
+        ),
         ("/api/pull", json!({"model": "llama3.2"}), 501, "put an Ollama behind OLOL"),
     ] {
         let (got, refusal) = running.object(path, &body).await;
@@ -258,7 +304,8 @@ async fn a_client_that_leaves_frees_the_engine() {
         drop(reply);
     }
     // And these leave while they wait for their turn, or for the whole of their answer.
-    let whole = json!({"model": "olol-tiny", "prompt": "once", "raw": true, "stream": false, "options": {"temperature": 2.0}});
+    let whole =
+        json!({"model": "olol-tiny", "prompt": "once", "raw": true, "stream": false, "options": {"temperature": 2.0}});
     for _ in 0..20 {
         let asking = tokio::spawn({
             let (ollama, body) = (running.ollama.clone(), whole.to_string());
@@ -283,9 +330,20 @@ async fn a_child_that_is_killed_is_started_again_and_calls_wait_for_it() {
     let running = Running::new().await;
     running.generate(json!({})).await;
     let first = running.engine.process_id().unwrap();
-    rustix::process::kill_process(rustix::process::Pid::from_raw(first.cast_signed()).unwrap(), rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(first.cast_signed()).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
     // A pooled connection to the dead child may still look alive; a fresh one waits for the next child.
-    let ask = Ask { fresh: true, ..Ask::post("/api/generate", json!({"model": "olol-tiny", "prompt": QUESTION, "stream": false, "options": {"temperature": 0}}).to_string()) };
+    let ask = Ask {
+        fresh: true,
+        ..Ask::post(
+            "/api/generate",
+            json!({"model": "olol-tiny", "prompt": QUESTION, "stream": false, "options": {"temperature": 0}})
+                .to_string(),
+        )
+    };
     let (status, answer) = read(within(running.ollama.send(ask)).await.unwrap()).await;
     assert_eq!((status, answer["response"].as_str()), (StatusCode::OK, Some(ANSWER)));
     assert_ne!(running.engine.process_id(), Some(first));

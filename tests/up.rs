@@ -10,7 +10,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const OLOL: &str = env!("CARGO_BIN_EXE_olol");
 const QUESTION: &str = "What is a load balancer?";
-const ANSWER: &str = "A load balancer spreads requests over several servers, so that no single server has too much work.\n";
+const ANSWER: &str =
+    "A load balancer spreads requests over several servers, so that no single server has too much work.\n";
 /// Nothing here takes longer, however busy the machine is.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -59,7 +60,9 @@ impl Drop for Up {
 /// The lines of an output, read by a thread of their own so that waiting for one can end.
 fn lines_of(output: ChildStdout) -> mpsc::Receiver<String> {
     let (sender, lines) = mpsc::channel();
-    std::thread::spawn(move || BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    std::thread::spawn(move || {
+        BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+    });
     lines
 }
 
@@ -118,7 +121,8 @@ fn a_client_reads_a_pipe_and_tells_how_it_went() {
 #[test]
 fn a_client_without_a_server_says_what_to_do() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
-    let (_, refusal, fine) = output(Command::new(OLOL).args(["client", "--port", &free, "--prompt", "hi"]).stdin(Stdio::null()));
+    let (_, refusal, fine) =
+        output(Command::new(OLOL).args(["client", "--port", &free, "--prompt", "hi"]).stdin(Stdio::null()));
     assert!(!fine && refusal.contains("no Ollama answers at 127.0.0.1:") && refusal.contains("olol up"), "{refusal}");
 }
 
@@ -143,7 +147,12 @@ fn a_file_of_ones_own_is_served_under_its_name() {
     let mut body = String::new();
     let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{}", up.port)).unwrap();
     let ask = format!(r#"{{"model":"my-model","prompt":"{QUESTION}","stream":false,"options":{{"temperature":0}}}}"#);
-    write!(stream, "POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{ask}", ask.len()).unwrap();
+    write!(
+        stream,
+        "POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{ask}",
+        ask.len()
+    )
+    .unwrap();
     stream.read_to_string(&mut body).unwrap();
     assert!(body.contains(ANSWER.trim_end()) && body.contains("X-Olol-Server: local"), "{body}");
 }

@@ -673,14 +673,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_change_is_known_at_once_and_outlives_a_report_that_was_begun_before_it() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (one, copy, tiny) = (ServerId::new("1"), ModelName::parse("copy").unwrap(), ModelName::parse("tiny").unwrap());
+        let (one, copy, tiny) =
+            (ServerId::new("1"), ModelName::parse("copy").unwrap(), ModelName::parse("tiny").unwrap());
         let holders = |name| cluster.snapshot().known(name).map(|known| known.installed.iter().collect::<Vec<_>>());
         let before = Instant::now();
         tokio::time::advance(Duration::from_millis(1)).await;
         cluster.note_installed(std::slice::from_ref(&one), &copy, Some(&tiny));
         cluster.note_removed(std::slice::from_ref(&one), &tiny);
         assert_eq!((holders(&copy), holders(&tiny)), (Some(vec![1]), Some(vec![0])));
-        let old = Report { models: vec![Model { name: "tiny:latest".into(), ..Model::default() }], ..Report::default() };
+        let old =
+            Report { models: vec![Model { name: "tiny:latest".into(), ..Model::default() }], ..Report::default() };
         cluster.report_since(1, old.clone(), before);
         tokio::time::sleep(REBUILD_PAUSE).await;
         assert_eq!((holders(&copy), holders(&tiny)), (Some(vec![1]), Some(vec![0])));

@@ -5,7 +5,9 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 
 use crate::call::Counters;
 use crate::cluster::{Snapshot, State};
@@ -28,7 +30,17 @@ const SERVER_LOADED: &str = "olol_server_loaded_models";
 
 /// The names of all metrics, for checks of dashboards.
 pub const NAMES: [&str; 12] = [
-    REQUESTS, DURATION, FIRST_TOKEN, TOKENS, ENDED, ERRORS, RETRIES, SERVER_REQUESTS, SERVER_IN_FLIGHT, SERVER_UP, SERVER_MODELS,
+    REQUESTS,
+    DURATION,
+    FIRST_TOKEN,
+    TOKENS,
+    ENDED,
+    ERRORS,
+    RETRIES,
+    SERVER_REQUESTS,
+    SERVER_IN_FLIGHT,
+    SERVER_UP,
+    SERVER_MODELS,
     SERVER_LOADED,
 ];
 

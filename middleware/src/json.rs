@@ -247,7 +247,10 @@ pub fn unescape(inner: &[u8]) -> String {
                 match paired {
                     Some((second, after)) if (0xdc00..0xe000).contains(&second) => {
                         rest = after;
-                        out.push(char::from_u32(0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00)).unwrap_or('\u{fffd}'));
+                        out.push(
+                            char::from_u32(0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00))
+                                .unwrap_or('\u{fffd}'),
+                        );
                     }
                     _ => out.push(char::from_u32(first).unwrap_or('\u{fffd}')),
                 }
@@ -277,7 +280,8 @@ mod tests {
 
     #[test]
     fn a_value_is_the_same_however_it_is_cut() {
-        for text in [r#""a\"b""#, "[]", "[ ]", "{\"a\":[1,{\"b\":\"]}\"}]}", "-1.5e3", "true", "false", "null", "[[]]"] {
+        for text in [r#""a\"b""#, "[]", "[ ]", "{\"a\":[1,{\"b\":\"]}\"}]}", "-1.5e3", "true", "false", "null", "[[]]"]
+        {
             let whole = Reader::new(&pieces(text, text.len())).value();
             for size in 1..text.len() {
                 assert_eq!(Reader::new(&pieces(text, size)).value(), whole, "{text} in pieces of {size}");

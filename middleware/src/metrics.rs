@@ -60,7 +60,8 @@ where
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
-        let mut measure = Measure { head: call.head.clone(), instruments: self.instruments.clone(), model: None, begun: false };
+        let mut measure =
+            Measure { head: call.head.clone(), instruments: self.instruments.clone(), model: None, begun: false };
         let reply = self.inner.call(call);
         Box::pin(async move {
             // Dropping `measure` before there is an answer is a client that left.
@@ -75,7 +76,11 @@ where
                     measure.instruments.answered(measure.head.route, error.status().as_u16());
                     measure.instruments.refused(&error);
                     measure.begun = true;
-                    measure.instruments.ended(measure.head.route, End::Broken(error.kind()), measure.head.arrived.elapsed());
+                    measure.instruments.ended(
+                        measure.head.route,
+                        End::Broken(error.kind()),
+                        measure.head.arrived.elapsed(),
+                    );
                     Err(error)
                 }
             }
@@ -140,7 +145,13 @@ mod tests {
         inner.next_request().await.unwrap().1.send_response(testing::reply("hi"));
         let reply = answer.await.unwrap();
         let names = |wanted: &str| {
-            snapshotter.snapshot().into_vec().into_iter().filter(|(key, ..)| key.key().name() == wanted).map(|(.., value)| value).collect::<Vec<_>>()
+            snapshotter
+                .snapshot()
+                .into_vec()
+                .into_iter()
+                .filter(|(key, ..)| key.key().name() == wanted)
+                .map(|(.., value)| value)
+                .collect::<Vec<_>>()
         };
         assert_eq!(names("olol_requests_total"), [DebugValue::Counter(1)]);
         reply.body.collect(9).await.unwrap();

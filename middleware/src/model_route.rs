@@ -118,11 +118,9 @@ impl Router {
         let snapshot = call.candidates.snapshot().clone();
         let Some(known) = call.model.as_ref().and_then(|model| snapshot.known(model)) else { return };
         call.known = Some(known.clone());
-        let loaded_has_room = known
-            .loaded
-            .iter()
-            .filter_map(|index| snapshot.servers.get(index))
-            .any(|server| server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get()));
+        let loaded_has_room = known.loaded.iter().filter_map(|index| snapshot.servers.get(index)).any(|server| {
+            server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get())
+        });
         call.candidates.keep(if loaded_has_room { &known.loaded } else { &known.installed });
     }
 

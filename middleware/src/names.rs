@@ -122,7 +122,13 @@ mod tests {
 
     #[test]
     fn names_for_one_model_are_one_name() {
-        for text in ["Llama3", "llama3:latest", "library/llama3", "registry.ollama.ai/library/LLAMA3:Latest", "https://registry.ollama.ai/library/llama3"] {
+        for text in [
+            "Llama3",
+            "llama3:latest",
+            "library/llama3",
+            "registry.ollama.ai/library/LLAMA3:Latest",
+            "https://registry.ollama.ai/library/llama3",
+        ] {
             assert_eq!(canonical(text).as_deref(), Some("llama3:latest"), "{text}");
         }
     }

@@ -78,7 +78,11 @@ fn choose(candidates: &Candidates) -> Option<Arc<Server>> {
     Some(if is_less(other, one) { other } else { one }.clone())
 }
 
-async fn send(server: Arc<Server>, service: impl Service<Call, Response = Reply, Error = Error>, call: Call) -> Result<Reply, Error> {
+async fn send(
+    server: Arc<Server>,
+    service: impl Service<Call, Response = Reply, Error = Error>,
+    call: Call,
+) -> Result<Reply, Error> {
     let lease = server.load.lease();
     let attempts = call.attempts + 1;
     let model = call.known.as_ref().map(|known| known.meters.clone());

@@ -146,7 +146,9 @@ impl Rules {
     /// The next attempt, and why it is needed; `None` if the answer stands. The spare call keeps who may be asked after it.
     fn next(&self, spare: &mut Call, answer: &Result<Reply, Error>) -> Option<(Call, &'static str)> {
         let (failed, may_be_reached, reused, cause) = match answer {
-            Ok(reply) if is_elsewhere(reply.status) => (reply.body.outcome.servers.last()?.clone(), false, false, "busy"),
+            Ok(reply) if is_elsewhere(reply.status) => {
+                (reply.body.outcome.servers.last()?.clone(), false, false, "busy")
+            }
             Err(error @ Error::Server { server, phase, reused, .. }) if error.is_retryable() => {
                 let reached = *phase == Phase::Waiting;
                 // What may have been done already is done again only if that does no harm.

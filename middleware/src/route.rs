@@ -161,10 +161,14 @@ impl Route {
             "/v1/audio/transcriptions" => Self::V1Audio,
             "/v1/messages" => Self::V1Messages,
             _ => {
-                return [("/api/blobs/", Self::Blob), ("/v1/models/", Self::V1Model), ("/api/user/keys/", Self::UserKey)]
-                    .into_iter()
-                    .find(|(prefix, _)| path.strip_prefix(prefix).is_some_and(|p| !p.is_empty() && !p.contains('/')))
-                    .map(|(_, route)| route);
+                return [
+                    ("/api/blobs/", Self::Blob),
+                    ("/v1/models/", Self::V1Model),
+                    ("/api/user/keys/", Self::UserKey),
+                ]
+                .into_iter()
+                .find(|(prefix, _)| path.strip_prefix(prefix).is_some_and(|p| !p.is_empty() && !p.contains('/')))
+                .map(|(_, route)| route);
             }
         })
     }
@@ -230,7 +234,9 @@ impl Route {
 
     /// Whether sending a call twice does no harm when nothing is known of the first.
     pub fn is_idempotent(self) -> bool {
-        self.infers() || matches!(self.scope(), Scope::Local | Scope::Merge) || matches!(self, Self::Show | Self::V1Model | Self::Recommendations)
+        self.infers()
+            || matches!(self.scope(), Scope::Local | Scope::Merge)
+            || matches!(self, Self::Show | Self::V1Model | Self::Recommendations)
     }
 
     /// The word for logs and metrics: the path, parameters left out.

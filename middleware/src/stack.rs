@@ -160,6 +160,9 @@ mod tests {
     #[test]
     fn a_misspelt_layer_is_named_with_its_line() {
         let error = toml::from_str::<Config>("[stack]\norder = [\"retyr\"]").unwrap_err().to_string();
-        assert!(error.contains("line 2") && error.contains("unknown variant `retyr`") && error.contains("`retry`"), "{error}");
+        assert!(
+            error.contains("line 2") && error.contains("unknown variant `retyr`") && error.contains("`retry`"),
+            "{error}"
+        );
     }
 }

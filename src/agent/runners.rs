@@ -75,7 +75,8 @@ fn find(proc: &Path) -> HashMap<String, Runner> {
 
 /// Reads one command line, its arguments ended by zero bytes.
 fn read(line: &[u8]) -> Option<(String, Runner)> {
-    let arguments: Vec<&str> = line.split(|byte| *byte == 0).filter_map(|argument| std::str::from_utf8(argument).ok()).collect();
+    let arguments: Vec<&str> =
+        line.split(|byte| *byte == 0).filter_map(|argument| std::str::from_utf8(argument).ok()).collect();
     let program = file_name(arguments.first()?)?;
     let is_runner = program.contains("llama-server")
         || (program.contains("ollama") && arguments.contains(&"runner"))

@@ -35,7 +35,8 @@ struct Shared {
 impl Watch {
     /// Starts to look, until the set of tasks is dropped.
     pub(super) fn start(ollama: Ollama, tasks: &mut JoinSet<()>) -> Self {
-        let shared = Arc::new(Shared { state: watch::Sender::new(None), in_flight: AtomicU32::new(0), look: Notify::new() });
+        let shared =
+            Arc::new(Shared { state: watch::Sender::new(None), in_flight: AtomicU32::new(0), look: Notify::new() });
         tasks.spawn(keep(shared.clone(), ollama));
         Self { shared }
     }
@@ -66,7 +67,9 @@ impl Watch {
         match Route::find(ask.path.path()) {
             Some(Route::Pull | Route::Push | Route::Create | Route::Copy | Route::Delete) => true,
             // A model that is not in memory is about to be; one that is may be unloaded by this call.
-            Some(route) if route.infers() => self.shared.state.borrow().as_ref().is_none_or(|state| state.loaded.is_empty()),
+            Some(route) if route.infers() => {
+                self.shared.state.borrow().as_ref().is_none_or(|state| state.loaded.is_empty())
+            }
             _ => false,
         }
     }
@@ -116,7 +119,8 @@ async fn keep(shared: Arc<Shared>, ollama: Ollama) {
         // One look that failed may be chance; two in a row are not.
         let online = error.is_empty() || (failures < 2 && generation > 0);
         let state = state(&last, online, &error, failures, generation, shared.in_flight.load(Ordering::Relaxed));
-        let news = shared.state.borrow().as_ref().is_none_or(|old| old.generation != generation || old.online != online);
+        let news =
+            shared.state.borrow().as_ref().is_none_or(|old| old.generation != generation || old.online != online);
         shared.state.send_if_modified(|old| {
             *old = Some(state);
             news

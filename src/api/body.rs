@@ -284,7 +284,8 @@ mod tests {
     async fn the_end_of_what_streams_through_is_noted() {
         for (length, pieces_read) in [(Some(4), 2), (None, 3)] {
             let over: Arc<AtomicBool> = Arc::default();
-            let pieces: Pieces = Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"ab")), Ok(Bytes::from_static(b"cd"))]));
+            let pieces: Pieces =
+                Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"ab")), Ok(Bytes::from_static(b"cd"))]));
             let mut through = Through { pieces, left: length, over: over.clone() };
             for _ in 0..pieces_read {
                 assert!(!over.load(Ordering::Relaxed));

@@ -81,7 +81,10 @@ mod tests {
             body(Dialect::OpenAi, &Error::NoServer("<a>".into())),
             r#"{"error":{"message":"no server can answer now: \u003ca\u003e","type":"api_error","param":null,"code":null}}"#
         );
-        assert!(body(Dialect::Anthropic, &Error::Busy).starts_with(r#"{"type":"error","error":{"type":"overloaded_error","message":"server busy"#));
+        assert!(
+            body(Dialect::Anthropic, &Error::Busy)
+                .starts_with(r#"{"type":"error","error":{"type":"overloaded_error","message":"server busy"#)
+        );
     }
 
     #[test]

@@ -31,11 +31,13 @@ impl Origins {
                 origins.extend([format!("{scheme}://{host}"), format!("{scheme}://{host}:*")]);
             }
         }
-        origins.extend(["app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*"].map(str::to_owned));
+        origins
+            .extend(["app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*"].map(str::to_owned));
         if let Some(bad) = origins.iter().find(|origin| origin.matches('*').count() > 1) {
             return Err(format!("OLLAMA_ORIGINS: '{bad}' has more than one '*'"));
         }
-        let pattern = |origin: &String| origin.split_once('*').map(|(before, behind)| (before.to_owned(), behind.to_owned()));
+        let pattern =
+            |origin: &String| origin.split_once('*').map(|(before, behind)| (before.to_owned(), behind.to_owned()));
         Ok(Self {
             any: origins.iter().any(|origin| origin == "*"),
             patterns: origins.iter().filter_map(pattern).collect(),
@@ -190,7 +192,8 @@ mod tests {
         if !origin.is_empty() {
             headers.insert("origin", HeaderValue::from_str(origin).unwrap());
         }
-        gate.check(&method, &headers, &Uri::from_static("/api/tags"), None).map_or_else(|answer| answer.status().as_u16(), |_| 200)
+        gate.check(&method, &headers, &Uri::from_static("/api/tags"), None)
+            .map_or_else(|answer| answer.status().as_u16(), |_| 200)
     }
 
     fn gate(origins: &str) -> Gate {
@@ -243,7 +246,8 @@ mod tests {
             (header::HOST, HeaderValue::from_static("localhost")),
             (header::ORIGIN, HeaderValue::from_static("https://evil.example")),
         ]);
-        let answer = gate("").check(&Method::OPTIONS, &headers, &Uri::from_static("/api/chat"), Some("POST")).unwrap_err();
+        let answer =
+            gate("").check(&Method::OPTIONS, &headers, &Uri::from_static("/api/chat"), Some("POST")).unwrap_err();
         assert_eq!((answer.status().as_u16(), &answer.headers()["allow"]), (403, &HeaderValue::from_static("POST")));
     }
 

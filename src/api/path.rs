@@ -86,7 +86,12 @@ fn redirect(method: &Method, code: StatusCode, path: &str, query: Option<&str>) 
     let location = query.map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
     let is_page = method == Method::GET;
     let body = if is_page {
-        let shown = location.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&#34;").replace('\'', "&#39;");
+        let shown = location
+            .replace('&', "&amp;")
+            .replace('<', "&lt;")
+            .replace('>', "&gt;")
+            .replace('"', "&#34;")
+            .replace('\'', "&#39;");
         format!("<a href=\"{shown}\">{}</a>.\n\n", code.canonical_reason().unwrap_or_default())
     } else {
         String::new()
@@ -132,7 +137,10 @@ mod tests {
     fn a_slash_too_many_is_redirected_only_for_methods_that_the_route_takes() {
         let uri = Uri::from_static("/api/tags/?a=1");
         let answer = trailing_slash(&Method::GET, "/api/tags/", &uri).unwrap();
-        assert_eq!((answer.status().as_u16(), &answer.headers()["location"]), (301, &HeaderValue::from_static("/api/tags?a=1")));
+        assert_eq!(
+            (answer.status().as_u16(), &answer.headers()["location"]),
+            (301, &HeaderValue::from_static("/api/tags?a=1"))
+        );
         assert!(trailing_slash(&Method::DELETE, "/api/tags/", &uri).is_none());
         let answer = trailing_slash(&Method::GET, "/api/tags/", &Uri::from_static("/api/tags%2f")).unwrap();
         assert_eq!(answer.headers()["location"], "/api/tags");

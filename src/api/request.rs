@@ -15,7 +15,10 @@ use super::{header_text, response};
 /// Answers what Go's server does not even hand to Ollama.
 pub(super) fn refuse<B>(request: &Request<B>) -> Option<Response<HttpBody>> {
     let hosts = request.headers().get_all(header::HOST);
-    if request.version() == Version::HTTP_11 && hosts.iter().next().is_none() && request.method() != http::Method::CONNECT {
+    if request.version() == Version::HTTP_11
+        && hosts.iter().next().is_none()
+        && request.method() != http::Method::CONNECT
+    {
         return Some(response::bad_request(": missing required Host header"));
     }
     if hosts.iter().count() > 1 {
@@ -64,9 +67,10 @@ fn peek(route: Route, path: &str, payload: &Payload) -> Peek {
         (Route::V1Model, _) => {
             Peek { model: path.rsplit_once('/').map(|(_, model)| model.to_owned()), ..Peek::default() }
         }
-        (Route::Blob, _) => {
-            Peek { digests: path.rsplit_once('/').map(|(_, digest)| digest.to_owned()).into_iter().collect(), ..Peek::default() }
-        }
+        (Route::Blob, _) => Peek {
+            digests: path.rsplit_once('/').map(|(_, digest)| digest.to_owned()).into_iter().collect(),
+            ..Peek::default()
+        },
         (Route::V1Audio, Payload::Whole(pieces)) => Peek::multipart(pieces),
         (_, Payload::Whole(pieces)) => Peek::json(pieces),
         (_, Payload::Stream { .. }) => Peek::default(),

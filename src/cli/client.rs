@@ -219,7 +219,10 @@ mod tests {
     fn stats_tell_the_rate_and_the_server() {
         let last = json!({"eval_count": 30, "eval_duration": 2_000_000_000_u64, "prompt_eval_count": 7});
         let text = stats(&last, "gpu1", Duration::from_millis(12), Duration::from_secs(3));
-        assert_eq!(text, "[30 tokens, 15.0 tokens/s, first after 12 ms, total 3000 ms, prompt 7 tokens, server gpu1]\n");
+        assert_eq!(
+            text,
+            "[30 tokens, 15.0 tokens/s, first after 12 ms, total 3000 ms, prompt 7 tokens, server gpu1]\n"
+        );
         assert!(stats(&json!({}), "", Duration::ZERO, Duration::ZERO).contains("- tokens/s"));
     }
 }

@@ -38,7 +38,8 @@ impl Arguments {
             config.proxy.port = port;
         }
         if let Some(servers) = self.servers {
-            config.proxy.servers = servers.split(',').map(|server| server.trim().to_owned()).filter(|s| !s.is_empty()).collect();
+            config.proxy.servers =
+                servers.split(',').map(|server| server.trim().to_owned()).filter(|s| !s.is_empty()).collect();
         }
         if let Some(threads) = self.threads {
             config.threads = threads;

@@ -204,7 +204,13 @@ impl Face {
     }
 
     /// Has a wish done, and writes the answer as the client wants it: in lines, or as one object.
-    async fn answer(&self, form: Form, model: String, wish: Option<Wish>, common: &Common) -> Result<Response, Refusal> {
+    async fn answer(
+        &self,
+        form: Form,
+        model: String,
+        wish: Option<Wish>,
+        common: &Common,
+    ) -> Result<Response, Refusal> {
         let keep_alive = common.keep_alive()?;
         let options = Options::read(&common.options)?;
         let streams = common.stream.unwrap_or(true);
@@ -213,14 +219,17 @@ impl Face {
         let may_cut = common.truncate.unwrap_or(true);
         let job = Job { wish, options, keep_alive, may_cut, arrived: Instant::now(), events: sender };
         self.jobs.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => {
-                Refusal(StatusCode::SERVICE_UNAVAILABLE, "server busy, please try again.  maximum pending requests exceeded".to_owned())
-            }
+            TrySendError::Full(_) => Refusal(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "server busy, please try again.  maximum pending requests exceeded".to_owned(),
+            ),
             TrySendError::Disconnected(_) => Refusal::failed("the engine has stopped"),
         })?;
         if streams {
             match next(&mut events).await? {
-                Event::Done(summary) if matches!(summary.reason, "load" | "unload") => Ok(whole(form, &model, "", &summary)),
+                Event::Done(summary) if matches!(summary.reason, "load" | "unload") => {
+                    Ok(whole(form, &model, "", &summary))
+                }
                 first => Ok(lines(form, model, first, events)),
             }
         } else {

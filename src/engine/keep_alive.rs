@@ -35,7 +35,11 @@ impl KeepAlive {
     }
 
     fn seconds(seconds: f64) -> Self {
-        if seconds < 0.0 { Self::Forever } else { Duration::try_from_secs_f64(seconds).map_or(Self::Forever, Self::For) }
+        if seconds < 0.0 {
+            Self::Forever
+        } else {
+            Duration::try_from_secs_f64(seconds).map_or(Self::Forever, Self::For)
+        }
     }
 }
 

@@ -229,7 +229,8 @@ fn typed(text: String) -> Value {
 /// A model's name from the name of its file, as far as Ollama takes it.
 fn name(path: &Path) -> String {
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let fit: String = stem.chars().map(|c| if c.is_ascii_alphanumeric() || "_-.".contains(c) { c } else { '-' }).collect();
+    let fit: String =
+        stem.chars().map(|c| if c.is_ascii_alphanumeric() || "_-.".contains(c) { c } else { '-' }).collect();
     let fit = fit.trim_start_matches(['-', '.']);
     let short = &fit[..fit.len().min(80)];
     format!("{}:latest", if short.is_empty() { "model" } else { short })
@@ -275,7 +276,14 @@ mod tests {
 
     #[test]
     fn numbers_of_parameters_look_as_ollamas_do() {
-        for (count, wanted) in [(999, "999"), (92_000, "92K"), (1_393_920, "1.39M"), (2_000_000, "2M"), (3_212_749_888, "3.2B"), (70_000_000_000, "70B")] {
+        for (count, wanted) in [
+            (999, "999"),
+            (92_000, "92K"),
+            (1_393_920, "1.39M"),
+            (2_000_000, "2M"),
+            (3_212_749_888, "3.2B"),
+            (70_000_000_000, "70B"),
+        ] {
             assert_eq!(human_number(count), wanted);
         }
     }

@@ -140,7 +140,11 @@ impl Generate {
         if self.raw && !(self.template.is_empty() && self.system.is_empty() && self.context.is_empty()) {
             return Err(Refusal::bad("raw mode does not support template, system, or context"));
         }
-        let more = [("insert", !self.suffix.is_empty()), ("images", !self.images.is_empty()), ("templates of a request", !self.template.is_empty())];
+        let more = [
+            ("insert", !self.suffix.is_empty()),
+            ("images", !self.images.is_empty()),
+            ("templates of a request", !self.template.is_empty()),
+        ];
         refuse(&self.model, &self.common, &more)
     }
 }
@@ -206,7 +210,9 @@ impl Options {
     pub(super) fn read(given: &Map<String, Value>) -> Result<Self, Refusal> {
         let mut options = Self::default();
         for (key, value) in given {
-            options.set(key, value).map_err(|kind| Refusal::failed(format!("option {key:?} must be of type {kind}")))?;
+            options
+                .set(key, value)
+                .map_err(|kind| Refusal::failed(format!("option {key:?} must be of type {kind}")))?;
         }
         Ok(options)
     }
@@ -215,7 +221,8 @@ impl Options {
         let float = || value.as_f64().map(|number| number as f32).ok_or("float32");
         // Ollama takes 1.0 for an integer too: JSON has only numbers.
         let integer = || value.as_i64().or_else(|| value.as_f64().map(|number| number as i64)).ok_or("integer");
-        let small = || integer().map(|number| i32::try_from(number).unwrap_or(if number < 0 { i32::MIN } else { i32::MAX }));
+        let small =
+            || integer().map(|number| i32::try_from(number).unwrap_or(if number < 0 { i32::MIN } else { i32::MAX }));
         let count = || integer().map(|number| u32::try_from(number).ok().filter(|number| *number > 0));
         match key {
             "num_predict" => self.num_predict = integer()?,
@@ -233,7 +240,10 @@ impl Options {
             "frequency_penalty" => self.frequency_penalty = float()?,
             "stop" => {
                 let list = value.as_array().ok_or("array")?;
-                self.stop = list.iter().map(|stop| stop.as_str().map(str::to_owned).ok_or("array of strings")).collect::<Result<_, _>>()?;
+                self.stop = list
+                    .iter()
+                    .map(|stop| stop.as_str().map(str::to_owned).ok_or("array of strings"))
+                    .collect::<Result<_, _>>()?;
             }
             _ => {}
         }
@@ -259,7 +269,10 @@ mod tests {
 
     #[test]
     fn bodies_are_read_by_gos_rules() {
-        let read = generate(r#"{"MODEL":"a","model":"m","Prompt":"p","raw":null,"unknown":1,"Options":{"NUM_PREDICT":2}} trailing"#).unwrap();
+        let read = generate(
+            r#"{"MODEL":"a","model":"m","Prompt":"p","raw":null,"unknown":1,"Options":{"NUM_PREDICT":2}} trailing"#,
+        )
+        .unwrap();
         assert_eq!((read.model.as_str(), read.prompt.as_str(), read.raw), ("m", "p", false));
         assert_eq!(Options::read(&read.common.options).unwrap().num_predict, 2);
         assert_eq!(generate("null").unwrap().model, "");
@@ -267,7 +280,11 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_refused() {
-        for (body, wanted) in [("", "missing request body"), (" \n", "missing request body"), ("{\"model\":\"tiny\", \"prompt\":", "unexpected EOF")] {
+        for (body, wanted) in [
+            ("", "missing request body"),
+            (" \n", "missing request body"),
+            ("{\"model\":\"tiny\", \"prompt\":", "unexpected EOF"),
+        ] {
             assert_eq!(generate(body).unwrap_err(), Refusal::bad(wanted));
         }
         assert!(generate("[1]").unwrap_err().1.contains("no JSON object"));
@@ -279,7 +296,10 @@ mod tests {
     fn options_have_ollamas_defaults_and_errors() {
         let options = |value: Value| Options::read(value.as_object().unwrap());
         assert_eq!(options(json!({"mirostat": 1, "no_such_option": "x"})).unwrap(), Options::default());
-        assert_eq!(options(json!({"num_ctx": 8.0, "seed": -3})).unwrap(), Options { num_ctx: Some(8), seed: -3, ..Options::default() });
+        assert_eq!(
+            options(json!({"num_ctx": 8.0, "seed": -3})).unwrap(),
+            Options { num_ctx: Some(8), seed: -3, ..Options::default() }
+        );
         for (value, wanted) in [
             (json!({"num_predict": "many"}), "option \"num_predict\" must be of type integer"),
             (json!({"stop": "a"}), "option \"stop\" must be of type array"),
@@ -298,7 +318,10 @@ mod tests {
             (r#"{"model":"m","prompt":"x","images":["aa"]}"#, "images"),
         ] {
             let Refusal(status, text) = generate(body).unwrap().check().unwrap_err();
-            assert!(status == StatusCode::BAD_REQUEST && text.starts_with("\"m\" does not support") && text.contains(what), "{text}");
+            assert!(
+                status == StatusCode::BAD_REQUEST && text.starts_with("\"m\" does not support") && text.contains(what),
+                "{text}"
+            );
         }
         assert_eq!(generate(r#"{"model":"m","prompt":"x","think":false,"format":""}"#).unwrap().check(), Ok(()));
         let chat: Chat = read(br#"{"model":"m","messages":[{"role":"user","content":"x"}],"tools":[{}]}"#).unwrap();

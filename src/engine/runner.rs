@@ -161,16 +161,29 @@ impl Runner {
 
     fn session<'model>(&self, model: &'model LlamaModel, options: &Options) -> Result<Session<'model>, Refusal> {
         let context = self.context_for(options);
-        let threads = options.num_thread.and_then(|threads| i32::try_from(threads).ok()).unwrap_or_else(|| threads(self.file.size));
+        let threads = options
+            .num_thread
+            .and_then(|threads| i32::try_from(threads).ok())
+            .unwrap_or_else(|| threads(self.file.size));
         let parameters = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(context))
             .with_n_batch(BATCH as u32)
             .with_n_threads(threads)
             .with_n_threads_batch(threads);
-        let llama = model
-            .new_context(&self.backend, parameters)
-            .map_err(|error| Refusal::failed(format!("cannot make room for {context} tokens of context: {}", log::take_complaints(&error.to_string()))))?;
-        Ok(Session { model, llama, context, templates: ChatTemplates::from_model(model, None).ok(), cached: Vec::new(), batch: LlamaBatch::new(BATCH, 1) })
+        let llama = model.new_context(&self.backend, parameters).map_err(|error| {
+            Refusal::failed(format!(
+                "cannot make room for {context} tokens of context: {}",
+                log::take_complaints(&error.to_string())
+            ))
+        })?;
+        Ok(Session {
+            model,
+            llama,
+            context,
+            templates: ChatTemplates::from_model(model, None).ok(),
+            cached: Vec::new(),
+            batch: LlamaBatch::new(BATCH, 1),
+        })
     }
 
     /// The context for a request: what it asks for, but no more than the model was trained for.
@@ -317,7 +330,10 @@ impl Session<'_> {
                 let mut tokens: Vec<LlamaToken> = context.iter().copied().map(LlamaToken).collect();
                 let is_known = |token: &LlamaToken| (0..self.model.n_vocab()).contains(&token.0);
                 if !tokens.iter().all(is_known) {
-                    return Err(Refusal::bad("context has tokens that the model does not know; it belongs to another model").into());
+                    return Err(Refusal::bad(
+                        "context has tokens that the model does not know; it belongs to another model",
+                    )
+                    .into());
                 }
                 let bos = if tokens.is_empty() { self.bos() } else { AddBos::Never };
                 tokens.extend(self.render(messages, bos)?);
@@ -329,7 +345,9 @@ impl Session<'_> {
                 // The oldest turns go first; the system message and the last turn stay.
                 while !fits(&tokens) && job.may_cut {
                     let last = messages.len().saturating_sub(1);
-                    let Some(oldest) = messages[..last].iter().position(|message| message.role != "system") else { break };
+                    let Some(oldest) = messages[..last].iter().position(|message| message.role != "system") else {
+                        break;
+                    };
                     messages.remove(oldest);
                     tokens = self.render(&messages, self.bos())?;
                 }
@@ -361,17 +379,25 @@ impl Session<'_> {
     }
 
     fn tokens(&self, text: &str) -> Result<Vec<LlamaToken>, Refusal> {
-        self.model.str_to_token_with_special(text, self.bos(), Special::Tokenize).map_err(|error| Refusal::bad(error.to_string()))
+        self.model
+            .str_to_token_with_special(text, self.bos(), Special::Tokenize)
+            .map_err(|error| Refusal::bad(error.to_string()))
     }
 
     /// Messages in the model's own form. What users wrote cannot become control tokens.
     fn render(&self, messages: &[Message], bos: AddBos) -> Result<Vec<LlamaToken>, Refusal> {
         let Some(templates) = &self.templates else {
-            return Err(Refusal::failed(format!("the chat template of the model cannot be used: {}", log::take_complaints("it is no valid Jinja"))));
+            return Err(Refusal::failed(format!(
+                "the chat template of the model cannot be used: {}",
+                log::take_complaints("it is no valid Jinja")
+            )));
         };
-        let list: Vec<_> = messages.iter().map(|message| json!({"role": message.role, "content": message.content})).collect();
+        let list: Vec<_> =
+            messages.iter().map(|message| json!({"role": message.role, "content": message.content})).collect();
         let request = ChatApplyParams::new(serde_json::Value::Array(list).to_string());
-        let prompt = templates.apply(&request).map_err(|error| Refusal::bad(format!("the chat template cannot render these messages: {error}")))?;
+        let prompt = templates
+            .apply(&request)
+            .map_err(|error| Refusal::bad(format!("the chat template cannot render these messages: {error}")))?;
         prompt.tokenize_prompt(self.model, bos).map_err(|error| Refusal::bad(error.to_string()))
     }
 
@@ -380,7 +406,8 @@ impl Session<'_> {
         let common = self.cached.iter().zip(prompt).take_while(|(had, wanted)| had == wanted).count();
         // The last token is always read: it gives the first probabilities.
         let mut common = common.min(prompt.len() - 1);
-        let kept = u32::try_from(common).is_ok_and(|from| self.llama.clear_kv_cache_seq(Some(0), Some(from), None).unwrap_or(false));
+        let kept = u32::try_from(common)
+            .is_ok_and(|from| self.llama.clear_kv_cache_seq(Some(0), Some(from), None).unwrap_or(false));
         if !kept {
             self.llama.clear_kv_cache();
             common = 0;
@@ -415,7 +442,13 @@ impl Session<'_> {
     }
 
     /// Makes tokens until it is enough, and says why it was.
-    fn write(&mut self, job: &Job, sampler: &mut CommonSampler, shown: &mut Shown, made: &mut Vec<LlamaToken>) -> Result<&'static str, Stop> {
+    fn write(
+        &mut self,
+        job: &Job,
+        sampler: &mut CommonSampler,
+        shown: &mut Shown,
+        made: &mut Vec<LlamaToken>,
+    ) -> Result<&'static str, Stop> {
         let most = usize::try_from(job.options.num_predict).unwrap_or(usize::MAX);
         loop {
             if made.len() >= most || self.cached.len() >= self.context as usize {
@@ -424,13 +457,17 @@ impl Session<'_> {
             if job.is_gone() {
                 return Err(Stop::Gone);
             }
-            let token = sampler.sample(&mut self.llama, -1, false).map_err(|error| Refusal::failed(error.to_string()))?;
+            let token =
+                sampler.sample(&mut self.llama, -1, false).map_err(|error| Refusal::failed(error.to_string()))?;
             sampler.accept(token, true);
             made.push(token);
             if self.model.is_eog_token(token) {
                 return Ok("stop");
             }
-            let bytes = self.model.token_to_raw_bytes(token, Special::Plaintext).map_err(|error| Refusal::failed(error.to_string()))?;
+            let bytes = self
+                .model
+                .token_to_raw_bytes(token, Special::Plaintext)
+                .map_err(|error| Refusal::failed(error.to_string()))?;
             let text = shown.push(&bytes);
             if !text.is_empty() {
                 job.send(Event::Piece(text));

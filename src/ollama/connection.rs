@@ -51,7 +51,9 @@ impl Endpoint {
     pub fn parse(text: &str, default_port: u16) -> Result<Self, EndpointError> {
         let bad = |why: &str| EndpointError(format!("'{text}' is not an address: {why}"));
         if text.starts_with("https://") {
-            return Err(bad("servers are reached over plain HTTP in this version; put the agent `olol server` beside it"));
+            return Err(bad(
+                "servers are reached over plain HTTP in this version; put the agent `olol server` beside it",
+            ));
         }
         let rest = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
         if let Some((_, after)) = rest.split_once('/') {
@@ -59,7 +61,8 @@ impl Endpoint {
         }
         let (host, port) = match rest.strip_prefix('[') {
             Some(v6) => {
-                let (host, after) = v6.split_once(']').ok_or_else(|| bad("the bracket of the IPv6 address is not closed"))?;
+                let (host, after) =
+                    v6.split_once(']').ok_or_else(|| bad("the bracket of the IPv6 address is not closed"))?;
                 host.parse::<std::net::Ipv6Addr>().map_err(|_| bad("what stands in brackets is no IPv6 address"))?;
                 (host, after.strip_prefix(':').or((!after.is_empty()).then_some(after)))
             }

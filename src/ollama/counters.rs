@@ -90,20 +90,28 @@ mod tests {
 
     #[test]
     fn the_last_line_tells_the_counts() {
-        let last = r#"{"response":"","done":true,"context":[1],"prompt_eval_count":15,"eval_count":12,"eval_duration":7}"#;
+        let last =
+            r#"{"response":"","done":true,"context":[1],"prompt_eval_count":15,"eval_count":12,"eval_duration":7}"#;
         assert_eq!(tokens(Boundary::Line, &[r#"{"response":"\"eval_count\":9","done":false}"#, last]), Some((15, 12)));
     }
 
     #[test]
     fn usage_is_read_in_every_dialect() {
-        assert_eq!(tokens(Boundary::Event, &[r#"data: {"usage":{"prompt_tokens":3,"completion_tokens":4}}"#]), Some((3, 4)));
-        let anthropic = [r#"{"usage":{"input_tokens":6,"output_tokens":0}}"#, r#"{"usage":{"input_tokens":15,"output_tokens":8}}"#];
+        assert_eq!(
+            tokens(Boundary::Event, &[r#"data: {"usage":{"prompt_tokens":3,"completion_tokens":4}}"#]),
+            Some((3, 4))
+        );
+        let anthropic =
+            [r#"{"usage":{"input_tokens":6,"output_tokens":0}}"#, r#"{"usage":{"input_tokens":15,"output_tokens":8}}"#];
         assert_eq!(tokens(Boundary::Event, &anthropic), Some((15, 8)));
     }
 
     #[test]
     fn one_object_may_come_in_pieces() {
-        assert_eq!(tokens(Boundary::None, &[r#"{"response":"hi","prompt_eval_co"#, r#"unt":2,"eval_count":1}"#]), Some((2, 1)));
+        assert_eq!(
+            tokens(Boundary::None, &[r#"{"response":"hi","prompt_eval_co"#, r#"unt":2,"eval_count":1}"#]),
+            Some((2, 1))
+        );
         assert_eq!(tokens(Boundary::None, &[r#"{"models":[]}"#]), None);
     }
 }

@@ -44,7 +44,9 @@ impl http_body::Body for Outgoing {
                 *left -= piece.len() as u64;
                 Ok(Frame::data(piece))
             })),
-            Self::Stream(pieces, _) => pieces.as_mut().poll_next(cx).map(|next| next.map(|piece| piece.map(Frame::data))),
+            Self::Stream(pieces, _) => {
+                pieces.as_mut().poll_next(cx).map(|next| next.map(|piece| piece.map(Frame::data)))
+            }
         }
     }
 
@@ -62,7 +64,13 @@ impl http_body::Body for Outgoing {
 }
 
 /// Turns a response into a reply whose body drives the connection, and gives it back when it is done.
-pub(super) fn reply(server: ServerId, link: Box<Link>, links: Arc<Links>, response: Response<Incoming>, infers: bool) -> Reply {
+pub(super) fn reply(
+    server: ServerId,
+    link: Box<Link>,
+    links: Arc<Links>,
+    response: Response<Incoming>,
+    infers: bool,
+) -> Reply {
     let (mut head, body) = response.into_parts();
     let length = body.size_hint().exact();
     let boundary = Boundary::of(&head.headers);
@@ -78,7 +86,11 @@ pub(super) fn reply(server: ServerId, link: Box<Link>, links: Arc<Links>, respon
         over: false,
     };
     let is_plain = boundary == Boundary::None;
-    Reply { status: head.status, headers: head.headers, body: Body::new(answer).with_length(length.filter(|_| is_plain)) }
+    Reply {
+        status: head.status,
+        headers: head.headers,
+        body: Body::new(answer).with_length(length.filter(|_| is_plain)),
+    }
 }
 
 /// Removes what belongs to the connection, but for the `Connection: keep-alive` that Ollama itself puts on some streams.
@@ -160,7 +172,12 @@ impl Stream for Answer {
                     this.over = true;
                     this.link = None;
                     let (server, source) = (this.server.clone(), error.into());
-                    return Poll::Ready(Some(Err(Error::Server { server, phase: Phase::Streaming, reused: false, source })));
+                    return Poll::Ready(Some(Err(Error::Server {
+                        server,
+                        phase: Phase::Streaming,
+                        reused: false,
+                        source,
+                    })));
                 }
             }
         }

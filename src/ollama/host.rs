@@ -15,7 +15,9 @@ impl Endpoint {
             None => (DEFAULT_PORT, text),
             Some(("http", rest)) => (80, rest),
             Some((scheme, _)) => {
-                return Err(EndpointError(format!("OLLAMA_HOST: '{scheme}' is not supported; servers are reached over plain HTTP")));
+                return Err(EndpointError(format!(
+                    "OLLAMA_HOST: '{scheme}' is not supported; servers are reached over plain HTTP"
+                )));
             }
         };
         let hostport = rest.split_once('/').map_or(rest, |(hostport, _path)| hostport);

@@ -90,7 +90,8 @@ mod tests {
 
     fn run(boundary: Boundary, pieces: &[&str]) -> Vec<String> {
         let mut lines = Lines::new(boundary);
-        let mut out: Vec<Bytes> = pieces.iter().filter_map(|piece| lines.push(Bytes::copy_from_slice(piece.as_bytes()))).collect();
+        let mut out: Vec<Bytes> =
+            pieces.iter().filter_map(|piece| lines.push(Bytes::copy_from_slice(piece.as_bytes()))).collect();
         out.extend(lines.rest());
         out.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect()
     }

@@ -70,9 +70,11 @@ impl Agent {
             Ok(Some(mut first @ RelayResponse { head: Some(_), .. })) => {
                 let head = first.head.take().unwrap_or_default();
                 let status = u16::try_from(head.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
-                let status = status.ok_or_else(|| self.failed(Phase::Waiting, false, "the agent sent no valid status".into()))?;
+                let status = status
+                    .ok_or_else(|| self.failed(Phase::Waiting, false, "the agent sent no valid status".into()))?;
                 let headers = from_wire(head.headers);
-                let length = headers.get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+                let length =
+                    headers.get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
                 let body = Body::new(Answer { id: self.id.clone(), first: Some(chunk(first)), stream, over: false });
                 Ok(Reply { status, headers, body: body.with_length(length) })
             }
@@ -104,7 +106,12 @@ impl Agent {
             _ => {}
         }
         let source: BoxError = status.message().to_owned().into();
-        Error::Server { server: self.id.clone(), phase: told.unwrap_or(phase), reused: told.is_none() && reused, source }
+        Error::Server {
+            server: self.id.clone(),
+            phase: told.unwrap_or(phase),
+            reused: told.is_none() && reused,
+            source,
+        }
     }
 }
 
@@ -145,7 +152,9 @@ fn messages(ask: Ask, context: super::Context) -> BoxStream {
                 .chain(futures_util::stream::iter([None]))
                 .scan((), |(), piece| {
                     std::future::ready(match piece {
-                        Some(Ok(piece)) => Some(cut(piece).map(|body| RelayRequest { head: None, body, last: false }).collect()),
+                        Some(Ok(piece)) => {
+                            Some(cut(piece).map(|body| RelayRequest { head: None, body, last: false }).collect())
+                        }
                         Some(Err(_)) => None,
                         None => Some(vec![RelayRequest { head: None, body: Bytes::new(), last: true }]),
                     })
@@ -191,7 +200,10 @@ pub fn from_wire(headers: Vec<Header>) -> HeaderMap {
     headers
         .into_iter()
         .filter_map(|header| {
-            Some((HeaderName::from_bytes(header.name.as_bytes()).ok()?, HeaderValue::from_maybe_shared(header.value).ok()?))
+            Some((
+                HeaderName::from_bytes(header.name.as_bytes()).ok()?,
+                HeaderValue::from_maybe_shared(header.value).ok()?,
+            ))
         })
         .fold(HeaderMap::new(), |mut headers, (name, value)| {
             headers.append(name, value);

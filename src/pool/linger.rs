@@ -40,7 +40,8 @@ impl Linger {
     }
 
     fn enter(self: &Arc<Self>) -> Option<Place> {
-        let entered = self.now.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < self.most).then_some(now + 1));
+        let entered =
+            self.now.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < self.most).then_some(now + 1));
         entered.is_ok().then(|| Place(self.clone()))
     }
 }

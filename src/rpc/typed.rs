@@ -5,8 +5,9 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt;
 use olol_middleware::Reply;
 use olol_proto::v1::{
-    ChatRequest, ChatResponse, EmbedRequest, EmbedResponse, Embedding, GenerateRequest, GenerateResponse, ListModelsResponse,
-    LoadedModel, Message, Model, PullModelRequest, PullModelResponse, ShowModelRequest, ShowModelResponse, Usage,
+    ChatRequest, ChatResponse, EmbedRequest, EmbedResponse, Embedding, GenerateRequest, GenerateResponse,
+    ListModelsResponse, LoadedModel, Message, Model, PullModelRequest, PullModelResponse, ShowModelRequest,
+    ShowModelResponse, Usage,
 };
 use serde_json::{Map, Value, json};
 use tonic::{Code, Status};
@@ -135,14 +136,20 @@ pub(super) fn lines<T: Send + 'static>(reply: Reply, read: fn(&Value) -> T) -> A
     Box::pin(reply.body.flat_map(move |chunk| {
         let messages: Vec<Result<T, Status>> = match chunk {
             Err(error) => vec![Err(super::failure(&error))],
-            Ok(chunk) => chunk.bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(|line| one(line, read)).collect(),
+            Ok(chunk) => chunk
+                .bytes
+                .split(|byte| *byte == b'\n')
+                .filter(|line| !line.is_empty())
+                .map(|line| one(line, read))
+                .collect(),
         };
         futures_util::stream::iter(messages)
     }))
 }
 
 fn one<T>(line: &[u8], read: fn(&Value) -> T) -> Result<T, Status> {
-    let value: Value = serde_json::from_slice(line).map_err(|error| Status::internal(format!("a line is no JSON: {error}")))?;
+    let value: Value =
+        serde_json::from_slice(line).map_err(|error| Status::internal(format!("a line is no JSON: {error}")))?;
     match value.get("error").and_then(Value::as_str) {
         Some(error) => Err(Status::internal(error)),
         None => Ok(read(&value)),
@@ -163,7 +170,10 @@ pub(super) async fn refusal(reply: Reply) -> Status {
     };
     let body = reply.body.collect(LONGEST).await.unwrap_or_default();
     let parsed: Value = serde_json::from_slice(&body).unwrap_or_default();
-    Status::new(code, parsed["error"].as_str().map_or_else(|| String::from_utf8_lossy(&body).into_owned(), str::to_owned))
+    Status::new(
+        code,
+        parsed["error"].as_str().map_or_else(|| String::from_utf8_lossy(&body).into_owned(), str::to_owned),
+    )
 }
 
 fn text(value: &Value, key: &str) -> String {

@@ -45,7 +45,8 @@ pub(super) struct Spooled {
 
 impl Spool {
     pub(super) fn new(config: &Config) -> Self {
-        let dir = if config.dir.as_os_str().is_empty() { std::env::temp_dir().join("olol") } else { config.dir.clone() };
+        let dir =
+            if config.dir.as_os_str().is_empty() { std::env::temp_dir().join("olol") } else { config.dir.clone() };
         Self { dir, max_bytes: config.max_bytes, ttl: Duration::from_secs(config.ttl_s) }
     }
 
@@ -75,7 +76,9 @@ impl Spool {
 
     /// Writes a body, checking its digest.
     async fn write(&self, hex: &str, mut pieces: Pieces) -> Result<Written, Error> {
-        let storage = |error: std::io::Error| Error::Storage(format!("the spool {} cannot be written: {error}", self.dir.display()));
+        let storage = |error: std::io::Error| {
+            Error::Storage(format!("the spool {} cannot be written: {error}", self.dir.display()))
+        };
         tokio::fs::create_dir_all(&self.dir).await.map_err(storage)?;
         let mut left = self.max_bytes.saturating_sub(self.sweep());
         let partial = Partial(self.dir.join(format!("partial-{:016x}", fastrand::u64(..))));
@@ -172,7 +175,12 @@ impl<F: Fleet> Scatter<F> {
     }
 
     /// Gives a blob to a server, unless it has it.
-    pub(super) async fn give(&self, candidates: &Candidates, blob: &Spooled, server: &Arc<Server>) -> Result<(), Error> {
+    pub(super) async fn give(
+        &self,
+        candidates: &Candidates,
+        blob: &Spooled,
+        server: &Arc<Server>,
+    ) -> Result<(), Error> {
         let looks = self.to(upload(candidates, &blob.digest, Method::HEAD, Payload::empty())?, server).await?;
         if looks.status == StatusCode::OK {
             return Ok(());
@@ -181,7 +189,12 @@ impl<F: Fleet> Scatter<F> {
         if reply.status.is_success() {
             return Ok(());
         }
-        Err(Error::Storage(format!("server {} did not take the blob {}: status {}", server.id, blob.digest, reply.status.as_u16())))
+        Err(Error::Storage(format!(
+            "server {} did not take the blob {}: status {}",
+            server.id,
+            blob.digest,
+            reply.status.as_u16()
+        )))
     }
 }
 
@@ -243,7 +256,8 @@ mod tests {
         for (length, wanted) in [(Some(10), 2), (None, 2), (Some(LEFT + 1), 0)] {
             let read = Arc::new(std::sync::atomic::AtomicUsize::new(0));
             let counted = read.clone();
-            let pieces = futures_util::stream::iter([Ok(Bytes::from_static(b"hello")), Ok(Bytes::from_static(b"hello"))]);
+            let pieces =
+                futures_util::stream::iter([Ok(Bytes::from_static(b"hello")), Ok(Bytes::from_static(b"hello"))]);
             let pieces = pieces.inspect(move |_| {
                 counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             });

@@ -24,7 +24,8 @@ impl<F: Fleet> Scatter<F> {
     /// Asks every server and joins what they say.
     pub(super) async fn merged(self, call: Call) -> Result<Reply, Error> {
         let servers = call.candidates.snapshot().servers.clone();
-        let asking = servers.iter().filter(|server| server.is_usable() || servers.iter().all(|other| !other.is_usable()));
+        let asking =
+            servers.iter().filter(|server| server.is_usable() || servers.iter().all(|other| !other.is_usable()));
         let asked: Vec<Arc<Server>> = asking.cloned().collect();
         let answers = join_all(asked.iter().map(|server| {
             let call = call.again();
@@ -32,8 +33,11 @@ impl<F: Fleet> Scatter<F> {
             async move { tokio::time::timeout(MERGE_LIMIT, scatter.list(call?, server)).await.ok().flatten() }
         }))
         .await;
-        let mut absent: Vec<ServerId> =
-            servers.iter().filter(|server| !asked.iter().any(|other| other.id == server.id)).map(|server| server.id.clone()).collect();
+        let mut absent: Vec<ServerId> = servers
+            .iter()
+            .filter(|server| !asked.iter().any(|other| other.id == server.id))
+            .map(|server| server.id.clone())
+            .collect();
         let mut bodies = Vec::new();
         for (server, answer) in asked.iter().zip(answers) {
             match answer {
@@ -149,7 +153,8 @@ fn distinct<'a>(entries: impl Iterator<Item = &'a RawValue>, name: impl Fn(&Key)
     let entries: Vec<(Key, &RawValue)> =
         entries.filter_map(|raw| Some((serde_json::from_str::<Key>(raw.get()).ok()?, raw))).collect();
     let mut counts: HashMap<(String, &str), usize> = HashMap::new();
-    let canonical = |key: &Key| ModelName::parse(name(key)).map_or_else(|| name(key).to_owned(), |name| name.to_string());
+    let canonical =
+        |key: &Key| ModelName::parse(name(key)).map_or_else(|| name(key).to_owned(), |name| name.to_string());
     for (key, _) in &entries {
         *counts.entry((canonical(key), &key.digest)).or_default() += 1;
     }

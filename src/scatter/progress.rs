@@ -33,7 +33,8 @@ impl<F: Fleet> Scatter<F> {
         }
         let mut refused = Vec::new();
         let is_left_out = |server: &Arc<Server>| targets.iter().all(|target| target.id != server.id);
-        let mut absent: Vec<ServerId> = everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
+        let mut absent: Vec<ServerId> =
+            everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
         if call.route == Route::Create {
             let base = call.peek.from.as_deref().and_then(ModelName::parse);
             let with_base = holders(&call.candidates, base.as_ref());
@@ -150,7 +151,9 @@ impl Made {
 }
 
 /// All bodies at once, each chunk with the number of its server.
-fn select(bodies: impl Iterator<Item = (usize, Body)>) -> SelectAll<std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>>> {
+fn select(
+    bodies: impl Iterator<Item = (usize, Body)>,
+) -> SelectAll<std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>>> {
     let one = |(server, body): (usize, Body)| -> std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>> {
         let lines = body.flat_map(|chunk| {
             stream::iter(match chunk {
@@ -184,9 +187,9 @@ async fn whole(
     made: &Made,
     news: News,
 ) -> Result<Reply, Error> {
-    let answers = futures_util::future::join_all(begun.into_iter().map(|(id, reply)| async move {
-        (id, reply.headers, reply.body.collect(LONGEST).await)
-    }))
+    let answers = futures_util::future::join_all(
+        begun.into_iter().map(|(id, reply)| async move { (id, reply.headers, reply.body.collect(LONGEST).await) }),
+    )
     .await;
     let mut good = None;
     for (id, headers, body) in answers {
@@ -319,7 +322,9 @@ impl Told {
                 }
                 why.clone()
             }
-            Some(_) => self.failures.iter().map(|(id, why)| format!("server {id}: {why}")).collect::<Vec<_>>().join("; "),
+            Some(_) => {
+                self.failures.iter().map(|(id, why)| format!("server {id}: {why}")).collect::<Vec<_>>().join("; ")
+            }
         };
         json!({"error": text}).to_string()
     }
@@ -327,7 +332,13 @@ impl Told {
 
 impl Course {
     fn reach(&mut self, line: Line, bytes: Bytes) {
-        let step = Step { line: bytes, status: line.status, digest: line.digest, total: line.total, completed: line.completed };
+        let step = Step {
+            line: bytes,
+            status: line.status,
+            digest: line.digest,
+            total: line.total,
+            completed: line.completed,
+        };
         match self.steps.iter_mut().find(|known| known.status == step.status && known.digest == step.digest) {
             Some(known) => *known = step,
             None => self.steps.push(step),
@@ -372,12 +383,28 @@ mod tests {
         let (ten, fifty, all) = (layer(10), layer(50), layer(100));
         let manifest = r#"{"status":"pulling manifest"}"#;
         let success = r#"{"status":"success"}"#;
-        let events = [(0, manifest), (1, manifest), (0, &fifty), (0, &all), (1, &ten), (1, &fifty), (1, &all), (0, success), (1, success), (0, "over"), (1, "over")];
+        let events = [
+            (0, manifest),
+            (1, manifest),
+            (0, &fifty),
+            (0, &all),
+            (1, &ten),
+            (1, &fifty),
+            (1, &all),
+            (0, success),
+            (1, success),
+            (0, "over"),
+            (1, "over"),
+        ];
         let out = run(2, &events);
         assert_eq!(out.first().map(String::as_str), Some(manifest));
         assert_eq!(out.last().map(String::as_str), Some(success));
-        let completed: Vec<u64> =
-            out.iter().filter_map(|line| serde_json::from_str::<Line>(line).ok()).filter(|line| !line.digest.is_empty()).map(|line| line.completed).collect();
+        let completed: Vec<u64> = out
+            .iter()
+            .filter_map(|line| serde_json::from_str::<Line>(line).ok())
+            .filter(|line| !line.digest.is_empty())
+            .map(|line| line.completed)
+            .collect();
         assert!(completed.is_sorted() && completed.last() == Some(&100), "{completed:?}");
         assert!(!completed.contains(&0));
     }

@@ -42,7 +42,9 @@ impl<F: Fleet> Scatter<F> {
             let call = call.again();
             let scatter = &self;
             async move {
-                let Some(call) = call else { return Err(Error::Internal("the body cannot be sent to several servers".to_owned())) };
+                let Some(call) = call else {
+                    return Err(Error::Internal("the body cannot be sent to several servers".to_owned()));
+                };
                 let mut reply = scatter.to(call, server).await?;
                 // Short answers: read now, so that one which breaks off counts as failed.
                 let body = std::mem::replace(&mut reply.body, olol_middleware::call::Body::empty());

@@ -207,7 +207,11 @@ fn mended_target(target: &[u8]) -> Cow<'_, [u8]> {
     let path = host.map(|host| host.iter().position(|byte| matches!(byte, b'/' | b'?')).unwrap_or(host.len()));
     let without_path = host.zip(path).is_some_and(|(host, path)| host.get(path) != Some(&b'/'));
     let without_host = path == Some(0) && !without_path;
-    if !without_path && !without_host && target.len() <= LONGEST_TARGET && !target.iter().any(|byte| needs_escape(*byte)) {
+    if !without_path
+        && !without_host
+        && target.len() <= LONGEST_TARGET
+        && !target.iter().any(|byte| needs_escape(*byte))
+    {
         return Cow::Borrowed(target);
     }
     let mut mended = Vec::with_capacity(target.len() + 16);
@@ -255,7 +259,10 @@ mod tests {
     fn what_go_refuses_in_other_words_is_seen() {
         assert_eq!(refusal(b"GET / HTTP/2.0\r\n\r\n"), Some(VERSION));
         assert_eq!(refusal(b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n"), Some(ENCODING));
-        assert_eq!(refusal(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"), Some(ENCODING));
+        assert_eq!(
+            refusal(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"),
+            Some(ENCODING)
+        );
         assert_eq!(refusal(b"POST / HTTP/1.1\r\ntransfer-encoding: Chunked\r\n\r\n0\r\n\r\n"), None);
         assert_eq!(refusal(b"POST / HTTP/1.1\r\nTransfer-Encoding: \x0bchunked\r\n\r\n"), None);
         assert_eq!(refusal(b"POST / HTTP/1.1\r\nHost: a\r\n\r\nTransfer-Encoding: gzip\r\n"), None);
@@ -264,7 +271,9 @@ mod tests {
 
     #[test]
     fn what_is_no_request_is_refused_as_soon_as_it_is_seen() {
-        for no_request in [&b"garbage\r\n"[..], b"\r\n", b"\n\n", b"GET /a b HTTP/1.1\r\n", b"GET / HTTP/11\r\n", b"GET /\r\n"] {
+        for no_request in
+            [&b"garbage\r\n"[..], b"\r\n", b"\n\n", b"GET /a b HTTP/1.1\r\n", b"GET / HTTP/11\r\n", b"GET /\r\n"]
+        {
             assert_eq!(refusal(no_request), Some(BAD_REQUEST), "{}", no_request.escape_ascii());
         }
         let long = [b"GET / HTTP/1.1\r\nA: ".to_vec(), vec![b'a'; LONGEST_HEAD]].concat();
@@ -304,10 +313,16 @@ mod tests {
     #[test]
     fn a_mended_head_keeps_the_rest() {
         assert_eq!(&mended(b"GET /< HTTP/1.1\r\nA: b\r\n\r\nbody")[..], b"GET /%3C HTTP/1.1\r\nA: b\r\n\r\nbody");
-        assert_eq!(&mended(b"POST / HTTP/1.0\r\nTransfer-Encoding: gzip\r\nA: b\r\n\r\nx")[..], b"POST / HTTP/1.0\r\nA: b\r\n\r\nx");
+        assert_eq!(
+            &mended(b"POST / HTTP/1.0\r\nTransfer-Encoding: gzip\r\nA: b\r\n\r\nx")[..],
+            b"POST / HTTP/1.0\r\nA: b\r\n\r\nx"
+        );
         assert_eq!(&mended(b"GET / HTTP/1.1\r\n\r\n")[..], b"GET / HTTP/1.1\r\n\r\n");
         assert_eq!(&mended(b"GET / HTTP/1.2\r\n\r\n")[..], b"GET / HTTP/1.1\r\n\r\n");
-        assert_eq!(&mended(b"GET / HTTP/1.1\r\nA: b\r\n  c\r\nD: e\r\n\r\n")[..], b"GET / HTTP/1.1\r\nA: b c\r\nD: e\r\n\r\n");
+        assert_eq!(
+            &mended(b"GET / HTTP/1.1\r\nA: b\r\n  c\r\nD: e\r\n\r\n")[..],
+            b"GET / HTTP/1.1\r\nA: b c\r\nD: e\r\n\r\n"
+        );
         assert_eq!(&mended(b"GET / HTTP/1.1\r\nA: b\r\n  \r\n\r\n")[..], b"GET / HTTP/1.1\r\nA: b \r\n\r\n");
     }
 }
