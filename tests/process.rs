@@ -80,6 +80,20 @@ async fn a_stop_does_not_wait_longer_than_it_is_told() {
 }
 
 #[tokio::test]
+async fn a_stop_asked_for_twice_waits_for_nothing() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let gate = Gate::closed();
+    cluster.server(0).is_paced_by(&gate);
+    let mut proxy = Process::proxy(&format!("http://{}", cluster.server(0).address()), &[]).await;
+    let (mut stream, mut idle) = (begin(&proxy, &gate).await, proxy.connect().await);
+    proxy.terminate();
+    assert!(idle.is_closed().await);
+    proxy.terminate();
+    assert_eq!(stream.rest().await.1, Ending::Cut);
+    assert_eq!(proxy.ends().await.code(), Some(0), "{}", proxy.log());
+}
+
+#[tokio::test]
 async fn an_agent_lets_streams_finish_too() {
     let cluster = Cluster::of(1).await.all_have("tiny");
     let gate = Gate::closed();

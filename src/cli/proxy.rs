@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::Stop;
 use crate::config::Config;
 use crate::proxy::Proxy;
 
@@ -54,12 +55,13 @@ impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let config = self.config()?;
         super::runtime(config.worker_threads())?.block_on(async {
-            let proxy = Proxy::start(&config).await?;
+            let mut stop = Stop::listen()?;
+            let Some(proxy) = stop.unless_asked(Proxy::start(&config)).await else { return Ok(()) };
+            let proxy = proxy?;
             tracing::info!(address = %proxy.address(), servers = config.proxy.servers.join(","), "the proxy listens");
-            super::stop_asked().await?;
-            tracing::info!("stopping: answers may finish, nothing new is taken");
-            if !proxy.stop().await {
-                tracing::warn!(after_s = config.limits.grace_s, "answers that did not end in time were cut");
+            stop.asked().await;
+            if stop.gently(proxy.stop()).await != Some(true) {
+                tracing::warn!("answers that did not end in time were cut");
             }
             Ok(())
         })

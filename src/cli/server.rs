@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::Stop;
 use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
@@ -46,12 +47,12 @@ impl Arguments {
         };
         super::runtime(self.threads)?.block_on(async {
             let (listen, ollama) = (options.listen, options.ollama.clone());
-            let started = Agent::start(options).await;
+            let mut stop = Stop::listen()?;
+            let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };
             let agent = started.map_err(|error| anyhow::anyhow!("cannot listen on {listen}: {error}"))?;
             tracing::info!(address = %agent.address(), %ollama, "the agent listens");
-            super::stop_asked().await?;
-            tracing::info!("stopping: answers may finish, nothing new is taken");
-            agent.stop().await;
+            stop.asked().await;
+            stop.gently(agent.stop()).await;
             Ok(())
         })
     }

@@ -8,6 +8,7 @@ use clap::Args;
 use olol_middleware::cluster::State;
 use olol_middleware::{Cluster, ServerId};
 
+use super::Stop;
 use crate::agent::{Agent, Options};
 use crate::config::{Config, listen_address};
 use crate::ollama::{Ask, Endpoint, Ollama};
@@ -45,10 +46,22 @@ impl Arguments {
         let mut config = self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)?;
         config.proxy.host.clone_from(&self.host);
         config.proxy.port = self.port;
-        super::runtime(config.worker_threads())?.block_on(self.start(config))
+        super::runtime(config.worker_threads())?.block_on(async {
+            let mut stop = Stop::listen()?;
+            let Some(running) = stop.unless_asked(self.start(config)).await else { return Ok(()) };
+            let Running { proxy, agent, behind } = running?;
+            stop.asked().await;
+            stop.gently(async {
+                proxy.stop().await;
+                agent.stop().await;
+                behind.stop().await;
+            })
+            .await;
+            Ok(())
+        })
     }
 
-    async fn start(self, mut config: Config) -> anyhow::Result<()> {
+    async fn start(self, mut config: Config) -> anyhow::Result<Running> {
         let address = config.address()?;
         let found = if self.embedded || self.model.is_some() { None } else { find_ollama(address).await? };
         let behind = match found {
@@ -63,13 +76,15 @@ impl Arguments {
         let proxy = Proxy::start(&config).await?;
         until_up(proxy.cluster()).await;
         announce(&proxy, &behind, agent.address(), &config);
-        super::stop_asked().await?;
-        tracing::info!("stopping: answers may finish, nothing new is taken");
-        proxy.stop().await;
-        agent.stop().await;
-        behind.stop().await;
-        Ok(())
+        Ok(Running { proxy, agent, behind })
     }
+}
+
+/// All that runs, from the front to the back.
+struct Running {
+    proxy: Proxy,
+    agent: Agent,
+    behind: Behind,
 }
 
 fn near(address: IpAddr) -> IpAddr {

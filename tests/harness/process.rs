@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
+use tokio::task::JoinHandle;
 
 use super::client::Connection;
 use super::patiently;
@@ -17,6 +18,7 @@ pub struct Process {
     child: Child,
     address: SocketAddr,
     log: Arc<Mutex<String>>,
+    reading: Option<JoinHandle<()>>,
 }
 
 impl Process {
@@ -30,10 +32,10 @@ impl Process {
         let mut child = olol(arguments).envs(environment.iter().copied()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (found, address) = tokio::sync::oneshot::channel();
-        tokio::spawn(read_log(child.stderr.take().unwrap(), log.clone(), found));
+        let reading = Some(tokio::spawn(read_log(child.stderr.take().unwrap(), log.clone(), found)));
         let address = patiently("the program listens", address).await;
         let address = address.unwrap_or_else(|_| panic!("the program ended: {}", log.lock().unwrap()));
-        Self { child, address, log }
+        Self { child, address, log, reading }
     }
 
     /// Starts a proxy.
@@ -67,9 +69,13 @@ impl Process {
         kill_process(pid, Signal::TERM).unwrap();
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and for the last line of its log.
     pub async fn ends(&mut self) -> ExitStatus {
-        patiently("the program ends", self.child.wait()).await.unwrap()
+        let status = patiently("the program ends", self.child.wait()).await.unwrap();
+        if let Some(reading) = self.reading.take() {
+            patiently("its log ends", reading).await.unwrap();
+        }
+        status
     }
 
     /// Whether it still runs.
