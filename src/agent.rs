@@ -5,10 +5,15 @@
 mod runners;
 mod state;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http::{Request, Response};
+use http_body_util::Full;
 use hyper::body::Incoming;
 use olol_middleware::ServerId;
 use olol_proto::v1::DescribeResponse;
@@ -107,19 +112,29 @@ struct Grpc(ServerServer<Face>);
 
 impl Answers for Grpc {
     type Body = tonic::body::Body;
+    type Service = Self;
 
-    async fn answer(&self, request: Request<Incoming>, _client: SocketAddr) -> Response<tonic::body::Body> {
-        if request.version() != http::Version::HTTP_2 {
-            let mut answer =
-                Response::new(tonic::body::Body::new(http_body_util::Full::new(bytes::Bytes::from_static(
-                    b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n",
-                ))));
-            *answer.status_mut() = http::StatusCode::BAD_REQUEST;
-            return answer;
+    fn service(&self, _client: SocketAddr) -> Self {
+        self.clone()
+    }
+}
+
+impl Service<Request<Incoming>> for Grpc {
+    type Response = Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+        if request.version() == http::Version::HTTP_2 {
+            return self.0.call(request);
         }
-        match self.0.clone().call(request).await {
-            Ok(answer) => answer,
-            Err(never) => match never {},
-        }
+        let words = b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n";
+        let mut answer = Response::new(tonic::body::Body::new(Full::new(Bytes::from_static(words))));
+        *answer.status_mut() = http::StatusCode::BAD_REQUEST;
+        Box::pin(std::future::ready(Ok(answer)))
     }
 }

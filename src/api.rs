@@ -12,16 +12,17 @@ mod path;
 mod request;
 mod response;
 
-use std::borrow::Cow;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use http::header::{self, HeaderMap, HeaderValue};
-use http::{Method, Request, Response, StatusCode, Uri, Version};
+use futures_util::future::BoxFuture;
+use http::header::{self, HeaderValue};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use olol_middleware::{Call, Error, Payload, Reply, Route, Scope, Shared, Stack};
-use tower::Service;
+use olol_middleware::call::Answer;
+use olol_middleware::{Call, Error, Head, Payload, Reply, RequestId, Route, Scope, Shared, Stack};
 
 pub use body::{HttpBody, Room};
 #[cfg(feature = "engine")]
@@ -29,12 +30,17 @@ pub(crate) use error::body as error_body;
 pub use gate::{Gate, Origins};
 pub use own::Own;
 
+use body::{Arrived, Taken};
 use gate::Pass;
+use request::Facts;
 
 use crate::ollama::{Ask, HOP};
 
 /// The routes of gRPC begin with this.
 const GRPC: &str = "/olol.v1.";
+
+/// An answer on its way to a client.
+pub type Answering = BoxFuture<'static, Result<Response<HttpBody>, Infallible>>;
 
 /// Everything that answers requests.
 pub struct Api {
@@ -65,59 +71,42 @@ impl Api {
     }
 
     /// Answers one request.
-    pub async fn handle(&self, request: Request<Incoming>, client: Option<SocketAddr>) -> Response<HttpBody> {
-        let is_close_delimited = request.version() == Version::HTTP_10;
-        let is_head = request.method() == Method::HEAD;
-        let is_h2 = request.version() == Version::HTTP_2;
-        let mut answer = self.answer(request, client).await;
-        if is_head {
-            response::without_body(&mut answer).await;
-        }
-        if is_h2 {
-            crate::ollama::strip_hop_by_hop(answer.headers_mut());
-        }
-        // A body without a length ends with the connection there; nothing else would tell the client. An answer of that
-        // version without a word on it is one after which hyper closes.
-        let has_length =
-            answer.headers().contains_key(header::CONTENT_LENGTH) || answer.body().size_hint().exact().is_some();
-        if is_close_delimited
-            && (!has_length || answer.headers().get(header::CONNECTION).is_some_and(|value| value == "close"))
-        {
-            *answer.version_mut() = Version::HTTP_10;
-        }
-        answer
-    }
-
-    async fn answer(&self, request: Request<Incoming>, client: Option<SocketAddr>) -> Response<HttpBody> {
-        let uri = request.uri().clone();
-        let (route, path, pass) = match self.find(&request, &uri) {
-            Ok(found) => found,
-            Err(mut answer) => {
-                if !answer.headers().contains_key(header::CONNECTION) && !body::drain(request, &self.room).await {
-                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                }
-                return answer;
+    pub fn handle(self: Arc<Self>, request: Request<Incoming>, client: Option<SocketAddr>) -> Answering {
+        let manner = Manner::of(&request);
+        match self.find(&request) {
+            Ok((Some(Route::Root), _, pass)) => {
+                let answer = pass.marked(response::text(StatusCode::OK, "Ollama is running"));
+                Box::pin(async move { Ok(manner.applied(answer).await) })
             }
-        };
-        let mut answer = match route {
-            None => self.own.answer(request).await,
-            Some(Route::Root) => response::text(StatusCode::OK, "Ollama is running"),
-            Some(route) => self.relay(route, &path, request, client).await,
-        };
-        pass.mark(answer.headers_mut());
+            Ok((Some(route), subject, pass)) => {
+                let (parts, incoming) = request.into_parts();
+                let head = Arc::new(request::head(route, subject, parts, client));
+                Box::pin(self.relay(head, incoming, pass, manner))
+            }
+            Ok((None, _, pass)) => Box::pin(async move {
+                let answer = self.own.answer(request).await;
+                Ok(manner.applied(pass.marked(answer)).await)
+            }),
+            Err(answer) => Box::pin(async move { Ok(manner.applied(self.refuse(request, answer).await).await) }),
+        }
+    }
+
+    /// Refuses a request; what it still sends is read, as far as Go's server would, so that its connection can be kept.
+    async fn refuse(&self, request: Request<Incoming>, mut answer: Response<HttpBody>) -> Response<HttpBody> {
+        if !answer.headers().contains_key(header::CONNECTION) && !body::drain(request, &self.room).await {
+            answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         answer
     }
 
-    /// The route of a request (none: one of our own), its path, and what its answer must carry; or the answer to what
-    /// reaches no route.
-    fn find<'a>(
-        &self,
-        request: &Request<Incoming>,
-        uri: &'a Uri,
-    ) -> Result<(Option<Route>, Cow<'a, str>, Pass), Response<HttpBody>> {
-        if let Some(refusal) = request::refuse(request) {
+    /// The route of a request (none: one of our own), what its path names, and what its answer must carry; or the answer
+    /// to what reaches no route.
+    fn find(&self, request: &Request<Incoming>) -> Result<(Option<Route>, Option<String>, Pass), Response<HttpBody>> {
+        let facts = Facts::of(request.headers());
+        if let Some(refusal) = facts.refusal(request) {
             return Err(refusal);
         }
+        let uri = request.uri();
         let path = path::read(request.method(), uri)?;
         let own = self.own.takes(&path);
         let route = Route::find(&path);
@@ -125,66 +114,46 @@ impl Api {
             return Err(redirect);
         }
         let allow = route.filter(|route| !route.takes(request.method())).map(Route::allow);
-        let pass = self.gate.check(request.method(), request.headers(), uri, allow)?;
-        let mut refusal = match (route, allow) {
-            _ if own => return Ok((None, path, pass)),
-            (Some(_), Some(allow)) => response::not_allowed(allow),
-            (Some(route), None) => return Ok((Some(route), path, pass)),
-            (None, _) => response::plain(StatusCode::NOT_FOUND, "404 page not found"),
-        };
-        pass.mark(refusal.headers_mut());
-        Err(refusal)
+        let pass = self.gate.check(request.method(), &facts, uri, allow)?;
+        match (route, allow) {
+            _ if own => Ok((None, None, pass)),
+            (Some(_), Some(allow)) => Err(pass.marked(response::not_allowed(allow))),
+            (Some(route), None) if facts.hop == Some(&self.hop) => {
+                Err(pass.marked(response::refused(route, &Error::Loop)))
+            }
+            (Some(route), None) => Ok((Some(route), request::subject(route, &path), pass)),
+            (None, _) => Err(pass.marked(response::plain(StatusCode::NOT_FOUND, "404 page not found"))),
+        }
     }
 
-    /// Sends a request down the stack.
+    /// Sends a request down the stack. Its body is looked at when the future is first polled: hyper gives it a moment after
+    /// the head, and what has come whole by then needs no more waiting.
     async fn relay(
-        &self,
-        route: Route,
-        path: &str,
-        request: Request<Incoming>,
-        client: Option<SocketAddr>,
-    ) -> Response<HttpBody> {
-        if request.headers().get(HOP) == Some(&self.hop) {
-            return response::refused(route, &Error::Loop);
-        }
-        let streams = route == Route::Blob;
-        let (parts, incoming) = request.into_parts();
-        let (payload, taken) = match body::read(incoming, &parts.headers, streams, &self.room).await {
-            Ok(read) => read,
-            Err(error) => return response::refused(route, &error),
+        self: Arc<Self>,
+        mut head: Arc<Head>,
+        incoming: Incoming,
+        pass: Pass,
+        manner: Manner,
+    ) -> Result<Response<HttpBody>, Infallible> {
+        let whole = match body::arrived(incoming, &head.headers, head.route == Route::Blob, &self.room) {
+            Ok(Arrived::Whole(payload, taken)) => Ok((payload, taken)),
+            Ok(Arrived::Partly(partly)) => Box::pin(partly.rest(&head.headers)).await,
+            Err(error) => Err(error),
         };
-        let call = self.call(route, path, parts, payload, client);
-        let id = call.id.clone();
-        let wants_lines = response::breaks_with_a_line(route);
-        match self.stack.clone().call(call).await {
-            Ok(reply) => {
-                let mut answer = response::written(reply, wants_lines);
-                // As Go does it: who is answered early is not read to the end.
-                if taken.is_cut() {
-                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                }
-                answer
+        let mut answer = match whole {
+            Ok((payload, taken)) => {
+                request::look(&mut head, &payload);
+                let answer = self.send(head.clone(), payload).await;
+                written(answer, &head, &taken)
             }
-            Err(error) => {
-                let mut answer = response::refused(route, &error);
-                if let Ok(id) = HeaderValue::from_str(id.as_str()) {
-                    answer.headers_mut().insert("x-olol-request", id);
-                }
-                answer
-            }
-        }
+            Err(error) => response::refused(head.route, &error),
+        };
+        pass.mark(answer.headers_mut());
+        Ok(if manner.is_plain() { answer } else { Box::pin(manner.applied(answer)).await })
     }
 
-    fn call(
-        &self,
-        route: Route,
-        path: &str,
-        parts: http::request::Parts,
-        payload: Payload,
-        client: Option<SocketAddr>,
-    ) -> Call {
-        let head = request::head(route, path, parts, &payload, client);
-        Call::new(head, payload, self.shared.cluster.snapshot().all())
+    fn send(&self, head: Arc<Head>, payload: Payload) -> Answer {
+        self.stack.send(Call::new(head, payload, self.shared.cluster.snapshot().all()))
     }
 
     /// Sends a call that came as messages down the stack: the same way as one that came as HTTP.
@@ -204,12 +173,63 @@ impl Api {
         *request.method_mut() = ask.method;
         *request.uri_mut() = ask.path;
         *request.headers_mut() = ask.headers;
-        let call = self.call(route, &path, request.into_parts().0, ask.payload, None);
-        self.stack.clone().call(call).await
+        let subject = request::subject(route, &path);
+        let mut head = Arc::new(request::head(route, subject, request.into_parts().0, None));
+        request::look(&mut head, &ask.payload);
+        self.send(head, ask.payload).await
     }
 }
 
-/// Header values that are text.
-pub(crate) fn header_text<'a>(headers: &'a HeaderMap, name: &header::HeaderName) -> Option<&'a str> {
-    headers.get(name).and_then(|value| value.to_str().ok())
+/// Writes the answer of the stack.
+fn written(answer: Result<Reply, Error>, head: &Head, taken: &Taken) -> Response<HttpBody> {
+    let mut answer = match answer {
+        Ok(reply) => response::written(reply, response::breaks_with_a_line(head.route)),
+        Err(error) => {
+            let mut answer = response::refused(head.route, &error);
+            answer.headers_mut().insert(RequestId::HEADER, head.id.header());
+            answer
+        }
+    };
+    // As Go does it: who is answered early is not read to the end.
+    if taken.is_cut() {
+        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
+}
+
+/// What the version and the method of a request ask of the form of its answer.
+#[derive(Clone, Copy)]
+struct Manner {
+    version: Version,
+    is_head: bool,
+}
+
+impl Manner {
+    fn of<B>(request: &Request<B>) -> Self {
+        Self { version: request.version(), is_head: request.method() == Method::HEAD }
+    }
+
+    fn is_plain(self) -> bool {
+        self.version == Version::HTTP_11 && !self.is_head
+    }
+
+    async fn applied(self, mut answer: Response<HttpBody>) -> Response<HttpBody> {
+        if self.is_head {
+            response::without_body(&mut answer).await;
+        }
+        match self.version {
+            Version::HTTP_2 => crate::ollama::strip_hop_by_hop(answer.headers_mut()),
+            Version::HTTP_10 if ends_with_the_connection(&answer) => *answer.version_mut() = Version::HTTP_10,
+            _ => {}
+        }
+        answer
+    }
+}
+
+/// Whether an answer of HTTP/1.0 ends with its connection: a body without a length does, since nothing else would tell the
+/// client. An answer of that version without a word on it is one after which hyper closes.
+fn ends_with_the_connection(answer: &Response<HttpBody>) -> bool {
+    let headers = answer.headers();
+    let has_length = headers.contains_key(header::CONTENT_LENGTH) || answer.body().size_hint().exact().is_some();
+    !has_length || headers.get(header::CONNECTION).is_some_and(|value| value == "close")
 }

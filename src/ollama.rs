@@ -13,14 +13,17 @@ mod state;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::TryFutureExt;
+use futures_util::future::Either;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Method, Request, Uri};
+use http::{Method, Request, Response, Uri};
+use hyper::body::Incoming;
 use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 
 pub use connection::{Endpoint, EndpointError};
 pub use state::StateError;
 
-use connection::Links;
+use connection::{Link, Links};
 use exchange::Outgoing;
 
 /// Marks a request that has passed through a proxy, with the proxy's instance id.
@@ -87,9 +90,12 @@ impl Ask {
 
 /// One Ollama.
 #[derive(Clone, Debug)]
-pub struct Ollama {
+pub struct Ollama(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     id: ServerId,
-    links: Arc<Links>,
+    links: Links,
     host: HeaderValue,
 }
 
@@ -97,66 +103,94 @@ impl Ollama {
     /// An Ollama at an address. Connects when it is first asked.
     pub fn new(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Self {
         let host = endpoint.host_header();
-        Self { id, links: Arc::new(Links::new(endpoint, connect_timeout)), host }
+        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host }))
     }
 
     /// Where it is.
     pub fn endpoint(&self) -> &Endpoint {
-        self.links.endpoint()
+        self.0.links.endpoint()
     }
 
     /// Sends a call and returns when the head of the answer is there. Dropping the future, or the reply's body, closes the
     /// connection, and with it ends the work at the server.
-    pub async fn send(&self, ask: Ask) -> Result<Reply, Error> {
+    pub fn send(&self, ask: Ask) -> impl Future<Output = Result<Reply, Error>> + Send + use<> {
         // What can be sent only once is not risked on a connection that may have died.
         let fresh = ask.fresh || matches!(ask.payload, Payload::Stream { .. });
-        let mut link = match self.links.get(fresh).await {
-            Ok(link) => link,
-            Err(error) => return Err(self.failed(Phase::Connecting, false, error)),
-        };
         let infers = ask.infers;
-        let reused = link.is_reused();
-        match link.ask(self.request(ask)).await {
-            Ok(response) => Ok(exchange::reply(self.id.clone(), link, self.links.clone(), response, infers)),
-            Err(error) if error.is_user() => Err(Error::Body(error.into())),
-            Err(error) => Err(self.failed(Phase::Waiting, reused, error)),
-        }
+        let request = self.request(ask);
+        let ollama = self.clone();
+        let asking = match if fresh { None } else { self.0.links.pooled() } {
+            Some(link) => {
+                let ollama = self.clone();
+                Either::Left(link.ask(request).map_err(move |error| ollama.lost(true, error)))
+            }
+            // Boxed: seldom, and larger than all the rest.
+            None => Either::Right(Box::pin(self.clone().ask_anew(request))),
+        };
+        asking.map_ok(move |(link, response)| exchange::reply(ollama, link, response, infers))
+    }
+
+    /// Sends a request over a new connection.
+    async fn ask_anew(self, request: Request<Outgoing>) -> Result<(Box<Link>, Response<Incoming>), Error> {
+        let link = self.0.links.connect().await.map_err(|error| self.failed(Phase::Connecting, false, error))?;
+        link.ask(request).await.map_err(|error| self.lost(false, error))
     }
 
     /// Closes pooled connections that have died or were not used for long.
     pub fn sweep(&self) {
-        self.links.sweep();
+        self.0.links.sweep();
     }
 
     fn request(&self, ask: Ask) -> Request<Outgoing> {
-        let mut headers = ask.headers;
-        strip_hop_by_hop(&mut headers);
-        headers.remove(header::EXPECT);
-        headers.remove(header::ORIGIN);
-        headers.insert(header::HOST, self.host.clone());
-        // hyper states the length itself, except where a client said one of a body that is still coming.
-        headers.remove(header::CONTENT_LENGTH);
-        if let Payload::Stream { length: Some(length), .. } = &ask.payload {
-            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(*length));
+        let Ask { method, path, mut headers, payload, .. } = ask;
+        // Looked at in one pass, and touched where there is something to touch: a map costs by the search.
+        let (mut is_marked, mut has_length) = (false, false);
+        for name in headers.keys() {
+            is_marked |= HOP_BY_HOP.contains(name) || name == header::EXPECT || name == header::ORIGIN;
+            has_length |= name == header::CONTENT_LENGTH;
         }
-        let states_length = matches!(ask.method, Method::POST | Method::PUT | Method::PATCH);
-        if states_length && ask.payload.length() == Some(0) {
-            headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        if is_marked {
+            strip_hop_by_hop(&mut headers);
+            headers.remove(header::EXPECT);
+            headers.remove(header::ORIGIN);
         }
-        let mut request = Request::new(Outgoing::from(ask.payload));
-        *request.method_mut() = ask.method;
-        *request.uri_mut() = ask.path;
+        headers.insert(header::HOST, self.0.host.clone());
+        let length = payload.length();
+        let said = |headers: &HeaderMap| headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse::<u64>().ok();
+        if has_length && (length.is_none() || said(&headers) != length) {
+            headers.remove(header::CONTENT_LENGTH);
+            has_length = false;
+        }
+        // hyper states the length itself, except of a body that is still coming, and of none.
+        let must_state = match &payload {
+            Payload::Stream { length, .. } => length.is_some(),
+            Payload::Whole(_) => length == Some(0) && matches!(method, Method::POST | Method::PUT | Method::PATCH),
+        };
+        if let (true, false, Some(length)) = (must_state, has_length, length) {
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        }
+        let mut request = Request::new(Outgoing::from(payload));
+        *request.method_mut() = method;
+        *request.uri_mut() = path;
         *request.headers_mut() = headers;
         request
     }
 
+    /// A connection failed before there was an answer; or the client's body did.
+    fn lost(&self, reused: bool, error: hyper::Error) -> Error {
+        if error.is_user() { Error::Body(error.into()) } else { self.failed(Phase::Waiting, reused, error) }
+    }
+
     fn failed(&self, phase: Phase, reused: bool, source: impl Into<olol_middleware::BoxError>) -> Error {
-        Error::Server { server: self.id.clone(), phase, reused, source: source.into() }
+        Error::Server { server: self.0.id.clone(), phase, reused, source: source.into() }
     }
 }
 
 /// Removes what belongs to one connection only, and what `Connection` names besides.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        return;
+    }
     if let Some(named) = headers.get(header::CONNECTION).and_then(|value| value.to_str().ok()) {
         let named: Vec<HeaderName> = named.split(',').filter_map(|name| name.trim().parse().ok()).collect();
         for name in named {

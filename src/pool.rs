@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::task::{self, Poll};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::FutureExt;
 use http::HeaderValue;
+use olol_middleware::call::Answer;
 use olol_middleware::cluster::Member;
 use olol_middleware::pick::Fleet;
 use olol_middleware::{Call, Cluster, Error, Reply, Server, ServerId};
@@ -129,19 +130,25 @@ impl ServerSpec {
 /// One server as a thing to send calls to.
 #[derive(Debug)]
 enum Backend {
-    Agent(grpc::Agent),
+    Agent(Arc<grpc::Agent>),
     Ollama(Ollama),
 }
 
 impl Backend {
     /// Sends a call and returns when the head of the answer is there.
-    async fn ask(&self, ask: Ask, context: Context) -> Result<Reply, Error> {
-        let reply = match self {
-            Self::Ollama(ollama) => ollama.send(ask).await,
-            Self::Agent(agent) => agent.relay(ask, context).await,
-        }?;
-        // Only a proxy of ours marks its answers: a server of ours that leads to one would go round in circles.
-        if reply.headers.contains_key("x-olol-server") { Err(Error::Loop) } else { Ok(reply) }
+    fn ask(&self, ask: Ask, context: Context) -> Answer {
+        match self {
+            Self::Ollama(ollama) => Box::pin(ollama.send(ask).map(not_of_a_proxy)),
+            Self::Agent(agent) => Box::pin(agent.clone().relay(ask, context).map(not_of_a_proxy)),
+        }
+    }
+}
+
+/// Only a proxy of ours marks its answers: a server of ours that leads to one would go round in circles.
+fn not_of_a_proxy(answer: Result<Reply, Error>) -> Result<Reply, Error> {
+    match answer {
+        Ok(reply) if reply.headers.keys().any(|name| name == ServerId::HEADER) => Err(Error::Loop),
+        other => other,
     }
 }
 
@@ -153,10 +160,20 @@ struct Context {
     request_id: String,
 }
 
+impl Context {
+    fn of(call: &Call) -> Self {
+        let session = call.headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string() }
+    }
+}
+
 /// All servers.
 #[derive(Clone, Debug)]
-pub struct Pool {
-    backends: Arc<[Arc<Backend>]>,
+pub struct Pool(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    backends: Vec<Arc<Backend>>,
     cluster: Arc<Cluster>,
     linger: Arc<Linger>,
     hop: HeaderValue,
@@ -169,24 +186,26 @@ impl Pool {
         let cluster = Cluster::new(members);
         let connect = Duration::from_millis(config.connect_timeout_ms);
         let backend = |server: &ServerSpec| match &server.way {
-            Way::Agent(endpoint) => Backend::Agent(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)),
+            Way::Agent(endpoint) => {
+                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)))
+            }
             Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
         };
         let backends = servers.iter().map(|server| Arc::new(backend(server))).collect();
         let linger = Arc::new(Linger::new(Duration::from_secs(config.load_linger_s), config.load_linger_max));
-        Self { backends, cluster, linger, hop: hop.clone() }
+        Self(Arc::new(Inner { backends, cluster, linger, hop: hop.clone() }))
     }
 
     /// What is known of the servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
-        &self.cluster
+        &self.0.cluster
     }
 
     /// Starts to keep the cluster's knowledge true, until the set of tasks is dropped.
     pub fn watch(&self, config: &Config) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
-        for (index, backend) in self.backends.iter().enumerate() {
-            tasks.spawn(health::keep_true(self.cluster.clone(), index, backend.clone(), config.clone()));
+        for (index, backend) in self.0.backends.iter().enumerate() {
+            tasks.spawn(health::keep_true(self.0.cluster.clone(), index, backend.clone(), config.clone()));
         }
         tasks
     }
@@ -196,57 +215,52 @@ impl Fleet for Pool {
     type Service = One;
 
     fn service(&self, server: &Server) -> Option<One> {
-        let backend = self.backends.get(server.index)?.clone();
-        Some(One { backend, index: server.index, linger: self.linger.clone(), hop: self.hop.clone() })
+        (server.index < self.0.backends.len()).then(|| One { pool: self.0.clone(), index: server.index })
     }
 }
 
 /// One server as a service.
 #[derive(Debug)]
 pub struct One {
-    backend: Arc<Backend>,
+    pool: Arc<Inner>,
     index: usize,
-    linger: Arc<Linger>,
-    hop: HeaderValue,
 }
 
 impl Service<Call> for One {
     type Response = Reply;
     type Error = Error;
-    type Future = BoxFuture<'static, Result<Reply, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, _cx: &mut task::Context<'_>) -> Poll<Result<(), Error>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, call: Call) -> Self::Future {
+    fn call(&mut self, call: Call) -> Answer {
+        let backend = &self.pool.backends[self.index];
+        let context = match **backend {
+            Backend::Agent(_) => Context::of(&call),
+            Backend::Ollama(_) => Context::default(),
+        };
         let loading = linger::loads(&call, self.index);
-        let (ask, context) = self.prepare(call);
-        let backend = self.backend.clone();
-        let answer = Box::pin(async move { backend.ask(ask, context).await });
+        let answer = backend.ask(prepared(call, &self.pool.hop), context);
         match loading {
-            Some(model) => Box::pin(linger::Outliving::new(answer, model, self.backend.clone(), self.linger.clone())),
+            Some(model) => Box::pin(linger::Outliving::new(answer, model, backend.clone(), self.pool.linger.clone())),
             None => answer,
         }
     }
 }
 
-impl One {
-    fn prepare(&self, call: Call) -> (Ask, Context) {
-        let mut headers = call.headers.clone();
-        headers.insert(HOP, self.hop.clone());
-        let session =
-            headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
-        let context = Context { deadline: call.deadline, session, request_id: call.id.to_string() };
-        let ask = Ask {
-            method: call.method.clone(),
-            path: call.path.clone().into(),
-            headers,
-            fresh: call.fresh,
-            infers: call.route.infers(),
-            payload: call.payload,
-        };
-        (ask, context)
+/// A call as its server gets it.
+fn prepared(call: Call, hop: &HeaderValue) -> Ask {
+    let mut headers = call.headers.clone();
+    headers.insert(HOP, hop.clone());
+    Ask {
+        method: call.method.clone(),
+        path: call.path.clone().into(),
+        headers,
+        fresh: call.fresh,
+        infers: call.route.infers(),
+        payload: call.payload,
     }
 }
 

@@ -1,12 +1,16 @@
 //! The proxy as a whole: servers, layers, and the face towards clients, started and stopped together.
 
+use std::any::Any;
+use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::TryFutureExt;
 use http::{HeaderValue, Request, Response};
+use http_body_util::Full;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments, stack};
@@ -14,11 +18,11 @@ use olol_proto::v1::server_server::ServerServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tower::{Service, ServiceExt};
+use tower::Service;
 use tower_http::body::UnsyncBoxBody;
-use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::catch_panic::CatchPanic;
 
-use crate::api::{Api, Gate, HttpBody, Origins, Own, Room};
+use crate::api::{Answering, Api, Gate, HttpBody, Origins, Own, Room};
 use crate::config::Config;
 use crate::pool::Pool;
 use crate::rpc::{self, Face};
@@ -122,7 +126,7 @@ async fn keep_up(metrics: PrometheusHandle) {
     }
 }
 
-/// What a connection talks to: Ollama's API or gRPC; a panic of ours ends one request, not the process.
+/// What clients talk to: Ollama's API and gRPC.
 #[derive(Clone)]
 struct Edge {
     api: Arc<Api>,
@@ -142,42 +146,48 @@ impl Edge {
 
 impl Answers for Edge {
     type Body = UnsyncBoxBody<Bytes, BoxError>;
+    type Service = CatchPanic<Visit, fn(Box<dyn Any + Send>) -> Response<Full<Bytes>>>;
 
-    fn is_brief(&self, request: &Request<Incoming>) -> bool {
-        Api::is_brief(request)
+    /// A panic of ours ends one request, not the process.
+    fn service(&self, client: SocketAddr) -> Self::Service {
+        CatchPanic::custom(Visit { edge: self.clone(), client }, panicked)
     }
 
-    async fn answer(&self, request: Request<Incoming>, client: SocketAddr) -> Response<Self::Body> {
-        let edge = self.clone();
-        let service = tower::service_fn(move |request: Request<Incoming>| {
-            let mut edge = edge.clone();
-            AssertUnwindSafe(async move {
-                if !Api::is_grpc(&request) {
-                    // Boxed here: the future is large, and would be moved with each of those around it.
-                    return Ok::<_, std::convert::Infallible>(Box::pin(edge.api.handle(request, Some(client))).await);
-                }
-                match edge.grpc.call(request).await {
-                    Ok(answer) => Ok(answer.map(HttpBody::Grpc)),
-                    Err(never) => match never {},
-                }
-            })
-            .0
-        });
-        let guarded = tower::ServiceBuilder::new().layer(CatchPanicLayer::custom(panicked)).service(service);
-        match guarded.oneshot(request).await {
-            Ok(answer) => answer,
-            Err(never) => match never {},
+    fn is_brief(request: &Request<Incoming>) -> bool {
+        Api::is_brief(request)
+    }
+}
+
+/// One connection of a client.
+#[derive(Clone)]
+struct Visit {
+    edge: Edge,
+    client: SocketAddr,
+}
+
+impl Service<Request<Incoming>> for Visit {
+    type Response = Response<HttpBody>;
+    type Error = Infallible;
+    type Future = Answering;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+        if Api::is_grpc(&request) {
+            return Box::pin(self.edge.grpc.call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
         }
+        self.edge.api.clone().handle(request, Some(self.client))
     }
 }
 
 /// The answer to a request on which our own code failed.
-fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response<http_body_util::Full<Bytes>> {
+fn panicked(panic: Box<dyn Any + Send>) -> Response<Full<Bytes>> {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let error = Error::Internal(text.unwrap_or("panic").to_owned());
     tracing::error!(%error, "a defect of OLOL; please report it");
-    let mut answer =
-        Response::new(http_body_util::Full::from(serde_json::json!({"error": error.to_string()}).to_string()));
+    let mut answer = Response::new(Full::from(serde_json::json!({"error": error.to_string()}).to_string()));
     *answer.status_mut() = error.status();
     answer
         .headers_mut()

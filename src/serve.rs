@@ -6,19 +6,24 @@ mod wire;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::TryFutureExt;
 use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use olol_middleware::BoxError;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::task::TaskTracker;
+use tower::Service;
 
 use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
 use preamble::Preamble;
@@ -28,28 +33,32 @@ use wire::Brief;
 const LONGEST_HEAD: usize = (1 << 20) + 4096;
 /// Header lines that hyper takes without being told.
 const FEW_LINES: usize = 100;
-/// Silence after which an HTTP/1 connection without a request is closed.
+/// Silence after which a connection that has not yet asked anything is closed. One that has is kept for as long as its
+/// client is there, as Ollama does it.
 const IDLE: Duration = Duration::from_secs(600);
+/// Silence after which the kernel looks whether a client is still there, and again; Go's figure.
+const ALIVE: Duration = Duration::from_secs(15);
 /// Streams that one HTTP/2 connection may carry at the same time.
 const STREAMS: u32 = 16_384;
 /// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(20);
 
-/// Answers requests. One clone a connection.
+/// Answers requests.
 pub trait Answers: Clone + Send + 'static {
     /// The body of its answers.
     type Body: http_body::Body<Data = bytes::Bytes, Error: Into<BoxError>> + Send + Unpin + 'static;
+    /// What answers the requests of one connection.
+    type Service: Service<Request<Incoming>, Response = Response<Self::Body>, Error = Infallible, Future: Send>
+        + Clone
+        + Send
+        + 'static;
 
-    /// Answers one request of a client.
-    fn answer(
-        &self,
-        request: Request<Incoming>,
-        client: SocketAddr,
-    ) -> impl Future<Output = Response<Self::Body>> + Send;
+    /// The service of the connection of a client.
+    fn service(&self, client: SocketAddr) -> Self::Service;
 
     /// Whether the answer takes so little that it is given to a client, too, that has shut down its sending side. In all
     /// other cases such a client has left.
-    fn is_brief(&self, _request: &Request<Incoming>) -> bool {
+    fn is_brief(_request: &Request<Incoming>) -> bool {
         false
     }
 }
@@ -79,7 +88,7 @@ impl<B: http_body::Body + Unpin> http_body::Body for Held<B> {
 
 /// Serves until `stop`, then lets what runs finish within `grace`. True if all of it did.
 pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: CancellationToken, grace: Duration) -> bool {
-    let graceful = GracefulShutdown::new();
+    let (open, closing) = (TaskTracker::new(), Closing::default());
     loop {
         let (stream, client) = tokio::select! {
             () = stop.cancelled() => break,
@@ -94,31 +103,27 @@ pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: Cancella
             },
         };
         let _ = stream.set_nodelay(true);
-        let watcher = graceful.watcher();
-        let answers = answers.clone();
-        let stop = stop.clone();
-        tokio::spawn(async move {
+        let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
+        let service = answers.service(client);
+        let closing = closing.clone();
+        open.spawn(async move {
             let preamble = tokio::select! {
-                () = stop.cancelled() => return,
+                () = closing.signal.cancelled() => return,
                 preamble = preamble::read(stream, IDLE) => preamble,
             };
-            connection(preamble, answers, client, watcher).await;
+            if let Err(error) = connection::<A>(preamble, service, closing).await {
+                tracing::debug!(%client, %error, "a connection ended early");
+            }
         });
     }
     drop(listener);
-    tokio::select! {
-        () = graceful.shutdown() => true,
-        () = tokio::time::sleep(grace) => false,
-    }
+    closing.tell();
+    open.close();
+    tokio::time::timeout(grace, open.wait()).await.is_ok()
 }
 
-async fn connection<A: Answers>(
-    preamble: Preamble,
-    answers: A,
-    client: SocketAddr,
-    watcher: hyper_util::server::graceful::Watcher,
-) {
-    let ended: Result<(), hyper::Error> = match preamble {
+async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing: Closing) -> Result<(), hyper::Error> {
+    match preamble {
         Preamble::Gone => Ok(()),
         Preamble::Refused(mut io, answer) => {
             let _ = io.write_all(answer).await;
@@ -128,31 +133,20 @@ async fn connection<A: Answers>(
         Preamble::Http1(io, lines) => {
             let flag = io.brief();
             let service = hyper::service::service_fn(move |request| {
-                let answers = answers.clone();
-                let brief = Brief::begin(&flag, answers.is_brief(&request));
-                async move {
-                    let answer = answers.answer(request, client).await;
-                    Ok::<_, Infallible>(answer.map(|body| Held { body, _brief: brief }))
-                }
+                let brief = Brief::begin(&flag, A::is_brief(&request));
+                service.clone().call(request).map_ok(|answer| answer.map(|body| Held { body, _brief: brief }))
             });
             let mut builder = http1::Builder::new();
             if lines > FEW_LINES {
                 // Only then: room for more than usual is no longer on the stack.
                 builder.max_headers(lines);
             }
-            let connection = builder
-                .timer(TokioTimer::new())
-                .header_read_timeout(IDLE)
-                .title_case_headers(true)
-                .max_buf_size(LONGEST_HEAD)
-                .serve_connection(TokioIo::new(io), service);
-            watcher.watch(connection).await
+            let connection =
+                builder.title_case_headers(true).max_buf_size(LONGEST_HEAD).serve_connection(TokioIo::new(io), service);
+            Gentle::new(connection, closing, |connection| connection.graceful_shutdown()).await
         }
         Preamble::Http2(io) => {
-            let service = hyper::service::service_fn(move |request| {
-                let answers = answers.clone();
-                async move { Ok::<_, Infallible>(answers.answer(request, client).await) }
-            });
+            let service = hyper::service::service_fn(move |request| service.clone().call(request));
             let connection = http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .initial_stream_window_size(STREAM_WINDOW)
@@ -162,10 +156,60 @@ async fn connection<A: Answers>(
                 .keep_alive_interval(PROBE)
                 .keep_alive_timeout(PROBE)
                 .serve_connection(TokioIo::new(io), service);
-            watcher.watch(connection).await
+            Gentle::new(connection, closing, |connection| connection.graceful_shutdown()).await
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%client, %error, "a connection ended early");
+    }
+}
+
+/// Tells connections that it is time to end.
+#[derive(Clone, Default)]
+struct Closing {
+    signal: CancellationToken,
+    /// Whether the signal was given: asked without a lock.
+    told: Arc<AtomicBool>,
+}
+
+impl Closing {
+    fn tell(&self) {
+        self.told.store(true, Ordering::Release);
+        self.signal.cancel();
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A connection that ends gracefully when it is told to.
+    ///
+    /// What hyper-util's `GracefulShutdown` is, but that the signal is asked only twice: when the connection begins, to be
+    /// woken by it, and when it has come. A connection is polled for every piece of an answer.
+    struct Gentle<C> {
+        #[pin]
+        connection: C,
+        signal: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+        is_listening: bool,
+        told: Arc<AtomicBool>,
+        end: fn(Pin<&mut C>),
+    }
+}
+
+impl<C: Future> Gentle<C> {
+    fn new(connection: C, closing: Closing, end: fn(Pin<&mut C>)) -> Self {
+        let Closing { signal, told } = closing;
+        Self { connection, signal: Some(Box::pin(signal.cancelled_owned())), is_listening: false, told, end }
+    }
+}
+
+impl<C: Future> Future for Gentle<C> {
+    type Output = C::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
+        let mut this = self.project();
+        if let Some(signal) = this.signal
+            && (!std::mem::replace(this.is_listening, true) || this.told.load(Ordering::Acquire))
+            && signal.as_mut().poll(cx).is_ready()
+        {
+            *this.signal = None;
+            (this.end)(this.connection.as_mut());
+        }
+        this.connection.poll(cx)
     }
 }

@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
+use futures_util::future::BoxFuture;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
@@ -69,8 +70,8 @@ pub struct Head {
 
 impl Call {
     /// A call that nobody has looked at yet: every server is in question.
-    pub fn new(head: Head, payload: Payload, candidates: Candidates) -> Self {
-        Self { head: Arc::new(head), payload, known: None, candidates, fresh: false, attempts: 0 }
+    pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
+        Self { head: head.into(), payload, known: None, candidates, fresh: false, attempts: 0 }
     }
 
     /// The same call once more, for another attempt; `None` if its body cannot be sent twice.
@@ -94,33 +95,48 @@ impl Deref for Call {
     }
 }
 
-/// The id of a request: what the client may see and the logs tell.
+/// The id of a request: what the client may see and the logs tell. Kept as the value of a header, which it becomes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RequestId(Arc<str>);
+pub struct RequestId(HeaderValue);
 
 impl RequestId {
+    /// The header that tells it to the client.
+    pub const HEADER: HeaderName = HeaderName::from_static("x-olol-request");
+
     /// A new random id: 16 hexadecimal digits.
     pub fn random() -> Self {
-        Self(format!("{:016x}", fastrand::u64(..)).into())
+        let random = fastrand::u64(..);
+        let digit = |at: u32| b"0123456789abcdef"[(random >> (60 - 4 * at)) as usize & 15];
+        let mut digits = [0; 16];
+        (0..).zip(&mut digits).for_each(|(at, byte)| *byte = digit(at));
+        Self(HeaderValue::from_bytes(&digits).unwrap_or(HeaderValue::from_static("0")))
     }
 
     /// An id from elsewhere, if it is fit to be printed: at most 64 visible ASCII characters.
     pub fn from_text(text: &str) -> Option<Self> {
         let fit = !text.is_empty() && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_graphic());
-        fit.then(|| Self(text.into()))
+        fit.then(|| HeaderValue::from_str(text).ok())?.map(Self)
     }
 
     /// The id as text.
     pub fn as_str(&self) -> &str {
-        &self.0
+        self.0.to_str().unwrap_or_default()
+    }
+
+    /// The id as the value of a header.
+    pub fn header(&self) -> HeaderValue {
+        self.0.clone()
     }
 }
 
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.as_str())
     }
 }
+
+/// The answer of a server, a layer or the whole stack, on its way.
+pub type Answer = BoxFuture<'static, Result<Reply, Error>>;
 
 /// A stream of body pieces.
 pub type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, Error>> + Send>>;
@@ -197,13 +213,13 @@ impl Reply {
 
     /// Keeps something until the body ends or is dropped.
     pub fn hold(mut self, guard: impl Send + 'static) -> Self {
-        self.body.watchers.push(Box::new(Hold(Some(Box::new(guard)))));
+        self.body.0.watchers.push(Box::new(Hold(Some(Box::new(guard)))));
         self
     }
 
     /// Lets somebody follow the body.
     pub fn watch(mut self, watcher: impl Watcher + 'static) -> Self {
-        self.body.watchers.push(Box::new(watcher));
+        self.body.0.watchers.push(Box::new(watcher));
         self
     }
 }
@@ -279,40 +295,51 @@ impl Watcher for Hold {
     }
 }
 
-/// A body of chunks, with those who follow it.
-pub struct Body {
+/// A body of chunks, with those who follow it. No larger than a pointer, since it goes from layer to layer.
+pub struct Body(Box<Inner>);
+
+struct Inner {
     chunks: Pin<Box<dyn Stream<Item = Result<Chunk, Error>> + Send>>,
     length: Option<u64>,
     delivered: u64,
     watchers: SmallVec<[Box<dyn Watcher>; 3]>,
     ended: bool,
-    /// How the answer came about so far.
-    pub outcome: Outcome,
+    outcome: Outcome,
 }
 
 impl Body {
     /// A body of these chunks.
     pub fn new(chunks: impl Stream<Item = Result<Chunk, Error>> + Send + 'static) -> Self {
-        Self {
+        Self(Box::new(Inner {
             chunks: Box::pin(chunks),
             length: None,
             delivered: 0,
             watchers: SmallVec::new(),
             ended: false,
             outcome: Outcome::default(),
-        }
+        }))
+    }
+
+    /// How the answer came about so far.
+    pub fn outcome(&self) -> &Outcome {
+        &self.0.outcome
+    }
+
+    /// The same, to be told more.
+    pub fn outcome_mut(&mut self) -> &mut Outcome {
+        &mut self.0.outcome
     }
 
     /// Says how long the body is, in bytes, where that is known.
     #[must_use]
     pub fn with_length(mut self, length: Option<u64>) -> Self {
-        self.length = length;
+        self.0.length = length;
         self
     }
 
     /// Its length in bytes, if that is known.
     pub fn length(&self) -> Option<u64> {
-        self.length
+        self.0.length
     }
 
     /// A body of nothing.
@@ -343,7 +370,9 @@ impl Body {
         }
         Ok(if joined.is_empty() { first } else { joined.freeze() })
     }
+}
 
+impl Inner {
     fn finish(&mut self, end: End) {
         if !std::mem::replace(&mut self.ended, true) {
             for watcher in &mut self.watchers {
@@ -357,7 +386,7 @@ impl Stream for Body {
     type Item = Result<Chunk, Error>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = self.get_mut();
+        let this = &mut *self.get_mut().0;
         let next = ready!(this.chunks.as_mut().poll_next(cx));
         match &next {
             Some(Ok(chunk)) => {
@@ -380,7 +409,7 @@ impl Stream for Body {
     }
 }
 
-impl Drop for Body {
+impl Drop for Inner {
     fn drop(&mut self) {
         // Who was promised nothing need not ask for it.
         self.finish(if self.length == Some(self.delivered) { End::Whole } else { End::Dropped });
@@ -389,7 +418,7 @@ impl Drop for Body {
 
 impl fmt::Debug for Body {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Body").field("length", &self.length).field("outcome", &self.outcome).finish_non_exhaustive()
+        f.debug_struct("Body").field("length", &self.0.length).field("outcome", &self.0.outcome).finish_non_exhaustive()
     }
 }
 

@@ -201,6 +201,7 @@ pub struct Snapshot {
     pub servers: Vec<Arc<Server>>,
     /// The models by canonical name.
     pub models: HashMap<ModelName, Arc<Known>>,
+    every: Bits,
 }
 
 impl Snapshot {
@@ -211,7 +212,7 @@ impl Snapshot {
 
     /// Every server.
     pub fn all(self: &Arc<Self>) -> Candidates {
-        Candidates { bits: Bits::first(self.servers.len()), snapshot: self.clone() }
+        Candidates { bits: self.every.clone(), snapshot: self.clone() }
     }
 }
 
@@ -629,7 +630,7 @@ impl Cluster {
                 (name, Arc::new(known))
             })
             .collect();
-        let servers = book
+        let servers: Vec<_> = book
             .entries
             .iter()
             .enumerate()
@@ -647,7 +648,8 @@ impl Cluster {
                 })
             })
             .collect();
-        self.snapshot.store(Arc::new(Snapshot { servers, models }));
+        let every = Bits::first(servers.len());
+        self.snapshot.store(Arc::new(Snapshot { servers, models, every }));
         book.rebuilt = Some(Instant::now());
     }
 }

@@ -5,11 +5,10 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use tower::{Layer, Service};
 
-use crate::call::{Call, Chunk, End, Head, Outcome, Reply, Watcher};
+use crate::call::{Answer, Call, Chunk, End, Head, Outcome, Reply, Watcher};
 use crate::error::Error;
 use crate::instruments::{Instruments, ModelMeters};
 
@@ -53,7 +52,7 @@ where
 {
     type Response = Reply;
     type Error = Error;
-    type Future = BoxFuture<'static, Result<Reply, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner.poll_ready(cx)
@@ -68,7 +67,7 @@ where
             match reply.await {
                 Ok(reply) => {
                     measure.instruments.answered(measure.head.route, reply.status.as_u16());
-                    measure.model.clone_from(&reply.body.outcome.model);
+                    measure.model.clone_from(&reply.body.outcome().model);
                     measure.begun = true;
                     Ok(reply.watch(Following { measure, seen: false }))
                 }

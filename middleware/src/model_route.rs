@@ -9,12 +9,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
 use http::StatusCode;
 use serde::Deserialize;
 use tower::{Layer, Service, ServiceExt};
 
-use crate::call::{Call, Reply};
+use crate::call::{Answer, Call, Reply};
 use crate::cluster::{Cluster, Known, Snapshot};
 use crate::error::Error;
 use crate::route::Scope;
@@ -77,7 +76,7 @@ where
 {
     type Response = Reply;
     type Error = Error;
-    type Future = BoxFuture<'static, Result<Reply, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner.poll_ready(cx)
@@ -98,12 +97,13 @@ where
     S: Service<Call, Response = Reply, Error = Error>,
 {
     router.narrow(&mut call);
+    let believed = (call.candidates.snapshot().clone(), call.known.clone());
     let several = call.candidates.snapshot().servers.len() > 1;
     let spare = several.then(|| call.again()).flatten();
     let head = call.head.clone();
     let reply = ready.call(call).await?;
     if reply.status != StatusCode::NOT_FOUND {
-        router.learn(&head, &reply);
+        router.learn(&head, &reply, believed);
         return Ok(reply);
     }
     match spare {
@@ -115,25 +115,29 @@ where
 impl Router {
     /// Leaves only those who have the model, if anybody has.
     fn narrow(&self, call: &mut Call) {
-        let snapshot = call.candidates.snapshot().clone();
-        let Some(known) = call.model.as_ref().and_then(|model| snapshot.known(model)) else { return };
-        call.known = Some(known.clone());
+        let snapshot = call.candidates.snapshot();
+        let Some(known) = call.model.as_ref().and_then(|model| snapshot.known(model)).cloned() else { return };
         let loaded_has_room = known.loaded.iter().filter_map(|index| snapshot.servers.get(index)).any(|server| {
             server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get())
         });
         call.candidates.keep(if loaded_has_room { &known.loaded } else { &known.installed });
+        call.known = Some(known);
     }
 
-    /// Remembers what a good answer shows about the model.
-    fn learn(&self, head: &crate::call::Head, reply: &Reply) {
-        let (Some(model), Some(server)) = (&head.model, reply.body.outcome.servers.last()) else { return };
+    /// Remembers what a good answer shows about the model, unless that was `believed` when it was asked.
+    fn learn(&self, head: &crate::call::Head, reply: &Reply, believed: (Arc<Snapshot>, Option<Arc<Known>>)) {
+        let (Some(model), Some(server)) = (&head.model, reply.body.outcome().servers.last()) else { return };
         if !head.route.infers() || !reply.status.is_success() {
             return;
         }
-        let snapshot = self.cluster.snapshot();
-        let Some(known) = snapshot.known(model) else { return };
         let is_loaded = !head.peek.unloads();
-        if was_loaded(&snapshot, known, server) != is_loaded {
+        let is_known = |snapshot: &Snapshot, known: &Known| was_loaded(snapshot, known, server) == is_loaded;
+        if believed.1.is_some_and(|known| is_known(&believed.0, &known)) {
+            return;
+        }
+        // Another call may have shown it in the meantime.
+        let snapshot = self.cluster.snapshot();
+        if snapshot.known(model).is_some_and(|known| !is_known(&snapshot, known)) {
             self.cluster.note_loaded(server, model, is_loaded);
         }
     }
@@ -147,7 +151,7 @@ impl Router {
         let mut refreshed = false;
         loop {
             let Some(model) = spare.model.clone() else { return Ok(refusal) };
-            if let Some(server) = refusal.body.outcome.servers.last() {
+            if let Some(server) = refusal.body.outcome().servers.last() {
                 self.cluster.forget(server, &model);
                 asked.push(server.clone());
             }
@@ -170,7 +174,7 @@ impl Router {
             let Some(call) = spare.again() else { return Ok(refusal) };
             let reply = next.ready().await?.call(call).await?;
             if reply.status != StatusCode::NOT_FOUND {
-                self.learn(&spare.head, &reply);
+                self.learn(&spare.head, &reply, (spare.candidates.snapshot().clone(), spare.known.clone()));
                 return Ok(reply);
             }
             refusal = reply;

@@ -4,6 +4,8 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
+use http::{HeaderName, HeaderValue};
+
 /// Registry host that a name without one belongs to.
 const DEFAULT_HOST: &str = "registry.ollama.ai";
 /// Namespace that a name without one belongs to.
@@ -21,6 +23,10 @@ pub struct ModelName(Arc<str>);
 impl ModelName {
     /// Parses a name by the rules of Ollama's `types/model/name.go`; `None` if Ollama would refuse it.
     pub fn parse(text: &str) -> Option<Self> {
+        if is_plain(text) {
+            // Nearly every name: nothing to fill in but perhaps the tag, and nothing to take out.
+            return Some(Self(if text.contains(':') { text.into() } else { [text, ":", DEFAULT_TAG].concat().into() }));
+        }
         let (rest, tag) = match (text.rfind(':'), text.rfind('/')) {
             (Some(colon), slash) if slash.is_none_or(|slash| colon > slash) => (&text[..colon], &text[colon + 1..]),
             _ => (text, DEFAULT_TAG),
@@ -59,6 +65,24 @@ impl ModelName {
     }
 }
 
+/// Whether a name is one short part, perhaps with a tag, in lower case.
+fn is_plain(text: &str) -> bool {
+    let mut colons = 0;
+    let mut begins = true;
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'0'..=b'9' | b'_' => begins = false,
+            b'-' | b'.' if !begins => {}
+            b':' if !begins && colons == 0 => {
+                colons = 1;
+                begins = true;
+            }
+            _ => return false,
+        }
+    }
+    !begins && text.len() <= 80
+}
+
 /// Splits at the last slash: what is before it, if there is one, and what is behind it.
 fn cut_last(text: &str) -> (Option<&str>, &str) {
     text.rsplit_once('/').map_or((None, text), |(rest, last)| (Some(rest), last))
@@ -86,29 +110,71 @@ impl Borrow<str> for ModelName {
 }
 
 /// The name of a server: what the operator calls it, else its address as configured.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ServerId(Arc<str>);
+#[derive(Clone, Debug)]
+pub struct ServerId(Arc<Server>);
+
+#[derive(Debug)]
+struct Server {
+    name: Arc<str>,
+    /// What answers of it are marked with.
+    header: HeaderValue,
+}
 
 impl ServerId {
+    /// The header that tells a client which server answered.
+    pub const HEADER: HeaderName = HeaderName::from_static("x-olol-server");
+
     /// Names a server.
     pub fn new(name: &str) -> Self {
-        Self(name.into())
+        let header = HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("?"));
+        Self(Arc::new(Server { name: name.into(), header }))
     }
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.0.name
+    }
+
+    /// The name as the value of a header.
+    pub fn header(&self) -> HeaderValue {
+        self.0.header.clone()
     }
 
     /// The name for a metric's label, without copying it.
     pub(crate) fn shared(&self) -> Arc<str> {
-        self.0.clone()
+        self.0.name.clone()
+    }
+}
+
+impl PartialEq for ServerId {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0.name == other.0.name
+    }
+}
+
+impl Eq for ServerId {}
+
+impl std::hash::Hash for ServerId {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.0.name.hash(state);
+    }
+}
+
+impl PartialOrd for ServerId {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for ServerId {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.name.cmp(&other.0.name)
     }
 }
 
 impl fmt::Display for ServerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.0.name)
     }
 }
 

@@ -6,19 +6,20 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use futures_util::future::BoxFuture;
 use smallvec::SmallVec;
-use tower::{Service, ServiceExt};
+use tower::Service;
 
-use crate::call::{Call, End, Outcome, Reply, Watcher};
+use crate::call::{Answer, Call, End, Outcome, Reply, Watcher};
 use crate::cluster::{Candidates, Server};
 use crate::error::{Error, Phase};
+use crate::instruments::ModelMeters;
 use crate::slots::Lease;
+use crate::stack;
 
 /// Where the services of the servers come from.
 pub trait Fleet: Clone + Send + Sync + 'static {
     /// The service of one server.
-    type Service: Service<Call, Response = Reply, Error = Error, Future: Send + 'static> + Send + 'static;
+    type Service: Service<Call, Response = Reply, Error = Error, Future = Answer> + Send + 'static;
 
     /// The service of a server of the current snapshot, if it is still there.
     fn service(&self, server: &Server) -> Option<Self::Service>;
@@ -40,7 +41,7 @@ impl<F: Fleet> Pick<F> {
 impl<F: Fleet> Service<Call> for Pick<F> {
     type Response = Reply;
     type Error = Error;
-    type Future = BoxFuture<'static, Result<Reply, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         Poll::Ready(Ok(()))
@@ -56,7 +57,13 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             return Box::pin(std::future::ready(Err(Error::NoServer(why.to_owned()))));
         };
         match self.fleet.service(&server) {
-            Some(service) => Box::pin(send(server, service, call)),
+            Some(service) => {
+                let lease = server.load.lease();
+                let attempts = call.attempts + 1;
+                let model = call.known.as_ref().map(|known| known.meters.clone());
+                let answer = stack::send(service, call);
+                Box::pin(follow(server, lease, attempts, model, answer))
+            }
             None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
         }
     }
@@ -78,19 +85,18 @@ fn choose(candidates: &Candidates) -> Option<Arc<Server>> {
     Some(if is_less(other, one) { other } else { one }.clone())
 }
 
-async fn send(
+/// Judges a server by its answer, and keeps the place on it for as long as that lasts.
+async fn follow(
     server: Arc<Server>,
-    service: impl Service<Call, Response = Reply, Error = Error>,
-    call: Call,
+    lease: Lease,
+    attempts: u32,
+    model: Option<Arc<ModelMeters>>,
+    answer: Answer,
 ) -> Result<Reply, Error> {
-    let lease = server.load.lease();
-    let attempts = call.attempts + 1;
-    let model = call.known.as_ref().map(|known| known.meters.clone());
-    let answer = service.oneshot(call).await;
-    match answer {
+    match answer.await {
         Ok(mut reply) => {
             server.meters.attempt(true);
-            let outcome = &mut reply.body.outcome;
+            let outcome = reply.body.outcome_mut();
             outcome.servers.push(server.id.clone());
             outcome.attempts = attempts;
             outcome.model = model;

@@ -8,12 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Poll};
 
-use futures_util::future::BoxFuture;
 use http::StatusCode;
 use serde::Deserialize;
 use tower::{Layer, Service, ServiceExt};
 
-use crate::call::{Call, Reply};
+use crate::call::{Answer, Call, Reply};
 use crate::error::{Error, Phase};
 use crate::instruments::Instruments;
 use crate::route::Scope;
@@ -107,7 +106,7 @@ where
 {
     type Response = Reply;
     type Error = Error;
-    type Future = BoxFuture<'static, Result<Reply, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner.poll_ready(cx)
@@ -147,7 +146,7 @@ impl Rules {
     fn next(&self, spare: &mut Call, answer: &Result<Reply, Error>) -> Option<(Call, &'static str)> {
         let (failed, may_be_reached, reused, cause) = match answer {
             Ok(reply) if is_elsewhere(reply.status) => {
-                (reply.body.outcome.servers.last()?.clone(), false, false, "busy")
+                (reply.body.outcome().servers.last()?.clone(), false, false, "busy")
             }
             Err(error @ Error::Server { server, phase, reused, .. }) if error.is_retryable() => {
                 let reached = *phase == Phase::Waiting;

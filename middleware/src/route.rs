@@ -186,7 +186,8 @@ impl Route {
 
     /// Whether the route takes a method.
     pub fn takes(self, method: &Method) -> bool {
-        self.allow().split(", ").any(|allowed| allowed == method.as_str())
+        let allow = self.allow();
+        allow == method.as_str() || allow.split(", ").any(|allowed| allowed == method.as_str())
     }
 
     /// How far the route reaches.

@@ -138,7 +138,7 @@ pub(crate) fn busy(server: &str) -> Reply {
 
 fn from(server: &str, status: StatusCode) -> Reply {
     let mut body = Body::empty();
-    body.outcome.servers.push(ServerId::new(server));
+    body.outcome_mut().servers.push(ServerId::new(server));
     Reply { status, headers: HeaderMap::new(), body }
 }
 

@@ -4,13 +4,12 @@
 
 use std::task::{Context, Poll};
 
-use futures_util::future::BoxFuture;
-use http::{HeaderValue, StatusCode};
+use http::StatusCode;
 use serde::Deserialize;
 use std::sync::Arc;
 use tower::{Layer, Service};
 
-use crate::call::{Call, End, Head, Outcome, Reply, Watcher};
+use crate::call::{Answer, Call, End, Head, Outcome, Reply, RequestId, Watcher};
 use crate::error::Error;
 
 /// The `[trace]` table.
@@ -62,7 +61,7 @@ where
 {
     type Response = Reply;
     type Error = Error;
-    type Future = BoxFuture<'static, Result<Reply, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner.poll_ready(cx)
@@ -80,9 +79,7 @@ async fn follow(mut line: Line, reply: impl Future<Output = Result<Reply, Error>
     line.answered = true;
     match answer {
         Ok(mut reply) => {
-            if let Ok(id) = HeaderValue::from_str(line.head.id.as_str()) {
-                reply.headers.insert("x-olol-request", id);
-            }
+            reply.headers.insert(RequestId::HEADER, line.head.id.header());
             line.status = reply.status;
             Ok(if line.wanted { reply.watch(line) } else { reply })
         }

@@ -75,48 +75,74 @@ impl Drop for Taken {
     }
 }
 
-/// Reads a body: as a whole while there is room for it, else what there is and a stream of the rest.
-pub(super) async fn read(
+/// How much of a body is here.
+pub(super) enum Arrived {
+    /// All of it, or all that is held of it.
+    Whole(Payload, Taken),
+    /// Not all.
+    Partly(Partly),
+}
+
+/// A body of which more is to come.
+pub(super) struct Partly {
+    pieces: SmallVec<[Bytes; 1]>,
+    incoming: Incoming,
+    taken: Taken,
+}
+
+/// Takes what has come of a body, without waiting for more. One that `streams` is not held at all.
+pub(super) fn arrived(
     mut incoming: Incoming,
     headers: &HeaderMap,
     streams: bool,
     room: &Arc<Room>,
-) -> Result<(Payload, Taken), Error> {
+) -> Result<Arrived, Error> {
     let mut taken = Taken { room: room.clone(), bytes: 0, over: None };
     let mut pieces = SmallVec::new();
     if incoming.is_end_stream() {
-        return Ok((Payload::Whole(pieces), taken));
+        return Ok(Arrived::Whole(Payload::Whole(pieces), taken));
     }
-    let length = super::header_text(headers, &header::CONTENT_LENGTH).and_then(|length| length.parse().ok());
     if streams {
-        let over = taken.over.insert(Arc::default()).clone();
+        let (length, over) = (length_of(headers), taken.over.insert(Arc::default()).clone());
         let pieces = Box::pin(Through { pieces: rest(incoming, room.pause), left: length, over });
-        return Ok((Payload::Stream { length, pieces }, taken));
+        return Ok(Arrived::Whole(Payload::Stream { length, pieces }, taken));
     }
-    // A small body is nearly always here already, and needs no clock.
-    while !incoming.is_end_stream() {
+    let mut is_over = false;
+    while !is_over && !incoming.is_end_stream() {
         let Some(frame) = incoming.frame().now_or_never() else { break };
         match frame {
-            None => return Ok((Payload::Whole(pieces), taken)),
+            None => is_over = true,
             Some(frame) => keep(frame.map_err(|error| Error::Body(error.into()))?, &mut pieces),
         }
     }
     if !taken.grow(pieces.iter().map(Bytes::len).sum()) {
-        return Ok((spilt(pieces, rest(incoming, room.pause), length), taken));
+        return Ok(Arrived::Whole(spilt(pieces, rest(incoming, room.pause), length_of(headers)), taken));
     }
-    if incoming.is_end_stream() {
-        return Ok((Payload::Whole(pieces), taken));
+    if is_over || incoming.is_end_stream() {
+        return Ok(Arrived::Whole(Payload::Whole(pieces), taken));
     }
-    let mut rest = rest(incoming, room.pause);
-    while let Some(piece) = rest.next().await {
-        let piece = piece?;
-        let has_room = taken.grow(piece.len());
-        pieces.push(piece);
-        if !has_room {
-            return Ok((spilt(pieces, rest, length), taken));
+    Ok(Arrived::Partly(Partly { pieces, incoming, taken }))
+}
+
+impl Partly {
+    /// Reads the rest: to the end while there is room for it, else as a stream.
+    pub(super) async fn rest(self, headers: &HeaderMap) -> Result<(Payload, Taken), Error> {
+        let Self { mut pieces, incoming, mut taken } = self;
+        let mut rest = rest(incoming, taken.room.pause);
+        while let Some(piece) = rest.next().await {
+            let piece = piece?;
+            let has_room = taken.grow(piece.len());
+            pieces.push(piece);
+            if !has_room {
+                return Ok((spilt(pieces, rest, length_of(headers)), taken));
+            }
         }
+        Ok((Payload::Whole(pieces), taken))
     }
-    Ok((Payload::Whole(pieces), taken))
+}
+
+fn length_of(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 fn keep(frame: Frame<Bytes>, pieces: &mut SmallVec<[Bytes; 1]>) {

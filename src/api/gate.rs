@@ -6,7 +6,8 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, Response, Uri};
 
 use super::body::HttpBody;
-use super::{header_text, response};
+use super::request::Facts;
+use super::response;
 
 const ALLOW_HEADERS: &str = "Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout";
 const ALLOW_METHODS: &str = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS";
@@ -85,13 +86,13 @@ impl Gate {
     pub(super) fn check(
         &self,
         method: &Method,
-        headers: &HeaderMap,
+        facts: &Facts<'_>,
         uri: &Uri,
         allow: Option<&'static str>,
     ) -> Result<Pass, Response<HttpBody>> {
         let named = uri.authority().map(|authority| authority.as_str().rsplit('@').next().unwrap_or_default());
-        let host = named.or_else(|| header_text(headers, &header::HOST)).unwrap_or("");
-        let origin = header_text(headers, &header::ORIGIN).filter(|origin| !origin.is_empty());
+        let host = named.or_else(|| text(facts.host?)).unwrap_or("");
+        let origin = facts.origin.and_then(text).filter(|origin| !origin.is_empty());
         let foreign = origin.filter(|origin| !is_same(origin, host));
         let pass = match foreign {
             None => Pass(None),
@@ -106,16 +107,16 @@ impl Gate {
             }
         };
         match &self.here {
+            // The address that most clients on this machine use.
+            Some(_) if host.strip_prefix("127.0.0.1:").is_some_and(|port| !port.as_bytes().contains(&b':')) => Ok(pass),
             Some(here) if !is_address_allowed(here, bare(host)) => {
-                let mut answer = if !is_name_allowed(here, bare(host)) {
-                    response::forbidden(allow)
+                if !is_name_allowed(here, bare(host)) {
+                    Err(pass.marked(response::forbidden(allow)))
                 } else if method == Method::OPTIONS {
-                    response::no_content(allow)
+                    Err(pass.marked(response::no_content(allow)))
                 } else {
-                    return Ok(pass);
-                };
-                pass.mark(answer.headers_mut());
-                Err(answer)
+                    Ok(pass)
+                }
             }
             _ => Ok(pass),
         }
@@ -123,7 +124,13 @@ impl Gate {
 }
 
 impl Pass {
-    /// Tells a browser that it may read the answer.
+    /// An answer that tells a browser that it may read it.
+    pub(super) fn marked(&self, mut answer: Response<HttpBody>) -> Response<HttpBody> {
+        self.mark(answer.headers_mut());
+        answer
+    }
+
+    /// The same, of an answer's headers.
     pub(super) fn mark(&self, headers: &mut HeaderMap) {
         if let Some(origin) = &self.0 {
             headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
@@ -132,6 +139,10 @@ impl Pass {
             }
         }
     }
+}
+
+fn text(value: &HeaderValue) -> Option<&str> {
+    value.to_str().ok()
 }
 
 fn preflight(pass: &Pass, any: bool, allow: Option<&'static str>) -> Response<HttpBody> {
@@ -159,7 +170,7 @@ fn bare(host: &str) -> &str {
         return rest.split_once("]:").map_or(host, |(host, _)| host);
     }
     match host.split_once(':') {
-        Some((name, port)) if !port.contains(':') => name,
+        Some((name, port)) if !port.as_bytes().contains(&b':') => name,
         _ => host,
     }
 }
@@ -192,7 +203,7 @@ mod tests {
         if !origin.is_empty() {
             headers.insert("origin", HeaderValue::from_str(origin).unwrap());
         }
-        gate.check(&method, &headers, &Uri::from_static("/api/tags"), None)
+        gate.check(&method, &Facts::of(&headers), &Uri::from_static("/api/tags"), None)
             .map_or_else(|answer| answer.status().as_u16(), |_| 200)
     }
 
@@ -246,15 +257,16 @@ mod tests {
             (header::HOST, HeaderValue::from_static("localhost")),
             (header::ORIGIN, HeaderValue::from_static("https://evil.example")),
         ]);
-        let answer =
-            gate("").check(&Method::OPTIONS, &headers, &Uri::from_static("/api/chat"), Some("POST")).unwrap_err();
+        let answer = gate("")
+            .check(&Method::OPTIONS, &Facts::of(&headers), &Uri::from_static("/api/chat"), Some("POST"))
+            .unwrap_err();
         assert_eq!((answer.status().as_u16(), &answer.headers()["allow"]), (403, &HeaderValue::from_static("POST")));
     }
 
     #[test]
     fn who_a_uri_names_is_not_its_host() {
         let uri = Uri::from_static("http://user:word@localhost/api/tags");
-        assert!(gate("").check(&Method::GET, &HeaderMap::new(), &uri, None).is_ok());
+        assert!(gate("").check(&Method::GET, &Facts::default(), &uri, None).is_ok());
     }
 
     #[test]

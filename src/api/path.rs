@@ -40,8 +40,9 @@ pub(super) fn trailing_slash(method: &Method, path: &str, uri: &Uri) -> Option<R
 
 /// Removes empty and dot segments, and keeps a slash at the end, as Go's `cleanPath`.
 fn clean(path: &str) -> Cow<'_, str> {
-    let is_clean = path.starts_with('/') && !path.contains("//") && !path.contains("/.");
-    if is_clean {
+    // One pass over the bytes: a search for each of the two would cost more than the path is long.
+    let doubtful = |pair: &[u8]| pair[0] == b'/' && matches!(pair[1], b'/' | b'.');
+    if path.starts_with('/') && !path.as_bytes().windows(2).any(doubtful) {
         return Cow::Borrowed(path);
     }
     let mut kept: Vec<&str> = Vec::new();
@@ -63,7 +64,7 @@ fn clean(path: &str) -> Cow<'_, str> {
 
 /// Percent-decodes; `None` for an escape that is none.
 fn decode(path: &str) -> Option<Cow<'_, str>> {
-    if !path.contains('%') {
+    if !path.as_bytes().contains(&b'%') {
         return Some(Cow::Borrowed(path));
     }
     let mut bytes = Vec::with_capacity(path.len());

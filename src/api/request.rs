@@ -1,8 +1,9 @@
 //! From an HTTP request to what the stack takes.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
-use http::header::{self, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Version};
@@ -10,33 +11,65 @@ use olol_middleware::{Head, ModelName, Payload, Peek, RequestId, Route};
 use tokio::time::Instant;
 
 use super::body::HttpBody;
-use super::{header_text, response};
+use super::response;
+use crate::ollama::HOP;
 
-/// Answers what Go's server does not even hand to Ollama.
-pub(super) fn refuse<B>(request: &Request<B>) -> Option<Response<HttpBody>> {
-    let hosts = request.headers().get_all(header::HOST);
-    if request.version() == Version::HTTP_11
-        && hosts.iter().next().is_none()
-        && request.method() != http::Method::CONNECT
-    {
-        return Some(response::bad_request(": missing required Host header"));
+/// The headers that decide whether a request is taken, found in one pass: a map of headers costs by the search.
+#[derive(Debug, Default)]
+pub(super) struct Facts<'a> {
+    /// The host, if there is one.
+    pub(super) host: Option<&'a HeaderValue>,
+    /// Whether there is more than one, or one that is none.
+    has_bad_host: bool,
+    /// The page that asks, in a browser.
+    pub(super) origin: Option<&'a HeaderValue>,
+    length: Option<&'a HeaderValue>,
+    expect: Option<&'a HeaderValue>,
+    /// The proxy of ours that it has passed.
+    pub(super) hop: Option<&'a HeaderValue>,
+}
+
+impl<'a> Facts<'a> {
+    pub(super) fn of(headers: &'a HeaderMap) -> Self {
+        let mut facts = Self::default();
+        for (name, value) in headers {
+            if name == header::HOST {
+                facts.has_bad_host |= facts.host.is_some() || !is_valid_host(value);
+                facts.host = Some(value);
+            } else if name == header::ORIGIN {
+                facts.origin = facts.origin.or(Some(value));
+            } else if name == header::CONTENT_LENGTH {
+                facts.length = facts.length.or(Some(value));
+            } else if name == header::EXPECT {
+                facts.expect = facts.expect.or(Some(value));
+            } else if name == HOP {
+                facts.hop = facts.hop.or(Some(value));
+            }
+        }
+        facts
     }
-    if hosts.iter().count() > 1 {
-        return Some(response::bad_request(""));
+
+    /// Answers what Go's server does not even hand to Ollama.
+    pub(super) fn refusal<B>(&self, request: &Request<B>) -> Option<Response<HttpBody>> {
+        if request.version() == Version::HTTP_11 && self.host.is_none() && request.method() != http::Method::CONNECT {
+            return Some(response::bad_request(": missing required Host header"));
+        }
+        if self.has_bad_host {
+            let is_one = request.headers().get_all(header::HOST).iter().count() == 1;
+            return Some(response::bad_request(if is_one { ": malformed Host header" } else { "" }));
+        }
+        let text = |value: Option<&'a HeaderValue>| value.and_then(|value| value.to_str().ok());
+        if text(self.length).is_some_and(|length| length.parse::<i64>().is_err()) {
+            return Some(response::bad_request(""));
+        }
+        if let Some(expect) = text(self.expect)
+            && !expect.is_empty()
+            && !expect.split(',').any(|word| word.trim().eq_ignore_ascii_case("100-continue"))
+        {
+            return Some(response::closing(StatusCode::EXPECTATION_FAILED, "expectation"));
+        }
+        None
     }
-    if !hosts.iter().all(is_valid_host) {
-        return Some(response::bad_request(": malformed Host header"));
-    }
-    if header_text(request.headers(), &header::CONTENT_LENGTH).is_some_and(|length| length.parse::<i64>().is_err()) {
-        return Some(response::bad_request(""));
-    }
-    if let Some(expect) = header_text(request.headers(), &header::EXPECT)
-        && !expect.is_empty()
-        && !expect.split(',').any(|word| word.trim().eq_ignore_ascii_case("100-continue"))
-    {
-        return Some(response::closing(StatusCode::EXPECTATION_FAILED, "expectation"));
-    }
-    None
 }
 
 /// The characters of Go's `httpguts.ValidHostHeader`.
@@ -44,10 +77,18 @@ fn is_valid_host(host: &HeaderValue) -> bool {
     host.as_bytes().iter().all(|byte| byte.is_ascii_alphanumeric() || b"!$%&()*+,-.:;=[]_~'".contains(byte))
 }
 
-/// The head of a call, with what can be seen of its body.
-pub(super) fn head(route: Route, path: &str, parts: Parts, payload: &Payload, client: Option<SocketAddr>) -> Head {
-    let peek = peek(route, path, payload);
-    let model = peek.model.as_deref().and_then(ModelName::parse);
+/// What a path names, where the path says it and not the body: a model, a blob's digest.
+pub(super) fn subject(route: Route, path: &str) -> Option<String> {
+    let last = || path.rsplit_once('/').map(|(_, last)| last.to_owned());
+    if matches!(route, Route::V1Model | Route::Blob) { last() } else { None }
+}
+
+/// The head of a call. `subject` is what its path names.
+pub(super) fn head(route: Route, subject: Option<String>, parts: Parts, client: Option<SocketAddr>) -> Head {
+    let peek = match subject {
+        Some(digest) if route == Route::Blob => Peek { digests: vec![digest], ..Peek::default() },
+        model => Peek { model, ..Peek::default() },
+    };
     Head {
         id: RequestId::random(),
         route,
@@ -55,26 +96,22 @@ pub(super) fn head(route: Route, path: &str, parts: Parts, payload: &Payload, cl
         path: parts.uri.into_parts().path_and_query.unwrap_or(PathAndQuery::from_static("/")),
         headers: parts.headers,
         peek,
-        model,
+        model: None,
         client,
         arrived: Instant::now(),
         deadline: None,
     }
 }
 
-fn peek(route: Route, path: &str, payload: &Payload) -> Peek {
-    match (route, payload) {
-        (Route::V1Model, _) => {
-            Peek { model: path.rsplit_once('/').map(|(_, model)| model.to_owned()), ..Peek::default() }
-        }
-        (Route::Blob, _) => Peek {
-            digests: path.rsplit_once('/').map(|(_, digest)| digest.to_owned()).into_iter().collect(),
-            ..Peek::default()
-        },
-        (Route::V1Audio, Payload::Whole(pieces)) => Peek::multipart(pieces),
-        (_, Payload::Whole(pieces)) => Peek::json(pieces),
-        (_, Payload::Stream { .. }) => Peek::default(),
+/// Looks into the body of a call for what routing needs, where the path did not tell it.
+pub(super) fn look(head: &mut Arc<Head>, payload: &Payload) {
+    let Some(head) = Arc::get_mut(head) else { return };
+    match (head.route, payload) {
+        (Route::V1Model | Route::Blob, _) | (_, Payload::Stream { .. }) => {}
+        (Route::V1Audio, Payload::Whole(pieces)) => head.peek = Peek::multipart(pieces),
+        (_, Payload::Whole(pieces)) => head.peek = Peek::json(pieces),
     }
+    head.model = head.peek.model.as_deref().and_then(ModelName::parse);
 }
 
 #[cfg(test)]
@@ -82,7 +119,8 @@ mod tests {
     use super::*;
 
     fn refusal(request: http::request::Builder) -> Option<u16> {
-        refuse(&request.header("host", "a").body(()).unwrap()).map(|answer| answer.status().as_u16())
+        let request = request.header("host", "a").body(()).unwrap();
+        Facts::of(request.headers()).refusal(&request).map(|answer| answer.status().as_u16())
     }
 
     #[test]
@@ -96,7 +134,15 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_of_a_blob_is_the_decoded_one() {
-        assert_eq!(peek(Route::Blob, "/api/blobs/sha256:ab", &Payload::empty()).digests, ["sha256:ab"]);
+    fn a_path_may_name_what_is_meant() {
+        let of = |route, path| {
+            let parts = Request::new(()).into_parts().0;
+            let mut head = Arc::new(head(route, subject(route, path), parts, None));
+            look(&mut head, &Payload::empty());
+            (head.peek.digests.clone(), head.model.as_ref().map(ToString::to_string))
+        };
+        assert_eq!(of(Route::Blob, "/api/blobs/sha256:ab"), (vec!["sha256:ab".to_owned()], None));
+        assert_eq!(of(Route::V1Model, "/v1/models/tiny"), (vec![], Some("tiny:latest".to_owned())));
+        assert_eq!(of(Route::Chat, "/api/chat"), (vec![], None));
     }
 }

@@ -2,7 +2,7 @@
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
-use olol_middleware::{Error, Reply, Route};
+use olol_middleware::{Error, Reply, Route, ServerId};
 
 use super::body::HttpBody;
 use super::error;
@@ -15,15 +15,15 @@ pub(super) fn breaks_with_a_line(route: Route) -> bool {
 /// A reply as HTTP.
 pub(super) fn written(reply: Reply, wants_lines: bool) -> Response<HttpBody> {
     let Reply { status, mut headers, body } = reply;
-    let outcome = &body.outcome;
-    if let Some(server) = outcome.servers.last().and_then(|server| HeaderValue::from_str(server.as_str()).ok()) {
-        headers.insert("x-olol-server", server);
+    let outcome = body.outcome();
+    if let Some(server) = outcome.servers.last() {
+        headers.insert(ServerId::HEADER, server.header());
     }
     if outcome.attempts > 1 {
         headers.insert("x-olol-attempts", HeaderValue::from(outcome.attempts));
     }
     if !outcome.absent.is_empty() {
-        let names: Vec<&str> = outcome.absent.iter().map(olol_middleware::ServerId::as_str).collect();
+        let names: Vec<&str> = outcome.absent.iter().map(ServerId::as_str).collect();
         if let Ok(names) = HeaderValue::from_str(&names.join(",")) {
             headers.insert("x-olol-partial", names);
         }
@@ -42,8 +42,8 @@ pub(super) fn refused(route: Route, error: &Error) -> Response<HttpBody> {
     let headers = answer.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json; charset=utf-8"));
     headers.insert("x-olol-reason", HeaderValue::from_static(error.kind()));
-    if let Some(server) = error.server().and_then(|server| HeaderValue::from_str(server.as_str()).ok()) {
-        headers.insert("x-olol-server", server);
+    if let Some(server) = error.server() {
+        headers.insert(ServerId::HEADER, server.header());
     }
     if matches!(error, Error::Body(_)) {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

@@ -122,38 +122,16 @@ pub(super) struct Link {
     connection: http1::Connection<TokioIo<Either<TcpStream, UnixStream>>, Outgoing>,
     /// Whether the connection is over.
     closed: bool,
-    reused: bool,
     idle_since: Instant,
 }
 
 impl Link {
-    /// Whether it has carried a call before.
-    pub(super) fn is_reused(&self) -> bool {
-        self.reused
-    }
-
-    /// Sends a request, and waits for the head of the answer. A server may answer and close before it has read the whole
-    /// body: its word counts more than the failure to send the rest.
-    pub(super) async fn ask(&mut self, request: Request<Outgoing>) -> hyper::Result<Response<Incoming>> {
-        let mut answer = std::pin::pin!(self.sender.send_request(request));
-        let (connection, closed) = (&mut self.connection, &mut self.closed);
-        std::future::poll_fn(|cx| {
-            if !*closed {
-                match Pin::new(&mut *connection).poll(cx) {
-                    Poll::Ready(Err(error)) => {
-                        *closed = true;
-                        return Poll::Ready(match answer.as_mut().poll(cx) {
-                            Poll::Ready(Ok(response)) => Ok(response),
-                            _ => Err(error),
-                        });
-                    }
-                    Poll::Ready(Ok(())) => *closed = true,
-                    Poll::Pending => {}
-                }
-            }
-            answer.as_mut().poll(cx)
-        })
-        .await
+    /// Sends a request, and waits for the head of the answer.
+    pub(super) fn ask(
+        mut self: Box<Self>,
+        request: Request<Outgoing>,
+    ) -> impl Future<Output = hyper::Result<(Box<Self>, Response<Incoming>)>> + Send {
+        Asking { answer: self.sender.send_request(request), link: Some(self) }
     }
 
     /// Moves bytes. True if that may have brought something for the reader of the body.
@@ -170,6 +148,36 @@ impl Link {
     fn is_alive(&mut self, cx: &mut Context<'_>) -> bool {
         self.drive(cx);
         !self.closed && matches!(self.sender.poll_ready(cx), Poll::Ready(Ok(())))
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A request on its way. An own type, since an `async fn` would hold the request twice.
+    struct Asking<F> {
+        #[pin]
+        answer: F,
+        link: Option<Box<Link>>,
+    }
+}
+
+impl<F: Future<Output = hyper::Result<Response<Incoming>>>> Future for Asking<F> {
+    type Output = hyper::Result<(Box<Link>, Response<Incoming>)>;
+
+    /// A server may answer and close before it has read the whole body: its word counts more than the failure to send the
+    /// rest.
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Some(mut link) = this.link.take() else { return Poll::Pending };
+        let moved = if link.closed { Poll::Pending } else { Pin::new(&mut link.connection).poll(cx) };
+        link.closed |= moved.is_ready();
+        match (moved, this.answer.poll(cx)) {
+            (_, Poll::Ready(Ok(response))) => Poll::Ready(Ok((link, response))),
+            (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => Poll::Ready(Err(error)),
+            (_, Poll::Pending) => {
+                *this.link = Some(link);
+                Poll::Pending
+            }
+        }
     }
 }
 
@@ -190,27 +198,28 @@ impl Links {
         &self.endpoint
     }
 
-    /// A connection that is ready: the one used last, or a new one.
-    pub(super) async fn get(&self, fresh: bool) -> Result<Box<Link>, BoxError> {
-        if !fresh {
-            let mut cx = Context::from_waker(Waker::noop());
-            while let Some(mut link) = self.pop() {
-                if link.is_alive(&mut cx) {
-                    link.reused = true;
-                    return Ok(link);
-                }
+    /// The connection that was used last, if one is ready.
+    pub(super) fn pooled(&self) -> Option<Box<Link>> {
+        let mut cx = Context::from_waker(Waker::noop());
+        loop {
+            let mut link = self.idle().pop()?;
+            if link.is_alive(&mut cx) {
+                return Some(link);
             }
-        }
-        match tokio::time::timeout(self.timeout, self.connect()).await {
-            Ok(link) => link,
-            Err(_) => Err(format!("no connection after {} ms", self.timeout.as_millis()).into()),
         }
     }
 
-    async fn connect(&self) -> Result<Box<Link>, BoxError> {
-        let io = TokioIo::new(self.endpoint.connect().await?);
-        let (sender, connection) = http1::Builder::new().handshake(io).await?;
-        Ok(Box::new(Link { sender, connection, closed: false, reused: false, idle_since: Instant::now() }))
+    /// A new connection.
+    pub(super) async fn connect(&self) -> Result<Box<Link>, BoxError> {
+        let connecting = async {
+            let io = TokioIo::new(self.endpoint.connect().await?);
+            let (sender, connection) = http1::Builder::new().handshake(io).await?;
+            Ok(Box::new(Link { sender, connection, closed: false, idle_since: Instant::now() }))
+        };
+        match tokio::time::timeout(self.timeout, connecting).await {
+            Ok(link) => link,
+            Err(_) => Err(format!("no connection after {} ms", self.timeout.as_millis()).into()),
+        }
     }
 
     /// Keeps a connection for the next call, if it can carry one.
@@ -228,10 +237,6 @@ impl Links {
     pub(super) fn sweep(&self) {
         let mut cx = Context::from_waker(Waker::noop());
         self.idle().retain_mut(|link| link.idle_since.elapsed() < IDLE_FOR && link.is_alive(&mut cx));
-    }
-
-    fn pop(&self) -> Option<Box<Link>> {
-        self.idle().pop()
     }
 
     #[expect(clippy::vec_box, reason = "as above")]

@@ -3,10 +3,11 @@
 //! A quotation mark inside a JSON string is always escaped, so `"done":true` or `"usage":{` in the bytes is never text of a
 //! model. Numbers stand behind the texts, so the last occurrence is the true one.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use memchr::memmem;
+use bytes::Bytes;
+use memchr::memmem::Finder;
 use olol_middleware::Counters;
 
 use super::lines::Boundary;
@@ -19,26 +20,27 @@ const TAIL: usize = 640;
 pub(super) struct Count {
     boundary: Boundary,
     /// The last bytes of an answer that is one JSON object.
-    tail: BytesMut,
+    tail: Bytes,
 }
 
 impl Count {
     pub(super) fn new(boundary: Boundary) -> Self {
-        Self { boundary, tail: BytesMut::new() }
+        Self { boundary, tail: Bytes::new() }
     }
 
     /// Looks at a piece.
     pub(super) fn see(&mut self, piece: &Bytes) -> Option<Counters> {
         match self.boundary {
-            Boundary::Line => memmem::find(piece, b"\"done\":true").and_then(|_| counters(piece)),
-            Boundary::Event => memmem::find(piece, b"\"usage\":{").and_then(|_| counters(piece)),
+            Boundary::Line => KEYS.done.find(piece).and_then(|_| counters(piece)),
+            Boundary::Event => KEYS.usage.find(piece).and_then(|_| counters(piece)),
             Boundary::None => {
-                if piece.len() >= TAIL {
-                    self.tail.clear();
-                }
-                self.tail.extend_from_slice(&piece[piece.len().saturating_sub(TAIL)..]);
-                let excess = self.tail.len().saturating_sub(2 * TAIL);
-                let _ = self.tail.split_to(excess);
+                let end = piece.slice(piece.len().saturating_sub(TAIL)..);
+                self.tail = if end.len() == TAIL || self.tail.is_empty() {
+                    end
+                } else {
+                    let before = &self.tail[self.tail.len().saturating_sub(TAIL)..];
+                    [before, &end].concat().into()
+                };
                 None
             }
         }
@@ -50,25 +52,44 @@ impl Count {
     }
 }
 
+/// What is looked for, prepared once: most of the work of a search in so few bytes.
+struct Keys {
+    done: Finder<'static>,
+    usage: Finder<'static>,
+    /// Native, OpenAI's, Anthropic's.
+    output: [Finder<'static>; 3],
+    prompt: [Finder<'static>; 3],
+    eval_duration: Finder<'static>,
+    load_duration: Finder<'static>,
+}
+
+static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
+    done: Finder::new(b"\"done\":true"),
+    usage: Finder::new(b"\"usage\":{"),
+    output: ["\"eval_count\":", "\"completion_tokens\":", "\"output_tokens\":"].map(Finder::new),
+    prompt: ["\"prompt_eval_count\":", "\"prompt_tokens\":", "\"input_tokens\":"].map(Finder::new),
+    eval_duration: Finder::new(b"\"eval_duration\":"),
+    load_duration: Finder::new(b"\"load_duration\":"),
+});
+
 /// The counts in the bytes, native or of a `usage`.
 fn counters(bytes: &[u8]) -> Option<Counters> {
-    let number = |key: &[u8]| number_behind(bytes, key);
-    let first = |keys: &[&[u8]]| keys.iter().find_map(|key| number(key));
-    let output_tokens = first(&[b"\"eval_count\":", b"\"completion_tokens\":", b"\"output_tokens\":"]);
-    let prompt_tokens = first(&[b"\"prompt_eval_count\":", b"\"prompt_tokens\":", b"\"input_tokens\":"]);
+    let number = |key| number_behind(bytes, key);
+    let output_tokens = KEYS.output.iter().find_map(number);
+    let prompt_tokens = KEYS.prompt.iter().find_map(number);
     if output_tokens.is_none() && prompt_tokens.is_none() {
         return None;
     }
     Some(Counters {
         prompt_tokens: prompt_tokens.unwrap_or(0),
         output_tokens: output_tokens.unwrap_or(0),
-        eval_duration: Duration::from_nanos(number(b"\"eval_duration\":").unwrap_or(0)),
-        load_duration: Duration::from_nanos(number(b"\"load_duration\":").unwrap_or(0)),
+        eval_duration: Duration::from_nanos(number(&KEYS.eval_duration).unwrap_or(0)),
+        load_duration: Duration::from_nanos(number(&KEYS.load_duration).unwrap_or(0)),
     })
 }
 
-fn number_behind(bytes: &[u8], key: &[u8]) -> Option<u64> {
-    let at = memmem::rfind(bytes, key)? + key.len();
+fn number_behind(bytes: &[u8], key: &Finder<'_>) -> Option<u64> {
+    let at = key.find_iter(bytes).last()? + key.needle().len();
     let digits = bytes[at..].iter().take_while(|byte| byte.is_ascii_digit());
     let mut value = None;
     for digit in digits {

@@ -1,8 +1,6 @@
 //! One call over one connection: the body on its way out, and the answer on its way in.
 
-use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -12,9 +10,10 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::Response;
 use hyper::body::Incoming;
 use olol_middleware::call::{Body, Pieces};
-use olol_middleware::{Chunk, Error, Payload, Phase, Reply, ServerId};
+use olol_middleware::{Chunk, Counters, Error, Payload, Phase, Reply};
 
-use super::connection::{Link, Links};
+use super::Ollama;
+use super::connection::Link;
 use super::counters::Count;
 use super::lines::{Boundary, Lines};
 
@@ -64,25 +63,19 @@ impl http_body::Body for Outgoing {
 }
 
 /// Turns a response into a reply whose body drives the connection, and gives it back when it is done.
-pub(super) fn reply(
-    server: ServerId,
-    link: Box<Link>,
-    links: Arc<Links>,
-    response: Response<Incoming>,
-    infers: bool,
-) -> Reply {
+pub(super) fn reply(ollama: Ollama, link: Box<Link>, response: Response<Incoming>, infers: bool) -> Reply {
     let (mut head, body) = response.into_parts();
     let length = body.size_hint().exact();
     let boundary = Boundary::of(&head.headers);
     strip(&mut head.headers);
     let answer = Answer {
-        server,
+        ollama,
         link: Some(link),
-        links,
         body,
         lines: Lines::new(boundary),
         count: infers.then(|| Count::new(boundary)),
-        ready: VecDeque::new(),
+        last: None,
+        end: None,
         over: false,
     };
     let is_plain = boundary == Boundary::None;
@@ -95,6 +88,9 @@ pub(super) fn reply(
 
 /// Removes what belongs to the connection, but for the `Connection: keep-alive` that Ollama itself puts on some streams.
 fn strip(headers: &mut HeaderMap) {
+    if !headers.keys().any(|name| super::HOP_BY_HOP.contains(name)) {
+        return;
+    }
     let own = headers.remove(header::CONNECTION).filter(|value| value.as_bytes().eq_ignore_ascii_case(b"keep-alive"));
     super::strip_hop_by_hop(headers);
     if let Some(value) = own {
@@ -104,14 +100,14 @@ fn strip(headers: &mut HeaderMap) {
 
 /// The body of an answer.
 struct Answer {
-    server: ServerId,
+    ollama: Ollama,
     link: Option<Box<Link>>,
-    links: Arc<Links>,
     body: Incoming,
     lines: Lines,
     count: Option<Count>,
-    /// Chunks that came with the end of the body.
-    ready: VecDeque<Chunk>,
+    /// What came with the end of the body: a piece without its end, and the counts.
+    last: Option<Bytes>,
+    end: Option<Counters>,
     over: bool,
 }
 
@@ -135,15 +131,12 @@ impl Answer {
     fn finish(&mut self, cx: &mut Context<'_>) {
         self.over = true;
         if let Some(link) = self.link.take() {
-            self.links.put(link, cx);
+            self.ollama.0.links.put(link, cx);
         }
-        if let Some(rest) = self.lines.rest() {
-            let chunk = self.chunk(rest);
-            self.ready.push_back(chunk);
-        }
-        if let Some(end) = self.count.as_mut().and_then(Count::finish) {
-            self.ready.push_back(Chunk { bytes: Bytes::new(), end: Some(end) });
-        }
+        self.last = self.lines.rest();
+        let count = self.count.as_mut();
+        self.end =
+            count.and_then(|count| self.last.as_ref().and_then(|last| count.see(last)).or_else(|| count.finish()));
     }
 }
 
@@ -154,7 +147,9 @@ impl Stream for Answer {
         let this = self.get_mut();
         loop {
             if this.over {
-                return Poll::Ready(this.ready.pop_front().map(Ok));
+                let end = this.end.take();
+                let last = this.last.take().or_else(|| end.map(|_| Bytes::new()));
+                return Poll::Ready(last.map(|bytes| Ok(Chunk { bytes, end })));
             }
             match std::task::ready!(this.poll_frame(cx)) {
                 None => this.finish(cx),
@@ -171,13 +166,7 @@ impl Stream for Answer {
                 Some(Err(error)) => {
                     this.over = true;
                     this.link = None;
-                    let (server, source) = (this.server.clone(), error.into());
-                    return Poll::Ready(Some(Err(Error::Server {
-                        server,
-                        phase: Phase::Streaming,
-                        reused: false,
-                        source,
-                    })));
+                    return Poll::Ready(Some(Err(this.ollama.failed(Phase::Streaming, false, error))));
                 }
             }
         }

@@ -39,6 +39,13 @@ pub const PHASE: &str = "olol-phase";
 /// Silence after which a connection is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(5);
 
+/// Which of its two connections a call takes.
+#[derive(Clone, Copy)]
+enum Way {
+    Calls,
+    Bulk,
+}
+
 /// One agent.
 #[derive(Debug)]
 pub(super) struct Agent {
@@ -53,15 +60,24 @@ impl Agent {
     }
 
     /// Relays a call and returns when the head of the answer is there.
-    pub(super) async fn relay(&self, ask: Ask, context: super::Context) -> Result<Reply, Error> {
-        let (channel, reused) = if matches!(ask.payload, Payload::Stream { .. }) {
-            self.bulk.get(ask.fresh).await
-        } else {
-            self.calls.get(ask.fresh).await
-        }
-        .map_err(|error| self.failed(Phase::Connecting, false, error))?;
+    pub(super) fn relay(
+        self: Arc<Self>,
+        ask: Ask,
+        context: super::Context,
+    ) -> impl Future<Output = Result<Reply, Error>> + Send {
+        let way = if matches!(ask.payload, Payload::Stream { .. }) { Way::Bulk } else { Way::Calls };
+        let fresh = ask.fresh;
         let mut request = Request::new(Messages(messages(ask, context)));
         request.metadata_mut().insert("te", tonic::metadata::MetadataValue::from_static("trailers"));
+        self.exchange(way, fresh, request)
+    }
+
+    async fn exchange(self: Arc<Self>, way: Way, fresh: bool, request: Request<Messages>) -> Result<Reply, Error> {
+        let line = match way {
+            Way::Calls => &self.calls,
+            Way::Bulk => &self.bulk,
+        };
+        let (channel, reused) = line.get(fresh).await.map_err(|error| self.failed(Phase::Connecting, false, error))?;
         let mut stream = match client(channel).relay(request).await {
             Ok(response) => response.into_inner(),
             Err(status) => return Err(self.error(status, Phase::Waiting, reused)),

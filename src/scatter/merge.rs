@@ -55,7 +55,7 @@ impl<F: Fleet> Scatter<F> {
             Route::Ps => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Expiry)),
             _ => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Modified)),
         };
-        reply.body.outcome.absent = absent;
+        reply.body.outcome_mut().absent = absent;
         if is_head(&call) {
             // As from a server: the length of a long list is not said.
             let length = reply.body.length().filter(|length| *length < 2048);

@@ -109,7 +109,7 @@ impl<F: Fleet> Scatter<F> {
             }
         });
         let mut reply = Reply { status: StatusCode::OK, headers, body: Body::new(lines) };
-        reply.body.outcome.absent = absent;
+        reply.body.outcome_mut().absent = absent;
         Ok(reply.hold(news))
     }
 
@@ -206,7 +206,7 @@ async fn whole(
         Some((headers, body)) if told.failures.is_empty() => Reply::full(StatusCode::OK, headers, body),
         _ => json_reply(StatusCode::INTERNAL_SERVER_ERROR, "application/json; charset=utf-8", told.failure()),
     };
-    reply.body.outcome.absent = absent;
+    reply.body.outcome_mut().absent = absent;
     Ok(reply.hold(news))
 }
 

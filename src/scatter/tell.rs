@@ -48,10 +48,10 @@ impl<F: Fleet> Scatter<F> {
                 let mut reply = scatter.to(call, server).await?;
                 // Short answers: read now, so that one which breaks off counts as failed.
                 let body = std::mem::replace(&mut reply.body, olol_middleware::call::Body::empty());
-                let outcome = body.outcome.clone();
+                let outcome = body.outcome().clone();
                 let bytes = body.collect(LONGEST).await?;
                 let mut whole = Reply::full(reply.status, reply.headers, bytes);
-                whole.body.outcome = outcome;
+                *whole.body.outcome_mut() = outcome;
                 Ok(whole)
             }
         }))
@@ -107,7 +107,7 @@ fn judge(answers: Vec<Said>) -> Result<Reply, Error> {
     }
     let none = || Err(Error::NoServer("the proxy has no servers".to_owned()));
     let mut reply = failed.or(done).or(stranger_failed).or(missing).unwrap_or_else(none)?;
-    reply.body.outcome.absent = absent;
+    reply.body.outcome_mut().absent = absent;
     Ok(reply)
 }
 
@@ -124,7 +124,7 @@ mod tests {
             Said { server: ServerId::new(&at.to_string()), holds: *status > 0, answer }
         });
         let reply = judge(answers.collect()).unwrap();
-        (reply.status.as_u16(), reply.body.outcome.absent.len())
+        (reply.status.as_u16(), reply.body.outcome().absent.len())
     }
 
     #[test]

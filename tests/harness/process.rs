@@ -17,6 +17,8 @@ use super::patiently;
 pub struct Process {
     child: Child,
     address: SocketAddr,
+    /// The most memory that it had until it listened, bytes.
+    at_start: u64,
     log: Arc<Mutex<String>>,
     reading: Option<JoinHandle<()>>,
 }
@@ -35,7 +37,8 @@ impl Process {
         let reading = Some(tokio::spawn(read_log(child.stderr.take().unwrap(), log.clone(), found)));
         let address = patiently("the program listens", address).await;
         let address = address.unwrap_or_else(|_| panic!("the program ended: {}", log.lock().unwrap()));
-        Self { child, address, log, reading }
+        let at_start = peak_memory(&child);
+        Self { child, address, at_start, log, reading }
     }
 
     /// Starts a proxy.
@@ -88,12 +91,18 @@ impl Process {
         self.log.lock().unwrap().clone()
     }
 
-    /// The most memory that it ever had, bytes.
-    pub fn peak_memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id().unwrap())).unwrap();
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
-        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    /// How much its memory has grown, at the most, since it listens; bytes. The program's own pages are not in it: a build
+    /// for debugging has many.
+    pub fn peak_growth(&self) -> u64 {
+        peak_memory(&self.child) - self.at_start
     }
+}
+
+/// The most memory that a process ever had, bytes.
+fn peak_memory(child: &Child) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id().unwrap())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
 /// The program, without what the environment of the tests may say to it.
