@@ -217,8 +217,14 @@ impl Snapshot {
 }
 
 /// A set of servers, by their index.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Bits(SmallVec<[u64; 2]>);
+
+impl Clone for Bits {
+    fn clone(&self) -> Self {
+        Self(SmallVec::from_slice(&self.0))
+    }
+}
 
 impl Bits {
     fn first(count: usize) -> Self {
@@ -252,10 +258,10 @@ impl Bits {
         self.0.iter().all(|word| *word == 0)
     }
 
-    /// The servers that are in both sets.
-    #[must_use]
-    pub fn and(&self, other: &Self) -> Self {
-        Self(self.0.iter().zip(&other.0).map(|(a, b)| a & b).collect())
+    /// Keeps only those that are in another set too.
+    pub fn keep(&mut self, other: &Self) {
+        self.0.truncate(other.0.len());
+        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word &= other);
     }
 
     /// The indices, ascending.
@@ -288,7 +294,7 @@ impl Candidates {
 
     /// Keeps only those that are in a set.
     pub fn keep(&mut self, bits: &Bits) {
-        self.bits = self.bits.and(bits);
+        self.bits.keep(bits);
     }
 
     /// Keeps only one, which may have been out before.

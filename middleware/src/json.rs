@@ -43,55 +43,61 @@ pub struct Malformed;
 
 /// Reads on through the pieces of a body.
 pub struct Reader<'a> {
-    pieces: &'a [Bytes],
-    /// Index of the piece we are in.
-    piece: usize,
-    /// Where we are in that piece.
-    at: usize,
-    /// Where that piece begins in the body.
-    base: usize,
+    /// What is left of the piece we are in.
+    rest: &'a [u8],
+    /// Where that piece ends in the body.
+    end: usize,
+    /// The pieces after it.
+    pieces: std::slice::Iter<'a, Bytes>,
 }
 
 impl<'a> Reader<'a> {
     /// Begins at the start of a body.
     pub fn new(pieces: &'a [Bytes]) -> Self {
-        Self { pieces, piece: 0, at: 0, base: 0 }
+        Self { rest: &[], end: 0, pieces: pieces.iter() }
     }
 
     /// The offset of the next byte.
     pub fn offset(&self) -> usize {
-        self.base + self.at
+        self.end - self.rest.len()
     }
 
     /// What is left of the piece we are in, going on to the next one when this is used up; empty at the end.
+    #[inline]
     fn rest(&mut self) -> &'a [u8] {
-        while let Some(piece) = self.pieces.get(self.piece) {
-            if self.at < piece.len() {
-                return &piece[self.at..];
-            }
-            self.base += piece.len();
-            self.piece += 1;
-            self.at = 0;
+        if self.rest.is_empty() {
+            self.turn();
         }
-        &[]
+        self.rest
+    }
+
+    fn turn(&mut self) {
+        while self.rest.is_empty()
+            && let Some(piece) = self.pieces.next()
+        {
+            self.rest = piece;
+            self.end += piece.len();
+        }
+    }
+
+    #[inline]
+    fn pass(&mut self, count: usize) {
+        self.rest = &self.rest[count..];
     }
 
     fn next(&mut self) -> Result<u8, Malformed> {
         let byte = *self.rest().first().ok_or(Malformed)?;
-        self.at += 1;
+        self.pass(1);
         Ok(byte)
     }
 
     /// The next byte that is not white space, left in place.
     pub fn peek(&mut self) -> Result<u8, Malformed> {
         loop {
-            let rest = self.rest();
-            let blank = rest.iter().take_while(|byte| matches!(byte, b' ' | b'\t' | b'\n' | b'\r')).count();
-            self.at += blank;
-            match rest.get(blank) {
+            match self.rest().first() {
+                Some(b' ' | b'\t' | b'\n' | b'\r') => self.pass(1),
                 Some(byte) => return Ok(*byte),
-                None if rest.is_empty() => return Err(Malformed),
-                None => {}
+                None => return Err(Malformed),
             }
         }
     }
@@ -100,7 +106,7 @@ impl<'a> Reader<'a> {
     pub fn take(&mut self, wanted: u8) -> Result<bool, Malformed> {
         let found = self.peek()? == wanted;
         if found {
-            self.at += 1;
+            self.pass(1);
         }
         Ok(found)
     }
@@ -118,13 +124,13 @@ impl<'a> Reader<'a> {
             }
             match memchr::memchr2(b'"', b'\\', rest) {
                 Some(found) => {
-                    self.at += found + 1;
+                    self.pass(found + 1);
                     if rest[found] == b'"' {
                         return Ok(Span { start, end: self.offset() - 1 });
                     }
                     self.next()?;
                 }
-                None => self.at += rest.len(),
+                None => self.pass(rest.len()),
             }
         }
     }
@@ -164,7 +170,7 @@ impl<'a> Reader<'a> {
             let rest = self.rest();
             let length =
                 rest.iter().take_while(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'+' | b'.')).count();
-            self.at += length;
+            self.pass(length);
             if length < rest.len() || rest.is_empty() {
                 return self.offset() - start;
             }
@@ -183,7 +189,7 @@ impl<'a> Reader<'a> {
             }
             let plain = rest.iter().take_while(|byte| !matches!(byte, b'"' | b'{' | b'}' | b'[' | b']')).count();
             empty &= depth > 1 || rest[..plain].iter().all(u8::is_ascii_whitespace);
-            self.at += plain;
+            self.pass(plain);
             let Some(byte) = rest.get(plain) else { continue };
             match byte {
                 b'"' => {
@@ -197,7 +203,7 @@ impl<'a> Reader<'a> {
                 }
                 _ => depth -= 1,
             }
-            self.at += 1;
+            self.pass(1);
             if depth == 0 {
                 return Ok(empty);
             }

@@ -2,6 +2,7 @@
 //!
 //! Belongs outermost: what other layers refuse is told too. The line is written when the *body* ends.
 
+use std::fmt;
 use std::task::{Context, Poll};
 
 use http::StatusCode;
@@ -105,22 +106,41 @@ impl Line {
         if !self.wanted {
             return;
         }
-        let head = &self.head;
-        let counters = outcome.counters.unwrap_or_default();
-        tracing::info!(
-            target: "olol::access",
-            id = %head.id,
-            client = head.client.map(tracing::field::display),
-            method = %head.method,
-            path = %head.path,
-            model = head.peek.model.as_deref(),
-            status = self.status.as_u16(),
-            server = outcome.servers.last().map(tracing::field::display),
-            attempts = outcome.attempts,
-            ms = u64::try_from(head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX),
-            tokens = counters.output_tokens,
-            end,
-        );
+        // One message instead of a dozen fields: the same text for a third of the work.
+        tracing::info!(target: "olol::access", "{}", Told { line: self, end, outcome });
+    }
+}
+
+/// A line of the access log, in logfmt.
+struct Told<'a> {
+    line: &'a Line,
+    end: &'a str,
+    outcome: &'a Outcome,
+}
+
+impl fmt::Display for Told<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (head, outcome) = (&self.line.head, self.outcome);
+        f.write_str("id=")?;
+        f.write_str(head.id.as_str())?;
+        if let Some(client) = head.client {
+            write!(f, " client={client}")?;
+        }
+        f.write_str(" method=")?;
+        f.write_str(head.method.as_str())?;
+        f.write_str(" path=")?;
+        f.write_str(head.path.as_str())?;
+        if let Some(model) = &head.peek.model {
+            // In quotes, and escaped: it is whatever the client wrote.
+            write!(f, " model={model:?}")?;
+        }
+        write!(f, " status={}", self.line.status.as_str())?;
+        if let Some(server) = outcome.servers.last() {
+            f.write_str(" server=")?;
+            f.write_str(server.as_str())?;
+        }
+        let (ms, tokens) = (head.arrived.elapsed().as_millis(), outcome.counters.unwrap_or_default().output_tokens);
+        write!(f, " attempts={} ms={ms} tokens={tokens} end={:?}", outcome.attempts, self.end)
     }
 }
 

@@ -27,6 +27,9 @@ const KEEP_IDLE: usize = 512;
 /// An idle connection is closed after this time.
 const IDLE_FOR: Duration = Duration::from_secs(60);
 
+/// An idle connection is not looked at again within this time.
+const BELIEVED: Duration = Duration::from_millis(10);
+
 /// Where an Ollama listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Endpoint {
@@ -198,12 +201,13 @@ impl Links {
         &self.endpoint
     }
 
-    /// The connection that was used last, if one is ready.
+    /// The connection that was used last, if one is ready. One that was alive a moment ago is believed to be so still: if
+    /// it is not, the call is sent again over a new one.
     pub(super) fn pooled(&self) -> Option<Box<Link>> {
         let mut cx = Context::from_waker(Waker::noop());
         loop {
             let mut link = self.idle().pop()?;
-            if link.is_alive(&mut cx) {
+            if link.idle_since.elapsed() < BELIEVED || link.is_alive(&mut cx) {
                 return Some(link);
             }
         }

@@ -72,8 +72,43 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
     load_duration: Finder::new(b"\"load_duration\":"),
 });
 
-/// The counts in the bytes, native or of a `usage`.
+/// The counts in the bytes, native or of a `usage`. Nearly always they are the last thing there.
 fn counters(bytes: &[u8]) -> Option<Counters> {
+    counters_at_the_end(bytes).or_else(|| counters_anywhere(bytes))
+}
+
+/// Reads `"key":number` after `"key":number` from the end of an object.
+fn counters_at_the_end(bytes: &[u8]) -> Option<Counters> {
+    let mut found = Counters::default();
+    let mut is_some = false;
+    let mut rest = bytes.trim_ascii_end();
+    while let Some(inner) = rest.strip_suffix(b"}") {
+        rest = inner;
+    }
+    loop {
+        let digits = rest.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
+        let (before, digits) = rest.split_at(rest.len() - digits);
+        let Some(before) = before.strip_suffix(b"\":") else { break };
+        let Some(quote) = memchr::memrchr(b'"', before) else { break };
+        let number =
+            || digits.iter().fold(0_u64, |sum, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0')));
+        match &before[quote + 1..] {
+            b"eval_count" | b"completion_tokens" | b"output_tokens" => found.output_tokens = number(),
+            b"prompt_eval_count" | b"prompt_tokens" | b"input_tokens" => {
+                found.prompt_tokens = number();
+                is_some = true;
+            }
+            b"eval_duration" => found.eval_duration = Duration::from_nanos(number()),
+            b"load_duration" => found.load_duration = Duration::from_nanos(number()),
+            _ => {}
+        }
+        let Some(before) = before[..quote].strip_suffix(b",") else { break };
+        rest = before;
+    }
+    is_some.then_some(found)
+}
+
+fn counters_anywhere(bytes: &[u8]) -> Option<Counters> {
     let number = |key| number_behind(bytes, key);
     let output_tokens = KEYS.output.iter().find_map(number);
     let prompt_tokens = KEYS.prompt.iter().find_map(number);
@@ -125,6 +160,17 @@ mod tests {
         let anthropic =
             [r#"{"usage":{"input_tokens":6,"output_tokens":0}}"#, r#"{"usage":{"input_tokens":15,"output_tokens":8}}"#];
         assert_eq!(tokens(Boundary::Event, &anthropic), Some((15, 8)));
+    }
+
+    #[test]
+    fn counts_that_are_not_last_are_found_too() {
+        let responses =
+            r#"{"usage":{"input_tokens":3,"input_tokens_details":{"cached_tokens":0},"output_tokens":4},"user":null}"#;
+        assert_eq!(tokens(Boundary::None, &[responses]), Some((3, 4)));
+        let native = r#"{"message":{"tool_calls":[{"arguments":{"eval_count":9}}]},"done":true,"load_duration":5,"prompt_eval_count":3,"prompt_eval_duration":8,"eval_count":4,"eval_duration":7}"#;
+        let found = counters(native.as_bytes()).unwrap();
+        assert_eq!((found.prompt_tokens, found.output_tokens), (3, 4));
+        assert_eq!((found.eval_duration.as_nanos(), found.load_duration.as_nanos()), (7, 5));
     }
 
     #[test]
