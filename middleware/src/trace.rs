@@ -3,6 +3,7 @@
 //! Belongs outermost: what other layers refuse is told too. The line is written when the *body* ends.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::task::{Context, Poll};
 
 use http::StatusCode;
@@ -12,6 +13,9 @@ use tower::{Layer, Service};
 
 use crate::call::{Answer, Call, End, Head, Outcome, Reply, RequestId, Watcher};
 use crate::error::Error;
+
+/// The target of the lines of the access log: what a filter names, and what a formatter may treat apart.
+pub const ACCESS: &str = "olol::access";
 
 /// The `[trace]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -106,41 +110,40 @@ impl Line {
         if !self.wanted {
             return;
         }
-        // One message instead of a dozen fields: the same text for a third of the work.
-        tracing::info!(target: "olol::access", "{}", Told { line: self, end, outcome });
+        let head = &self.head;
+        let counters = outcome.counters.unwrap_or_default();
+        tracing::info!(
+            target: ACCESS,
+            id = %head.id,
+            client = head.client.map(|client| tracing::field::display(Shown(client))),
+            method = %head.method,
+            path = %head.path.as_str(),
+            model = head.peek.model.as_deref(),
+            status = self.status.as_u16(),
+            server = outcome.servers.last().map(tracing::field::display),
+            attempts = outcome.attempts,
+            ms = u64::try_from(head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX),
+            tokens = counters.output_tokens,
+            end,
+        );
     }
 }
 
-/// A line of the access log, in logfmt.
-struct Told<'a> {
-    line: &'a Line,
-    end: &'a str,
-    outcome: &'a Outcome,
-}
+/// An address, written without the padding that the standard library provides for and pays for.
+struct Shown(SocketAddr);
 
-impl fmt::Display for Told<'_> {
+impl fmt::Display for Shown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (head, outcome) = (&self.line.head, self.outcome);
-        f.write_str("id=")?;
-        f.write_str(head.id.as_str())?;
-        if let Some(client) = head.client {
-            write!(f, " client={client}")?;
+        let SocketAddr::V4(address) = self.0 else { return self.0.fmt(f) };
+        let mut buffer = itoa::Buffer::new();
+        let [a, b, c, d] = address.ip().octets();
+        f.write_str(buffer.format(a))?;
+        for part in [b, c, d] {
+            f.write_str(".")?;
+            f.write_str(buffer.format(part))?;
         }
-        f.write_str(" method=")?;
-        f.write_str(head.method.as_str())?;
-        f.write_str(" path=")?;
-        f.write_str(head.path.as_str())?;
-        if let Some(model) = &head.peek.model {
-            // In quotes, and escaped: it is whatever the client wrote.
-            write!(f, " model={model:?}")?;
-        }
-        write!(f, " status={}", self.line.status.as_str())?;
-        if let Some(server) = outcome.servers.last() {
-            f.write_str(" server=")?;
-            f.write_str(server.as_str())?;
-        }
-        let (ms, tokens) = (head.arrived.elapsed().as_millis(), outcome.counters.unwrap_or_default().output_tokens);
-        write!(f, " attempts={} ms={ms} tokens={tokens} end={:?}", outcome.attempts, self.end)
+        f.write_str(":")?;
+        f.write_str(buffer.format(address.port()))
     }
 }
 
