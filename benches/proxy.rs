@@ -101,9 +101,9 @@ impl Field {
         let rounds = if title.contains("open") { 1 } else { setting("OLOL_BENCH_ROUNDS", 7) }.to_string();
         let mut compare = Command::new(&self.bench);
         compare.args(["compare", "--rounds", &rounds, "--json"]).arg(&out).args(load);
-        peers.iter().for_each(|peer| {
+        for peer in &peers {
             compare.args(["--target", &peer.target()]);
-        });
+        }
         let ended = compare.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("the load generator runs");
         assert!(ended.success(), "the load generator failed: {ended}");
         let report: Value = serde_json::from_str(&std::fs::read_to_string(&out).expect("its report")).expect("JSON");

@@ -84,13 +84,12 @@ impl Engine {
     /// Starts an engine, and waits until it can be asked.
     pub async fn start(start: Start) -> Result<Self, EngineError> {
         let folder = tempfile::Builder::new().prefix("olol-").tempdir()?;
-        let model = match start.model {
-            Some(model) => model,
-            None => {
-                let model = folder.path().join("olol-tiny.gguf");
-                tokio::fs::write(&model, OLOL_TINY).await?;
-                model
-            }
+        let model = if let Some(model) = start.model {
+            model
+        } else {
+            let model = folder.path().join("olol-tiny.gguf");
+            tokio::fs::write(&model, OLOL_TINY).await?;
+            model
         };
         let socket = folder.path().join("engine.sock");
         let process = Arc::default();

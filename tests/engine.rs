@@ -1,5 +1,6 @@
 //! The built-in engine: real llama.cpp with the model that comes with OLOL, in a real child process.
 #![cfg(feature = "engine")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -83,7 +84,7 @@ async fn lines(mut reply: Reply) -> Vec<Value> {
     while let Some(chunk) = within(reply.body.next()).await {
         let bytes = chunk.unwrap().bytes;
         if !bytes.is_empty() {
-            assert_eq!(bytes.iter().filter(|byte| **byte == b'\n').count(), 1);
+            assert_eq!(memchr::memchr_iter(b'\n', &bytes).count(), 1);
             lines.push(serde_json::from_slice(&bytes).unwrap());
         }
     }
@@ -170,7 +171,7 @@ async fn an_answer_goes_on_from_the_context_of_the_last() {
     let second = running.generate(json!({"prompt": "Hello!", "context": context})).await;
     let before = context.as_array().unwrap();
     assert!(second["context"].as_array().unwrap().starts_with(before));
-    assert!(second["prompt_eval_count"].as_u64().unwrap() as usize > before.len());
+    assert!(second["prompt_eval_count"].as_u64().unwrap() > before.len() as u64);
     let foreign = json!({"model": "olol-tiny", "prompt": "Hello!", "context": [999_999_999]});
     assert_eq!(running.object("/api/generate", &foreign).await.0, StatusCode::BAD_REQUEST);
 }

@@ -1,5 +1,6 @@
 //! `olol up` and `olol client` as a newcomer meets them: the real program, its output, and how it ends.
 #![cfg(feature = "engine")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
@@ -129,9 +130,9 @@ fn a_client_without_a_server_says_what_to_do() {
 #[test]
 fn a_file_that_is_no_model_ends_up_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("notes.gguf");
-    std::fs::write(&file, "not a model").unwrap();
-    let (_, refusal, fine) = output(Command::new(OLOL).args(["up", "--port", "0", "--model", file.to_str().unwrap()]));
+    let notes = folder.path().join("notes.gguf");
+    std::fs::write(&notes, "not a model").unwrap();
+    let (_, refusal, fine) = output(Command::new(OLOL).args(["up", "--port", "0", "--model", notes.to_str().unwrap()]));
     assert!(!fine && refusal.contains("notes.gguf is no GGUF file"), "{refusal}");
     assert_eq!(refusal.matches("olol:").count(), 1, "{refusal}");
 }

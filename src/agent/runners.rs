@@ -98,24 +98,29 @@ fn read(line: &[u8]) -> Option<(String, Runner)> {
 mod tests {
     use super::*;
 
+    /// The words as `/proc` has them, a NUL after each.
+    fn line(words: &str) -> Vec<u8> {
+        format!("{words} ").replace(' ', "\0").into_bytes()
+    }
+
     #[test]
     fn a_command_line_tells_slots_and_context() {
-        let line = b"/usr/lib/ollama/llama-server\0--model\0/models/blobs/sha256-aa\0--port\09\0-c\08192\0-np\04\0";
-        assert_eq!(read(line), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192 })));
-        let older = b"/usr/bin/ollama\0runner\0--model\0/m/sha256-bb\0--ctx-size\02048\0--parallel\02\0";
-        assert_eq!(read(older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048 })));
-        let own = b"/usr/bin/olol\0engine\0--model\0/tmp/olol-x/olol-tiny.gguf\0";
-        assert_eq!(read(own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0 })));
-        assert_eq!(read(b"/usr/bin/vim\0--model\0x\0"), None);
+        let new = line("/usr/lib/ollama/llama-server --model /models/blobs/sha256-aa --port 9 -c 8192 -np 4");
+        assert_eq!(read(&new), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192 })));
+        let older = line("/usr/bin/ollama runner --model /m/sha256-bb --ctx-size 2048 --parallel 2");
+        assert_eq!(read(&older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048 })));
+        let own = line("/usr/bin/olol engine --model /tmp/olol-x/olol-tiny.gguf");
+        assert_eq!(read(&own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0 })));
+        assert_eq!(read(&line("/usr/bin/vim --model x")), None);
         assert_eq!(read(b""), None);
     }
 
     #[test]
     fn runners_are_found_among_processes() {
         let proc = tempfile::tempdir().unwrap();
-        for (pid, line) in [("12", "llama-server\0-m\0/b/sha256-aa\0-np\02\0"), ("self", "llama-server\0-m\0/b/x\0")] {
+        for (pid, words) in [("12", "llama-server -m /b/sha256-aa -np 2"), ("self", "llama-server -m /b/x")] {
             std::fs::create_dir(proc.path().join(pid)).unwrap();
-            std::fs::write(proc.path().join(pid).join("cmdline"), line).unwrap();
+            std::fs::write(proc.path().join(pid).join("cmdline"), line(words)).unwrap();
         }
         assert_eq!(find(proc.path()), HashMap::from([("sha256-aa".to_owned(), Runner { slots: 2, context: 0 })]));
     }

@@ -186,6 +186,7 @@ fn stats(last: &Value, server: &str, first: Duration, total: Duration) -> String
     let tokens = count("eval_count");
     // Nanoseconds; what took no measurable time has no rate.
     let seconds = Duration::from_nanos(count("eval_duration")).as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "nobody waits for 2^52 tokens")]
     let rate = if seconds > 0.0 { format!("{:.1}", tokens as f64 / seconds) } else { "-".to_owned() };
     format!(
         "[{tokens} tokens, {rate} tokens/s, first after {} ms, total {} ms, prompt {} tokens, server {}]\n",

@@ -140,6 +140,7 @@ impl Behind {
     }
 
     #[cfg(not(feature = "engine"))]
+    #[expect(clippy::unused_async, reason = "stands in for the one above")]
     async fn engine(_model: Option<PathBuf>) -> anyhow::Result<Self> {
         anyhow::bail!(
             "no Ollama answers at OLLAMA_HOST or 127.0.0.1:11434, and this build has no engine of its own; start one with \
@@ -147,6 +148,7 @@ impl Behind {
         )
     }
 
+    #[cfg_attr(not(feature = "engine"), expect(clippy::unused_async, reason = "only an engine is waited for"))]
     async fn stop(self) {
         #[cfg(feature = "engine")]
         if let Some(engine) = self.engine {

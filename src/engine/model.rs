@@ -19,7 +19,7 @@ use super::log;
 const HASHED_WHOLE: u64 = 64 << 20;
 /// Of a larger file so many samples of this size are hashed.
 const SAMPLES: u64 = 64;
-const SAMPLE: u64 = 64 << 10;
+const SAMPLE: usize = 64 << 10;
 
 /// A model file, as it is known without loading its weights.
 #[derive(Clone, Debug)]
@@ -244,20 +244,21 @@ fn digest(file: &mut std::fs::File, length: u64) -> std::io::Result<String> {
         std::io::copy(file, &mut hash)?;
     } else {
         hash.update(length.to_le_bytes());
-        let last = length - SAMPLE;
-        let mut sample = vec![0; SAMPLE as usize];
+        let last = length - SAMPLE as u64;
+        let mut sample = vec![0; SAMPLE];
         for at in 0..SAMPLES {
             file.seek(SeekFrom::Start(last / (SAMPLES - 1) * at))?;
             file.read_exact(&mut sample)?;
             hash.update(&sample);
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:x}", hash.finalize()))
 }
 
 /// A number of parameters as Ollama writes it (`format.HumanNumber`).
 fn human_number(count: u64) -> String {
     let scaled = |unit: f64, digits: usize, letter: &str| {
+        #[expect(clippy::cast_precision_loss, reason = "no model has 2^52 parameters")]
         let number = count as f64 / unit;
         let digits = if number.fract() == 0.0 { 0 } else { digits };
         format!("{number:.digits$}{letter}")

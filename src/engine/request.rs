@@ -218,8 +218,10 @@ impl Options {
     }
 
     fn set(&mut self, key: &str, value: &Value) -> Result<(), &'static str> {
+        #[expect(clippy::cast_possible_truncation, reason = "32 bits are what Ollama and llama.cpp keep")]
         let float = || value.as_f64().map(|number| number as f32).ok_or("float32");
         // Ollama takes 1.0 for an integer too: JSON has only numbers.
+        #[expect(clippy::cast_possible_truncation, reason = "a fraction is cut off, as Ollama does")]
         let integer = || value.as_i64().or_else(|| value.as_f64().map(|number| number as i64)).ok_or("integer");
         let small =
             || integer().map(|number| i32::try_from(number).unwrap_or(if number < 0 { i32::MIN } else { i32::MAX }));

@@ -29,7 +29,7 @@ use super::stops::Shown;
 /// Context of a request that names none, tokens: Ollama's default.
 const DEFAULT_CONTEXT: u32 = 4096;
 /// Tokens that are given to the model at once, Ollama's `num_batch`.
-const BATCH: usize = 512;
+const BATCH: u32 = 512;
 /// Weights that are worth a thread of their own, bytes.
 const BYTES_A_THREAD: u64 = 32 << 20;
 /// Tokens at the beginning that are kept when a prompt is too long, Ollama's `num_keep`.
@@ -167,7 +167,7 @@ impl Runner {
             .unwrap_or_else(|| threads(self.file.size));
         let parameters = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(context))
-            .with_n_batch(BATCH as u32)
+            .with_n_batch(BATCH)
             .with_n_threads(threads)
             .with_n_threads_batch(threads);
         let llama = model.new_context(&self.backend, parameters).map_err(|error| {
@@ -182,7 +182,7 @@ impl Runner {
             context,
             templates: ChatTemplates::from_model(model, None).ok(),
             cached: Vec::new(),
-            batch: LlamaBatch::new(BATCH, 1),
+            batch: LlamaBatch::new(BATCH as usize, 1),
         })
     }
 
@@ -294,7 +294,9 @@ impl Session<'_> {
         let ready = Instant::now();
         let prompt = self.prompt(job)?;
         let mut sampler = sampler(self.model, &job.options)?;
-        prompt.iter().for_each(|token| sampler.accept(*token, false));
+        for token in &prompt {
+            sampler.accept(*token, false);
+        }
         self.read(&prompt, job)?;
         let read = Instant::now();
         let mut made = Vec::new();
@@ -413,7 +415,7 @@ impl Session<'_> {
             common = 0;
         }
         self.cached.truncate(common);
-        for piece in prompt[common..].chunks(BATCH) {
+        for piece in prompt[common..].chunks(BATCH as usize) {
             if job.is_gone() {
                 return Err(Stop::Gone);
             }

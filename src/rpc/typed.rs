@@ -63,13 +63,13 @@ fn post(path: &'static str, object: Map<String, Value>) -> Ask {
 
 pub(super) fn generate(request: GenerateRequest) -> Result<Ask, Status> {
     let mut body = Map::new();
-    body.insert("model".to_owned(), json!(request.model));
-    body.insert("prompt".to_owned(), json!(request.prompt));
-    put(&mut body, "suffix", json!(request.suffix));
-    put(&mut body, "system", json!(request.system));
-    put(&mut body, "template", json!(request.template));
-    put(&mut body, "raw", json!(request.raw));
-    put(&mut body, "context", json!(request.context));
+    body.insert("model".to_owned(), request.model.into());
+    body.insert("prompt".to_owned(), request.prompt.into());
+    put(&mut body, "suffix", request.suffix.into());
+    put(&mut body, "system", request.system.into());
+    put(&mut body, "template", request.template.into());
+    put(&mut body, "raw", request.raw.into());
+    put(&mut body, "context", request.context.into());
     put(&mut body, "images", request.images.iter().map(|image| json!(STANDARD.encode(image))).collect());
     put(&mut body, "options", nested("options_json", &request.options_json)?);
     put(&mut body, "format", format(&request.format)?);
@@ -80,7 +80,7 @@ pub(super) fn generate(request: GenerateRequest) -> Result<Ask, Status> {
 
 pub(super) fn chat(request: ChatRequest) -> Result<Ask, Status> {
     let mut body = Map::new();
-    body.insert("model".to_owned(), json!(request.model));
+    body.insert("model".to_owned(), request.model.into());
     let messages: Result<Vec<Value>, Status> = request.messages.into_iter().map(message).collect();
     body.insert("messages".to_owned(), Value::Array(messages?));
     put(&mut body, "tools", nested("tools_json", &request.tools_json)?);
@@ -93,24 +93,24 @@ pub(super) fn chat(request: ChatRequest) -> Result<Ask, Status> {
 
 fn message(message: Message) -> Result<Value, Status> {
     let mut object = Map::new();
-    object.insert("role".to_owned(), json!(message.role));
-    object.insert("content".to_owned(), json!(message.content));
-    put(&mut object, "thinking", json!(message.thinking));
+    object.insert("role".to_owned(), message.role.into());
+    object.insert("content".to_owned(), message.content.into());
+    put(&mut object, "thinking", message.thinking.into());
     put(&mut object, "images", message.images.iter().map(|image| json!(STANDARD.encode(image))).collect());
     put(&mut object, "tool_calls", nested("tool_calls_json", &message.tool_calls_json)?);
-    put(&mut object, "tool_name", json!(message.tool_name));
+    put(&mut object, "tool_name", message.tool_name.into());
     Ok(Value::Object(object))
 }
 
 pub(super) fn embed(request: EmbedRequest) -> Result<Ask, Status> {
     let mut body = Map::new();
-    body.insert("model".to_owned(), json!(request.model));
-    body.insert("input".to_owned(), json!(request.input));
+    body.insert("model".to_owned(), request.model.into());
+    body.insert("input".to_owned(), request.input.into());
     if let Some(truncate) = request.truncate {
-        body.insert("truncate".to_owned(), json!(truncate));
+        body.insert("truncate".to_owned(), truncate.into());
     }
     if request.dimensions != 0 {
-        body.insert("dimensions".to_owned(), json!(request.dimensions));
+        body.insert("dimensions".to_owned(), request.dimensions.into());
     }
     put(&mut body, "options", nested("options_json", &request.options_json)?);
     put(&mut body, "keep_alive", keep_alive(&request.keep_alive));
@@ -236,7 +236,9 @@ pub(super) fn chatted(value: &Value) -> ChatResponse {
 pub(super) fn embedded(value: &Value) -> EmbedResponse {
     let vector = |vector: &Value| {
         let numbers = vector.as_array().into_iter().flatten().filter_map(Value::as_f64);
-        Embedding { values: numbers.map(|number| number as f32).collect() }
+        #[expect(clippy::cast_possible_truncation, reason = "they were written from 32 bits")]
+        let values = numbers.map(|number| number as f32).collect();
+        Embedding { values }
     };
     EmbedResponse {
         model: text(value, "model"),

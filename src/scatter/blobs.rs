@@ -93,7 +93,7 @@ impl Spool {
             file.write_all(&piece).await.map_err(storage)?;
         }
         file.flush().await.map_err(storage)?;
-        let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let found = format!("{:x}", hash.finalize());
         if found != hex {
             return Ok(Written::Mismatch(found));
         }

@@ -130,8 +130,8 @@ fn list(bodies: &[Bytes], order: Order) -> String {
     let mut kept = distinct(entries, |key| key.name.as_str());
     // Times are compared as text: one writer, one zone, and what differs in precision differs below a second.
     kept.sort_by(|(a, _), (b, _)| match order {
-        Order::Modified => stamp(&b.modified_at).cmp(&stamp(&a.modified_at)),
-        Order::Expiry => stamp(&b.expires_at).cmp(&stamp(&a.expires_at)),
+        Order::Modified => stamp(&b.modified_at).cmp(stamp(&a.modified_at)),
+        Order::Expiry => stamp(&b.expires_at).cmp(stamp(&a.expires_at)),
     });
     let items: Vec<&str> = kept.iter().map(|(_, raw)| raw.get()).collect();
     format!("{{\"models\":[{}]}}", items.join(","))

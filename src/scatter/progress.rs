@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, SelectAll, Stream, StreamExt};
+use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 use http::StatusCode;
 use olol_middleware::call::Body;
 use olol_middleware::pick::Fleet;
@@ -151,17 +151,15 @@ impl Made {
 }
 
 /// All bodies at once, each chunk with the number of its server.
-fn select(
-    bodies: impl Iterator<Item = (usize, Body)>,
-) -> SelectAll<std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>>> {
-    let one = |(server, body): (usize, Body)| -> std::pin::Pin<Box<dyn Stream<Item = (usize, Said)> + Send>> {
+fn select(bodies: impl Iterator<Item = (usize, Body)>) -> SelectAll<BoxStream<'static, (usize, Said)>> {
+    let one = |(server, body): (usize, Body)| {
         let lines = body.flat_map(|chunk| {
             stream::iter(match chunk {
                 Ok(chunk) => lines_of(&chunk.bytes).into_iter().map(Said::Line).collect(),
                 Err(error) => vec![Said::Failed(error)],
             })
         });
-        Box::pin(lines.chain(stream::iter([Said::Over])).map(move |said| (server, said)))
+        lines.chain(stream::iter([Said::Over])).map(move |said| (server, said)).boxed()
     };
     stream::select_all(bodies.map(one))
 }
