@@ -87,7 +87,7 @@ impl Api {
                 let answer = self.own.answer(request).await;
                 Ok(manner.applied(pass.marked(answer)).await)
             }),
-            Err(answer) => Box::pin(async move { Ok(manner.applied(self.refuse(request, answer).await).await) }),
+            Err(answer) => Box::pin(async move { Ok(manner.applied(self.refuse(request, *answer).await).await) }),
         }
     }
 
@@ -101,28 +101,28 @@ impl Api {
 
     /// The route of a request (none: one of our own), what its path names, and what its answer must carry; or the answer
     /// to what reaches no route.
-    fn find(&self, request: &Request<Incoming>) -> Result<(Option<Route>, Option<String>, Pass), Response<HttpBody>> {
+    fn find(&self, request: &Request<Incoming>) -> Result<Found, Box<Response<HttpBody>>> {
         let facts = Facts::of(request.headers());
         if let Some(refusal) = facts.refusal(request) {
-            return Err(refusal);
+            return Err(Box::new(refusal));
         }
         let uri = request.uri();
         let path = path::read(request.method(), uri)?;
-        let own = self.own.takes(&path);
+        let own = Own::takes(&path);
         let route = Route::find(&path);
         if !own && let Some(redirect) = path::trailing_slash(request.method(), &path, uri) {
-            return Err(redirect);
+            return Err(Box::new(redirect));
         }
         let allow = route.filter(|route| !route.takes(request.method())).map(Route::allow);
         let pass = self.gate.check(request.method(), &facts, uri, allow)?;
         match (route, allow) {
             _ if own => Ok((None, None, pass)),
-            (Some(_), Some(allow)) => Err(pass.marked(response::not_allowed(allow))),
+            (Some(_), Some(allow)) => Err(Box::new(pass.marked(response::not_allowed(allow)))),
             (Some(route), None) if facts.hop == Some(&self.hop) => {
-                Err(pass.marked(response::refused(route, &Error::Loop)))
+                Err(Box::new(pass.marked(response::refused(route, &Error::Loop))))
             }
             (Some(route), None) => Ok((Some(route), request::subject(route, &path), pass)),
-            (None, _) => Err(pass.marked(response::plain(StatusCode::NOT_FOUND, "404 page not found"))),
+            (None, _) => Err(Box::new(pass.marked(response::plain(StatusCode::NOT_FOUND, "404 page not found")))),
         }
     }
 
@@ -179,6 +179,9 @@ impl Api {
         self.send(head, ask.payload).await
     }
 }
+
+/// The route of a request, what its path names, and what its answer must carry.
+type Found = (Option<Route>, Option<String>, Pass);
 
 /// Writes the answer of the stack.
 fn written(answer: Result<Reply, Error>, head: &Head, taken: &Taken) -> Response<HttpBody> {

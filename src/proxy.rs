@@ -183,6 +183,7 @@ impl Service<Request<Incoming>> for Visit {
 }
 
 /// The answer to a request on which our own code failed.
+#[expect(clippy::needless_pass_by_value, reason = "`CatchPanic` gives it away")]
 fn panicked(panic: Box<dyn Any + Send>) -> Response<Full<Bytes>> {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let error = Error::Internal(text.unwrap_or("panic").to_owned());

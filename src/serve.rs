@@ -143,7 +143,7 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             }
             let connection =
                 builder.title_case_headers(true).max_buf_size(LONGEST_HEAD).serve_connection(TokioIo::new(io), service);
-            Gentle::new(connection, closing, |connection| connection.graceful_shutdown()).await
+            Gentle::new(connection, closing, http1::Connection::graceful_shutdown).await
         }
         Preamble::Http2(io) => {
             let service = hyper::service::service_fn(move |request| service.clone().call(request));
@@ -156,7 +156,7 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
                 .keep_alive_interval(PROBE)
                 .keep_alive_timeout(PROBE)
                 .serve_connection(TokioIo::new(io), service);
-            Gentle::new(connection, closing, |connection| connection.graceful_shutdown()).await
+            Gentle::new(connection, closing, http2::Connection::graceful_shutdown).await
         }
     }
 }

@@ -105,10 +105,11 @@ impl RequestId {
 
     /// A new random id: 16 hexadecimal digits.
     pub fn random() -> Self {
-        let random = fastrand::u64(..);
-        let digit = |at: u32| b"0123456789abcdef"[(random >> (60 - 4 * at)) as usize & 15];
+        const HEX: &[u8; 16] = b"0123456789abcdef";
         let mut digits = [0; 16];
-        (0..).zip(&mut digits).for_each(|(at, byte)| *byte = digit(at));
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(fastrand::u64(..).to_be_bytes()) {
+            pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+        }
         Self(HeaderValue::from_bytes(&digits).unwrap_or(HeaderValue::from_static("0")))
     }
 

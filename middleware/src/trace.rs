@@ -136,10 +136,8 @@ impl fmt::Display for Shown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let SocketAddr::V4(address) = self.0 else { return self.0.fmt(f) };
         let mut buffer = itoa::Buffer::new();
-        let [a, b, c, d] = address.ip().octets();
-        f.write_str(buffer.format(a))?;
-        for part in [b, c, d] {
-            f.write_str(".")?;
+        for (at, part) in address.ip().octets().into_iter().enumerate() {
+            f.write_str(if at == 0 { "" } else { "." })?;
             f.write_str(buffer.format(part))?;
         }
         f.write_str(":")?;

@@ -89,19 +89,19 @@ impl Gate {
         facts: &Facts<'_>,
         uri: &Uri,
         allow: Option<&'static str>,
-    ) -> Result<Pass, Response<HttpBody>> {
+    ) -> Result<Pass, Box<Response<HttpBody>>> {
         let named = uri.authority().map(|authority| authority.as_str().rsplit('@').next().unwrap_or_default());
         let host = named.or_else(|| text(facts.host?)).unwrap_or("");
         let origin = facts.origin.and_then(text).filter(|origin| !origin.is_empty());
         let foreign = origin.filter(|origin| !is_same(origin, host));
         let pass = match foreign {
             None => Pass(None),
-            Some(origin) if !self.origins.allow(origin) => return Err(response::forbidden(allow)),
+            Some(origin) if !self.origins.allow(origin) => return Err(Box::new(response::forbidden(allow))),
             Some(origin) => {
                 let value = if self.origins.any { "*" } else { origin };
                 let pass = Pass(HeaderValue::from_str(value).ok());
                 if method == Method::OPTIONS {
-                    return Err(preflight(&pass, self.origins.any, allow));
+                    return Err(Box::new(preflight(&pass, self.origins.any, allow)));
                 }
                 pass
             }
@@ -111,9 +111,9 @@ impl Gate {
             Some(_) if host.strip_prefix("127.0.0.1:").is_some_and(|port| !port.as_bytes().contains(&b':')) => Ok(pass),
             Some(here) if !is_address_allowed(here, bare(host)) => {
                 if !is_name_allowed(here, bare(host)) {
-                    Err(pass.marked(response::forbidden(allow)))
+                    Err(Box::new(pass.marked(response::forbidden(allow))))
                 } else if method == Method::OPTIONS {
-                    Err(pass.marked(response::no_content(allow)))
+                    Err(Box::new(pass.marked(response::no_content(allow))))
                 } else {
                     Ok(pass)
                 }
@@ -197,13 +197,13 @@ mod tests {
     use super::*;
     use std::net::Ipv4Addr;
 
-    fn status(gate: &Gate, method: Method, host: &str, origin: &str) -> u16 {
+    fn status(gate: &Gate, method: &Method, host: &str, origin: &str) -> u16 {
         let mut headers = HeaderMap::new();
         headers.insert("host", HeaderValue::from_str(host).unwrap());
         if !origin.is_empty() {
             headers.insert("origin", HeaderValue::from_str(origin).unwrap());
         }
-        gate.check(&method, &Facts::of(&headers), &Uri::from_static("/api/tags"), None)
+        gate.check(method, &Facts::of(&headers), &Uri::from_static("/api/tags"), None)
             .map_or_else(|answer| answer.status().as_u16(), |_| 200)
     }
 
@@ -225,10 +225,10 @@ mod tests {
             ("8.8.8.8", 403),
             ("localhost.example.com", 403),
         ] {
-            assert_eq!(status(&gate(""), Method::GET, host, ""), wanted, "{host}");
+            assert_eq!(status(&gate(""), &Method::GET, host, ""), wanted, "{host}");
         }
         let open = Gate::new(Origins::new("").unwrap(), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        assert_eq!(status(&open, Method::GET, "example.com", ""), 200);
+        assert_eq!(status(&open, &Method::GET, "example.com", ""), 200);
     }
 
     #[test]
@@ -244,10 +244,10 @@ mod tests {
         ] {
             let host = if origin == "http://here:1" { "here:1" } else { "localhost" };
             let gate = Gate { here: None, ..gate("") };
-            assert_eq!(status(&gate, Method::GET, host, origin), wanted, "{origin}");
+            assert_eq!(status(&gate, &Method::GET, host, origin), wanted, "{origin}");
         }
-        assert_eq!(status(&gate("chrome-extension://*"), Method::GET, "localhost", "chrome-extension://abc"), 200);
-        assert_eq!(status(&gate("*"), Method::GET, "localhost", "https://example.com"), 200);
+        assert_eq!(status(&gate("chrome-extension://*"), &Method::GET, "localhost", "chrome-extension://abc"), 200);
+        assert_eq!(status(&gate("*"), &Method::GET, "localhost", "https://example.com"), 200);
         assert!(Origins::new("http://*.*").is_err());
     }
 
@@ -271,8 +271,8 @@ mod tests {
 
     #[test]
     fn options_is_answered_for_names_only() {
-        assert_eq!(status(&gate(""), Method::OPTIONS, "localhost", ""), 204);
-        assert_eq!(status(&gate(""), Method::OPTIONS, "127.0.0.1", ""), 200);
-        assert_eq!(status(&gate(""), Method::OPTIONS, "127.0.0.1", "http://localhost"), 204);
+        assert_eq!(status(&gate(""), &Method::OPTIONS, "localhost", ""), 204);
+        assert_eq!(status(&gate(""), &Method::OPTIONS, "127.0.0.1", ""), 200);
+        assert_eq!(status(&gate(""), &Method::OPTIONS, "127.0.0.1", "http://localhost"), 204);
     }
 }

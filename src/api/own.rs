@@ -39,7 +39,7 @@ impl Own {
     }
 
     /// Whether a path is ours.
-    pub(super) fn takes(&self, path: &str) -> bool {
+    pub(super) fn takes(path: &str) -> bool {
         // The status with a slash at its end is Ollama's to redirect.
         let is_below_status = path.strip_prefix("/api/status/").is_some_and(|below| !below.is_empty());
         matches!(path, "/metrics" | "/healthz" | "/readyz") || is_below_status || path.starts_with("/olol/")

@@ -10,22 +10,22 @@ use super::body::HttpBody;
 use super::response;
 
 /// The decoded path of a request; or the answer to one whose path is not clean.
-pub(super) fn read<'a>(method: &Method, uri: &'a Uri) -> Result<Cow<'a, str>, Response<HttpBody>> {
+pub(super) fn read<'a>(method: &Method, uri: &'a Uri) -> Result<Cow<'a, str>, Box<Response<HttpBody>>> {
     let raw = uri.path();
     if raw == "*" && method == Method::OPTIONS {
-        return Err(response::full(StatusCode::OK, ""));
+        return Err(Box::new(response::full(StatusCode::OK, "")));
     }
     if raw == "*" {
-        return Err(response::closing(StatusCode::BAD_REQUEST, "no-path"));
+        return Err(Box::new(response::closing(StatusCode::BAD_REQUEST, "no-path")));
     }
     if method == Method::CONNECT && uri.authority().is_some() {
-        return Err(response::no_path());
+        return Err(Box::new(response::no_path()));
     }
     let clean = clean(raw);
     if method != Method::CONNECT && clean != raw {
-        return Err(redirect(method, StatusCode::TEMPORARY_REDIRECT, &clean, uri.query()));
+        return Err(Box::new(redirect(method, StatusCode::TEMPORARY_REDIRECT, &clean, uri.query())));
     }
-    decode(raw).ok_or_else(|| response::bad_request(""))
+    decode(raw).ok_or_else(|| Box::new(response::bad_request("")))
 }
 
 /// The redirect of a path that is a route but for a slash at its end.

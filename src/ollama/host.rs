@@ -21,13 +21,12 @@ impl Endpoint {
             }
         };
         let hostport = rest.split_once('/').map_or(rest, |(hostport, _path)| hostport);
-        let (host, port) = match split(hostport) {
+        let (host, port) = if let Some((host, given)) = split(hostport) {
             // A port that is none is replaced by the default, as Ollama does with a warning.
-            Some((host, given)) => (host, given.parse::<u16>().unwrap_or(port)),
-            None => {
-                let bare = hostport.trim_matches(['[', ']']);
-                (if bare.parse::<IpAddr>().is_ok() { bare } else { hostport }, port)
-            }
+            (host, given.parse::<u16>().unwrap_or(port))
+        } else {
+            let bare = hostport.trim_matches(['[', ']']);
+            (if bare.parse::<IpAddr>().is_ok() { bare } else { hostport }, port)
         };
         let host = if host.is_empty() { "127.0.0.1" } else { host };
         Ok(Self::Tcp { host: host.to_owned(), port })

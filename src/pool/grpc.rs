@@ -80,7 +80,7 @@ impl Agent {
         let (channel, reused) = line.get(fresh).await.map_err(|error| self.failed(Phase::Connecting, false, error))?;
         let mut stream = match client(channel).relay(request).await {
             Ok(response) => response.into_inner(),
-            Err(status) => return Err(self.error(status, Phase::Waiting, reused)),
+            Err(status) => return Err(self.error(&status, Phase::Waiting, reused)),
         };
         match stream.message().await {
             Ok(Some(mut first @ RelayResponse { head: Some(_), .. })) => {
@@ -95,7 +95,7 @@ impl Agent {
                 Ok(Reply { status, headers, body: body.with_length(length) })
             }
             Ok(_) => Err(self.failed(Phase::Waiting, reused, "the agent's answer does not begin with a head".into())),
-            Err(status) => Err(self.error(status, Phase::Waiting, reused)),
+            Err(status) => Err(self.error(&status, Phase::Waiting, reused)),
         }
     }
 
@@ -114,7 +114,7 @@ impl Agent {
     }
 
     /// What a status means: the agent's own word on its Ollama, or the loss of the agent.
-    fn error(&self, status: Status, phase: Phase, reused: bool) -> Error {
+    fn error(&self, status: &Status, phase: Phase, reused: bool) -> Error {
         let told = status.metadata().get(PHASE).and_then(|phase| Phase::from_word(phase.to_str().ok()?));
         match status.code() {
             Code::InvalidArgument if told.is_none() => return Error::Body(status.message().to_owned().into()),
@@ -150,7 +150,7 @@ fn messages(ask: Ask, context: super::Context) -> BoxStream {
     };
     match ask.payload {
         Payload::Whole(pieces) => {
-            let mut pieces = pieces.into_iter().flat_map(|piece| cut(piece)).peekable();
+            let mut pieces = pieces.into_iter().flat_map(cut).peekable();
             let first = pieces.next().unwrap_or_default();
             let first = RelayRequest { head: Some(head), body: first, last: pieces.peek().is_none() };
             let mut rest = pieces;

@@ -66,7 +66,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     // A new stream begins with a fresh state.
                     None => break String::new(),
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
-                    Some(Ok(Err(status))) => break status.message().to_owned(),
+                    Some(Ok(Err(refusal))) => break refusal.message().to_owned(),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
                     Some(Ok(Ok(Some(state)))) => match grpc::report(state) {
                         Ok(report) => {
