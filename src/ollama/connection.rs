@@ -147,10 +147,15 @@ impl Link {
         true
     }
 
-    /// Whether another call can be sent over it.
+    /// Whether another call can be sent over it, as far as the connection knows.
+    fn is_ready(&self) -> bool {
+        !self.closed && self.sender.is_ready()
+    }
+
+    /// Whether another call can be sent over it, after a look at what the server has sent meanwhile.
     fn is_alive(&mut self, cx: &mut Context<'_>) -> bool {
         self.drive(cx);
-        !self.closed && matches!(self.sender.poll_ready(cx), Poll::Ready(Ok(())))
+        self.is_ready()
     }
 }
 
@@ -228,7 +233,8 @@ impl Links {
 
     /// Keeps a connection for the next call, if it can carry one.
     pub(super) fn put(&self, mut link: Box<Link>, cx: &mut Context<'_>) {
-        if link.is_alive(cx) {
+        // Mostly it has read the end of the answer already, and needs no turn for that.
+        if link.is_ready() || link.is_alive(cx) {
             link.idle_since = Instant::now();
             let mut idle = self.idle();
             if idle.len() < KEEP_IDLE {
