@@ -204,7 +204,7 @@ async fn a_server_that_dies_in_a_pull_is_named() {
         cluster.server(1).on("POST", "/api/pull", steps);
         let olol = Olol::start(&cluster, "").await;
         let pulled = olol.ask(&pull("tiny")).await;
-        assert!(pulled.error().starts_with("server 1: "), "{way:?}: {}", pulled.text());
+        assert!(pulled.error().starts_with("server 1 failed while"), "{way:?}: {}", pulled.text());
         assert_eq!(pulled.ending, Ending::LastChunk);
     }
 }
@@ -336,7 +336,7 @@ async fn a_create_goes_on_where_its_blobs_could_be_given() {
         olol.ask(&Request::post(&path, &bytes)).await;
         let created =
             olol.ask(&Request::post("/api/create", json!({"model": "mine", "files": {"a.gguf": digest}}))).await;
-        assert!(created.status == 200 && created.error().starts_with("server 1: "), "{way:?}: {}", created.text());
+        assert!(created.status == 200 && created.error().starts_with("server 1 did not take"), "{way:?}: {}", created.text());
         assert_eq!((created.header("x-olol-partial"), having(&cluster, "mine")), ("1", vec![true, false]));
     }
 }

@@ -13,7 +13,7 @@ use http::StatusCode;
 use serde::Deserialize;
 use tower::{Layer, Service, ServiceExt};
 
-use crate::call::{Answer, Call, Reply};
+use crate::call::{Answer, Call, Head, Reply};
 use crate::cluster::{Cluster, Known, Snapshot};
 use crate::error::Error;
 use crate::route::Scope;
@@ -86,28 +86,44 @@ where
         if call.model.is_none() || !matches!(call.route.scope(), Scope::One | Scope::Same) {
             return Box::pin(self.inner.call(call));
         }
-        let next = self.inner.clone();
-        let ready = std::mem::replace(&mut self.inner, next);
-        Box::pin(route(self.router.clone(), ready, call))
+        let mut call = call;
+        self.router.narrow(&mut call);
+        let asked = Asked {
+            believed: (call.candidates.snapshot().clone(), call.known.clone()),
+            // With a single server there is nobody else to ask.
+            spare: if call.candidates.snapshot().servers.len() > 1 { call.again() } else { None },
+            head: call.head.clone(),
+        };
+        let answer = self.inner.call(call);
+        Box::pin(route(self.router.clone(), self.inner.clone(), asked, answer))
     }
 }
 
-async fn route<S>(router: Arc<Router>, mut ready: S, mut call: Call) -> Result<Reply, Error>
+/// A call that is on its way, as it was.
+struct Asked {
+    /// What was believed of the model.
+    believed: (Arc<Snapshot>, Option<Arc<Known>>),
+    spare: Option<Call>,
+    head: Arc<Head>,
+}
+
+async fn route<S>(
+    router: Arc<Router>,
+    service: S,
+    asked: Asked,
+    answer: impl Future<Output = Result<Reply, Error>>,
+) -> Result<Reply, Error>
 where
     S: Service<Call, Response = Reply, Error = Error>,
 {
-    router.narrow(&mut call);
-    let believed = (call.candidates.snapshot().clone(), call.known.clone());
-    let several = call.candidates.snapshot().servers.len() > 1;
-    let spare = several.then(|| call.again()).flatten();
-    let head = call.head.clone();
-    let reply = ready.call(call).await?;
+    let reply = answer.await?;
     if reply.status != StatusCode::NOT_FOUND {
-        router.learn(&head, &reply, believed);
+        router.learn(&asked.head, &reply, asked.believed);
         return Ok(reply);
     }
-    match spare {
-        Some(spare) => router.look_again(ready, spare, reply).await,
+    match asked.spare {
+        // Boxed: seldom, and larger than all the rest.
+        Some(spare) => Box::pin(router.look_again(service, spare, reply)).await,
         None => Ok(reply),
     }
 }
@@ -125,7 +141,7 @@ impl Router {
     }
 
     /// Remembers what a good answer shows about the model, unless that was `believed` when it was asked.
-    fn learn(&self, head: &crate::call::Head, reply: &Reply, believed: (Arc<Snapshot>, Option<Arc<Known>>)) {
+    fn learn(&self, head: &Head, reply: &Reply, believed: (Arc<Snapshot>, Option<Arc<Known>>)) {
         let (Some(model), Some(server)) = (&head.model, reply.body.outcome().servers.last()) else { return };
         if !head.route.infers() || !reply.status.is_success() {
             return;

@@ -117,31 +117,47 @@ where
         if !matches!(call.route.scope(), Scope::One | Scope::Same) {
             return Box::pin(self.inner.call(call));
         }
-        let next = self.inner.clone();
-        let ready = std::mem::replace(&mut self.inner, next);
-        Box::pin(attempt(self.rules.clone(), ready, call))
+        self.rules.budget.deposit(&self.rules.config);
+        let Some(spare) = call.again() else { return Box::pin(self.inner.call(call)) };
+        let answer = self.inner.call(call);
+        Box::pin(attempt(self.rules.clone(), self.inner.clone(), spare, answer))
     }
 }
 
-async fn attempt<S>(rules: Arc<Rules>, mut service: S, call: Call) -> Result<Reply, Error>
+async fn attempt<S>(
+    rules: Arc<Rules>,
+    service: S,
+    spare: Call,
+    answer: impl Future<Output = Result<Reply, Error>>,
+) -> Result<Reply, Error>
 where
     S: Service<Call, Response = Reply, Error = Error>,
 {
-    rules.budget.deposit(&rules.config);
-    let Some(mut spare) = call.again() else { return service.call(call).await };
-    let mut answer = service.call(call).await;
-    loop {
-        let Some((call, cause)) = rules.next(&mut spare, &answer) else { return answer };
-        if !rules.budget.withdraw() {
-            return answer;
-        }
-        rules.instruments.retried(cause);
-        tracing::debug!(id = %spare.id, cause, attempt = spare.attempts + 1, "trying again");
-        answer = service.ready().await?.call(call).await;
+    let answer = answer.await;
+    if !has_failed(&answer) {
+        return answer;
     }
+    // Boxed: seldom, and larger than all the rest.
+    Box::pin(rules.go_on(service, spare, answer)).await
 }
 
 impl Rules {
+    /// Tries again for as long as that may help.
+    async fn go_on<S>(&self, mut service: S, mut spare: Call, mut answer: Result<Reply, Error>) -> Result<Reply, Error>
+    where
+        S: Service<Call, Response = Reply, Error = Error>,
+    {
+        loop {
+            let Some((call, cause)) = self.next(&mut spare, &answer) else { return answer };
+            if !self.budget.withdraw() {
+                return answer;
+            }
+            self.instruments.retried(cause);
+            tracing::debug!(id = %spare.id, cause, attempt = spare.attempts + 1, "trying again");
+            answer = service.ready().await?.call(call).await;
+        }
+    }
+
     /// The next attempt, and why it is needed; `None` if the answer stands. The spare call keeps who may be asked after it.
     fn next(&self, spare: &mut Call, answer: &Result<Reply, Error>) -> Option<(Call, &'static str)> {
         let (failed, may_be_reached, reused, cause) = match answer {
@@ -184,6 +200,14 @@ impl Rules {
 }
 
 /// Whether a status says that another server may do better. What a server says of the request itself stands.
+/// Whether another attempt could be of use at all.
+fn has_failed(answer: &Result<Reply, Error>) -> bool {
+    match answer {
+        Ok(reply) => is_elsewhere(reply.status),
+        Err(error) => error.is_retryable(),
+    }
+}
+
 fn is_elsewhere(status: StatusCode) -> bool {
     matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
 }

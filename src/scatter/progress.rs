@@ -320,12 +320,15 @@ impl Told {
                 }
                 why.clone()
             }
-            Some(_) => {
-                self.failures.iter().map(|(id, why)| format!("server {id}: {why}")).collect::<Vec<_>>().join("; ")
-            }
+            Some(_) => self.failures.iter().map(named).collect::<Vec<_>>().join("; "),
         };
         json!({"error": text}).to_string()
     }
+}
+
+/// What failed at a server, with its name; errors of ours have it in them.
+fn named((id, why): &(ServerId, String)) -> String {
+    if why.starts_with(&format!("server {id} ")) { why.clone() } else { format!("server {id}: {why}") }
 }
 
 impl Course {
