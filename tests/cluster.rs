@@ -336,7 +336,11 @@ async fn a_create_goes_on_where_its_blobs_could_be_given() {
         olol.ask(&Request::post(&path, &bytes)).await;
         let created =
             olol.ask(&Request::post("/api/create", json!({"model": "mine", "files": {"a.gguf": digest}}))).await;
-        assert!(created.status == 200 && created.error().starts_with("server 1 did not take"), "{way:?}: {}", created.text());
+        assert!(
+            created.status == 200 && created.error().starts_with("server 1 did not take"),
+            "{way:?}: {}",
+            created.text()
+        );
         assert_eq!((created.header("x-olol-partial"), having(&cluster, "mine")), ("1", vec![true, false]));
     }
 }

@@ -5,7 +5,7 @@
 mod harness;
 
 use bytes::Bytes;
-use harness::olol::chat;
+use harness::olol::{chat, chat_at_once};
 use harness::{Cluster, Ending, Gate, Olol, Request, Way, patiently, until};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -322,6 +322,19 @@ async fn metrics_count_what_was_asked() {
         "{}",
         page.text()
     );
+}
+
+#[tokio::test]
+async fn tokens_are_counted_of_answers_in_one_piece_too() {
+    for (way, model) in [(Way::Http, "counted-http"), (Way::Agents, "counted-agent")] {
+        let cluster = Cluster::of(1).await.over(way).all_have(model);
+        let olol = Olol::start(&cluster, "").await;
+        let answer = olol.ask(&chat_at_once(model, "hi")).await;
+        let made = answer.json()["eval_count"].as_u64().expect("a count");
+        let wanted = format!("olol_tokens_total{{model=\"{model}:latest\",kind=\"output\"}} {made}");
+        let page = olol.get("/metrics").await.text();
+        assert!(made > 0 && page.lines().any(|line| line == wanted), "no {wanted} in {page}");
+    }
 }
 
 #[tokio::test]

@@ -79,8 +79,8 @@ fn counters(bytes: &[u8]) -> Option<Counters> {
 
 /// Reads `"key":number` after `"key":number` from the end of an object.
 fn counters_at_the_end(bytes: &[u8]) -> Option<Counters> {
+    let (mut prompt_tokens, mut output_tokens) = (None, None);
     let mut found = Counters::default();
-    let mut is_some = false;
     let mut rest = bytes.trim_ascii_end();
     while let Some(inner) = rest.strip_suffix(b"}") {
         rest = inner;
@@ -93,11 +93,8 @@ fn counters_at_the_end(bytes: &[u8]) -> Option<Counters> {
         let number =
             || digits.iter().fold(0_u64, |sum, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0')));
         match &before[quote + 1..] {
-            b"eval_count" | b"completion_tokens" | b"output_tokens" => found.output_tokens = number(),
-            b"prompt_eval_count" | b"prompt_tokens" | b"input_tokens" => {
-                found.prompt_tokens = number();
-                is_some = true;
-            }
+            b"eval_count" | b"completion_tokens" | b"output_tokens" => output_tokens = Some(number()),
+            b"prompt_eval_count" | b"prompt_tokens" | b"input_tokens" => prompt_tokens = Some(number()),
             b"eval_duration" => found.eval_duration = Duration::from_nanos(number()),
             b"load_duration" => found.load_duration = Duration::from_nanos(number()),
             _ => {}
@@ -105,7 +102,8 @@ fn counters_at_the_end(bytes: &[u8]) -> Option<Counters> {
         let Some(before) = before[..quote].strip_suffix(b",") else { break };
         rest = before;
     }
-    is_some.then_some(found)
+    // One of the two alone may have the other elsewhere.
+    Some(Counters { prompt_tokens: prompt_tokens?, output_tokens: output_tokens?, ..found })
 }
 
 fn counters_anywhere(bytes: &[u8]) -> Option<Counters> {
@@ -168,6 +166,8 @@ mod tests {
             r#"{"usage":{"input_tokens":3,"input_tokens_details":{"cached_tokens":0},"output_tokens":4},"user":null}"#;
         assert_eq!(tokens(Boundary::None, &[responses]), Some((3, 4)));
         let native = r#"{"message":{"tool_calls":[{"arguments":{"eval_count":9}}]},"done":true,"load_duration":5,"prompt_eval_count":3,"prompt_eval_duration":8,"eval_count":4,"eval_duration":7}"#;
+        let sorted = r#"{"eval_count":2,"message":{"content":"x"},"prompt_eval_count":5}"#;
+        assert_eq!(tokens(Boundary::None, &[sorted]), Some((5, 2)));
         let found = counters(native.as_bytes()).unwrap();
         assert_eq!((found.prompt_tokens, found.output_tokens), (3, 4));
         assert_eq!((found.eval_duration.as_nanos(), found.load_duration.as_nanos()), (7, 5));

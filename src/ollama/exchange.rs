@@ -156,10 +156,13 @@ impl Stream for Answer {
                 Some(Ok(frame)) => {
                     let Ok(bytes) = frame.into_data() else { continue };
                     let Some(bytes) = this.lines.push(bytes) else { continue };
-                    let chunk = this.chunk(bytes);
+                    let mut chunk = this.chunk(bytes);
                     // A body of known length is over with its last byte: nobody may ask for more.
                     if this.body.is_end_stream() {
                         this.finish(cx);
+                        if this.last.is_none() {
+                            chunk.end = chunk.end.or(this.end.take());
+                        }
                     }
                     return Poll::Ready(Some(Ok(chunk)));
                 }
