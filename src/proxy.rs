@@ -107,16 +107,17 @@ impl Proxy {
 /// The recorder of this process: one, however many proxies run in it.
 fn recorder() -> anyhow::Result<PrometheusHandle> {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
-    if let Some(handle) = HANDLE.get() {
-        return Ok(handle.clone());
-    }
-    let recorder = PrometheusBuilder::new().set_buckets(&instruments::BUCKETS)?.build_recorder();
-    let handle = HANDLE.get_or_init(|| recorder.handle()).clone();
-    // A second proxy of the process may have been quicker; then its recorder serves both.
-    if metrics::set_global_recorder(recorder).is_ok() {
-        instruments::describe();
-    }
-    Ok(handle)
+    let builder = PrometheusBuilder::new().set_buckets(&instruments::BUCKETS)?;
+    // One at a time: the handle that is kept must be that of the recorder that records.
+    let handle = HANDLE.get_or_init(|| {
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        if metrics::set_global_recorder(recorder).is_ok() {
+            instruments::describe();
+        }
+        handle
+    });
+    Ok(handle.clone())
 }
 
 async fn keep_up(metrics: PrometheusHandle) {
