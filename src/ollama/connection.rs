@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
@@ -174,13 +174,21 @@ impl<F: Future<Output = hyper::Result<Response<Incoming>>>> Future for Asking<F>
     /// A server may answer and close before it has read the whole body: its word counts more than the failure to send the
     /// rest.
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
+        let mut this = self.project();
         let Some(mut link) = this.link.take() else { return Poll::Pending };
         let moved = if link.closed { Poll::Pending } else { Pin::new(&mut link.connection).poll(cx) };
         link.closed |= moved.is_ready();
-        match (moved, this.answer.poll(cx)) {
+        match (moved, this.answer.as_mut().poll(cx)) {
             (_, Poll::Ready(Ok(response))) => Poll::Ready(Ok((link, response))),
             (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => Poll::Ready(Err(error)),
+            (_, Poll::Pending) if link.closed => {
+                // It ended before it took the request, and says so when it goes.
+                drop(link);
+                match ready!(this.answer.poll(cx)) {
+                    Err(error) => Poll::Ready(Err(error)),
+                    Ok(_) => Poll::Pending,
+                }
+            }
             (_, Poll::Pending) => {
                 *this.link = Some(link);
                 Poll::Pending
