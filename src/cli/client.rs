@@ -142,7 +142,7 @@ impl Client {
     async fn answer(&self, ask: Ask) -> anyhow::Result<String> {
         let begun = Instant::now();
         let mut reply = send(&self.ollama, ask).await?;
-        let server = reply.headers.get("x-olol-server").and_then(|name| name.to_str().ok()).unwrap_or("").to_owned();
+        let server = reply.headers.get(ServerId::HEADER).and_then(|name| name.to_str().ok()).unwrap_or("").to_owned();
         let mut first = None;
         let mut text = String::new();
         let mut last = Value::Null;

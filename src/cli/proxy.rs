@@ -60,8 +60,12 @@ impl Arguments {
             let proxy = proxy?;
             tracing::info!(address = %proxy.address(), servers = config.proxy.servers.join(","), "the proxy listens");
             stop.asked().await;
-            if stop.gently(proxy.stop()).await != Some(true) {
-                tracing::warn!("answers that did not end in time were cut");
+            match stop.gently(proxy.stop()).await {
+                Some(true) => {}
+                Some(false) => {
+                    tracing::warn!(after_s = config.limits.grace_s, "answers that did not end in time were cut");
+                }
+                None => tracing::warn!("asked once more: what was still being answered is cut"),
             }
             Ok(())
         })

@@ -181,7 +181,7 @@ async fn find_ollama(own: SocketAddr) -> anyhow::Result<Option<Endpoint>> {
 async fn answers(place: &Endpoint) -> bool {
     let ollama = Ollama::new(ServerId::new("probe"), place.clone(), PROBE);
     match tokio::time::timeout(PROBE, ollama.send(Ask::get("/api/version"))).await {
-        Ok(Ok(reply)) => reply.status.is_success() && !reply.headers.contains_key("x-olol-server"),
+        Ok(Ok(reply)) => reply.status.is_success() && !reply.headers.contains_key(ServerId::HEADER),
         _ => false,
     }
 }

@@ -90,8 +90,7 @@ fn counters_at_the_end(bytes: &[u8]) -> Option<Counters> {
         let (before, digits) = rest.split_at(rest.len() - digits);
         let Some(before) = before.strip_suffix(b"\":") else { break };
         let Some(quote) = memchr::memrchr(b'"', before) else { break };
-        let number =
-            || digits.iter().fold(0_u64, |sum, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0')));
+        let number = || value(digits);
         match &before[quote + 1..] {
             b"eval_count" | b"completion_tokens" | b"output_tokens" => output_tokens = Some(number()),
             b"prompt_eval_count" | b"prompt_tokens" | b"input_tokens" => prompt_tokens = Some(number()),
@@ -123,12 +122,13 @@ fn counters_anywhere(bytes: &[u8]) -> Option<Counters> {
 
 fn number_behind(bytes: &[u8], key: &Finder<'_>) -> Option<u64> {
     let at = key.find_iter(bytes).last()? + key.needle().len();
-    let digits = bytes[at..].iter().take_while(|byte| byte.is_ascii_digit());
-    let mut value = None;
-    for digit in digits {
-        value = Some(value.unwrap_or(0_u64).saturating_mul(10).saturating_add(u64::from(digit - b'0')));
-    }
-    value
+    let digits = bytes[at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    (digits > 0).then(|| value(&bytes[at..at + digits]))
+}
+
+/// What digits are worth.
+fn value(digits: &[u8]) -> u64 {
+    digits.iter().fold(0, |sum: u64, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0')))
 }
 
 #[cfg(test)]
