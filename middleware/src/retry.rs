@@ -199,7 +199,6 @@ impl Rules {
     }
 }
 
-/// Whether a status says that another server may do better. What a server says of the request itself stands.
 /// Whether another attempt could be of use at all.
 fn has_failed(answer: &Result<Reply, Error>) -> bool {
     match answer {
@@ -208,6 +207,7 @@ fn has_failed(answer: &Result<Reply, Error>) -> bool {
     }
 }
 
+/// Whether a status says that another server may do better. What a server says of the request itself stands.
 fn is_elsewhere(status: StatusCode) -> bool {
     matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
 }
