@@ -63,7 +63,7 @@ pub struct Config {
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Which layers are on.
-    pub stack: stack::Order,
+    pub stack: stack::Table,
     /// The `trace` layer.
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
@@ -113,7 +113,6 @@ impl Config {
 
     /// Checks what spans several tables.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        stack::check(&self.stack.order).map_err(|error| ConfigError::Invalid(error.to_string()))?;
         self.servers()?;
         self.address()?;
         Ok(())

@@ -14,10 +14,11 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::HeaderValue;
-use olol_middleware::call::Answer;
+use http::header;
+use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::Member;
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Cluster, Error, Reply, Server, ServerId};
+use olol_middleware::{Call, Cluster, Error, Payload, Reply, Server, ServerId};
 use serde::Deserialize;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -254,13 +255,35 @@ impl Service<Call> for One {
 fn prepared(call: Call, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
     headers.insert(HOP, hop.clone());
-    Ask {
+    let mut ask = Ask {
         method: call.method.clone(),
         path: call.path.clone().into(),
         headers,
         fresh: call.fresh,
         infers: call.route.infers(),
         payload: call.payload,
+    };
+    if let Some(edits) = call.edits {
+        edit(&mut ask, *edits);
+    }
+    ask
+}
+
+/// Makes of what the client sent what its server must get.
+fn edit(ask: &mut Ask, edits: Edits) {
+    if let Some(method) = edits.method {
+        ask.method = method;
+    }
+    if let Some(path) = edits.path {
+        ask.path = path.into();
+    }
+    if !edits.body.is_empty() {
+        ask.payload = std::mem::replace(&mut ask.payload, Payload::empty()).edited(&edits.body);
+        if ask.headers.contains_key(header::CONTENT_LENGTH)
+            && let Some(length) = ask.payload.length()
+        {
+            ask.headers.insert(header::CONTENT_LENGTH, length.into());
+        }
     }
 }
 

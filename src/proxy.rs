@@ -58,13 +58,13 @@ impl Proxy {
         let cluster = pool.cluster().clone();
         let about = About {
             instance,
-            stack: config.stack.order.iter().map(ToString::to_string).collect(),
+            stack: config.stack.order.layers().iter().map(ToString::to_string).collect(),
             address: address.to_string(),
         };
         let shared = Shared::new(cluster.clone());
         let watching = pool.watch(&config.pool);
         let leaf = Scatter::new(pool, cluster.clone(), &config.spool, about.clone());
-        let stack = stack::build(&config.layers(), &shared, Stack::new(leaf))?;
+        let stack = stack::build(&config.layers(), &shared, Stack::new(leaf));
         let origins = std::env::var("OLLAMA_ORIGINS").unwrap_or_default();
         let listed: Vec<&str> = config
             .proxy

@@ -81,6 +81,11 @@ impl<F: Fleet> Service<Call> for Scatter<F> {
 
     fn call(&mut self, mut call: Call) -> Self::Future {
         let several = call.candidates.snapshot().servers.len() > 1;
+        if call.dry && !matches!(call.route.scope(), Scope::One | Scope::Same) {
+            let scope = if call.route.scope() == Scope::All { "every server that it concerns" } else { "every server" };
+            call.note("scatter", scope, [("servers", call.candidates.count().into())]);
+            return Box::pin(std::future::ready(Ok(Reply::full(StatusCode::OK, HeaderMap::new(), ""))));
+        }
         match call.route.scope() {
             // Unloading concerns every server that has the model in memory.
             Scope::One if several && call.peek.unloads() && matches!(call.route, Route::Generate | Route::Chat) => {

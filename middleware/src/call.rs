@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -22,9 +22,12 @@ use tokio::time::Instant;
 use crate::cluster::{Candidates, Known};
 use crate::error::Error;
 use crate::instruments::ModelMeters;
+use crate::json::Span;
+use crate::keys::Key;
 use crate::names::{ModelName, ServerId};
 use crate::peek::Peek;
 use crate::route::Route;
+use crate::trail::{self, Trail};
 
 /// One request of a client, on its way to a server.
 #[derive(Debug)]
@@ -35,8 +38,14 @@ pub struct Call {
     pub payload: Payload,
     /// What the cluster knows of the model, once `model-route` has looked.
     pub known: Option<Arc<Known>>,
+    /// What it is for: the model that servers are asked for, which is not always the one that the client named.
+    pub place: Place,
     /// The servers still in question.
     pub candidates: Candidates,
+    /// What its server must get otherwise than its client sent it.
+    pub edits: Option<Box<Edits>>,
+    /// When its client stops waiting.
+    pub deadline: Option<Instant>,
     /// Whether to keep away from pooled connections: the last attempt died on one.
     pub fresh: bool,
     /// Attempts before this one.
@@ -58,20 +67,74 @@ pub struct Head {
     pub headers: HeaderMap,
     /// What was seen of its body.
     pub peek: Peek,
-    /// The model it names, if the name is one that Ollama would take.
+    /// The model it names, if the name is one that Ollama would take. What is asked for is [`Call::place`].
     pub model: Option<ModelName>,
     /// Where it came from.
     pub client: Option<SocketAddr>,
+    /// The key that its client has shown, once `auth` has looked.
+    pub key: OnceLock<Arc<Key>>,
     /// When it came.
     pub arrived: Instant,
-    /// When its client stops waiting.
-    pub deadline: Option<Instant>,
+    /// Whether it only asks what would be done: layers decide and write their notes, but count nothing, and nothing is sent.
+    pub dry: bool,
+    /// What was decided about it so far.
+    pub trail: Trail,
+}
+
+impl Head {
+    /// A head that says nothing yet but where it goes.
+    pub fn new(route: Route, method: Method, path: PathAndQuery) -> Self {
+        Self {
+            id: RequestId::random(),
+            route,
+            method,
+            path,
+            headers: HeaderMap::new(),
+            peek: Peek::default(),
+            model: None,
+            client: None,
+            key: OnceLock::new(),
+            arrived: Instant::now(),
+            dry: false,
+            trail: Trail::default(),
+        }
+    }
+}
+
+/// What a server is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The model, if there is one.
+    pub model: Option<ModelName>,
+}
+
+/// How what a server gets differs from what the client sent.
+#[derive(Clone, Debug, Default)]
+pub struct Edits {
+    /// Another method.
+    pub method: Option<Method>,
+    /// Another path.
+    pub path: Option<PathAndQuery>,
+    /// Parts of the body with what stands there instead, in any order, none over another.
+    pub body: SmallVec<[(Span, Bytes); 1]>,
 }
 
 impl Call {
     /// A call that nobody has looked at yet: every server is in question.
     pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
-        Self { head: head.into(), payload, known: None, candidates, fresh: false, attempts: 0 }
+        let head = head.into();
+        let place = Place { model: head.model.clone() };
+        Self { head, payload, known: None, place, candidates, edits: None, deadline: None, fresh: false, attempts: 0 }
+    }
+
+    /// What its server must get otherwise, to be told more.
+    pub fn edits_mut(&mut self) -> &mut Edits {
+        self.edits.get_or_insert_default()
+    }
+
+    /// Says in its trail what a layer decided, and why.
+    pub fn note(&self, layer: &'static str, decision: &'static str, facts: impl IntoIterator<Item = trail::Named>) {
+        self.head.trail.note(layer, decision, facts);
     }
 
     /// The same call once more, for another attempt; `None` if its body cannot be sent twice.
@@ -80,7 +143,10 @@ impl Call {
             head: self.head.clone(),
             payload: self.payload.again()?,
             known: self.known.clone(),
+            place: self.place.clone(),
             candidates: self.candidates.clone(),
+            edits: self.edits.clone(),
+            deadline: self.deadline,
             fresh: self.fresh,
             attempts: self.attempts,
         })
@@ -174,6 +240,16 @@ impl Payload {
         }
     }
 
+    /// The body with some of its parts replaced, without copying the others. A stream passes as it is: nobody has looked
+    /// into it, so nobody knows of parts.
+    #[must_use]
+    pub fn edited(self, edits: &[(Span, Bytes)]) -> Self {
+        match self {
+            Self::Whole(pieces) if !edits.is_empty() => Self::Whole(spliced(pieces, edits)),
+            other => other,
+        }
+    }
+
     /// Its length in bytes, if that is known.
     pub fn length(&self) -> Option<u64> {
         match self {
@@ -181,6 +257,34 @@ impl Payload {
             Self::Stream { length, .. } => *length,
         }
     }
+}
+
+/// Pieces with some of their parts replaced.
+fn spliced(pieces: SmallVec<[Bytes; 1]>, edits: &[(Span, Bytes)]) -> SmallVec<[Bytes; 1]> {
+    let mut edits: SmallVec<[&(Span, Bytes); 4]> = edits.iter().collect();
+    edits.sort_unstable_by_key(|(span, _)| span.start);
+    let mut made = SmallVec::new();
+    let mut next = edits.into_iter().peekable();
+    // Up to where the body has been written or left out.
+    let mut done = 0;
+    let mut start = 0;
+    for piece in pieces {
+        let end = start + piece.len();
+        while let Some((span, text)) = next.peek().filter(|(span, _)| span.start < end) {
+            if span.start > done {
+                made.push(piece.slice(done.max(start) - start..span.start - start));
+            }
+            made.push(text.clone());
+            done = span.end;
+            next.next();
+        }
+        if done < end {
+            made.push(piece.slice(done.max(start) - start..));
+            done = end;
+        }
+        start = end;
+    }
+    made
 }
 
 impl fmt::Debug for Payload {

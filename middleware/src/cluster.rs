@@ -258,6 +258,11 @@ impl Bits {
         self.0.iter().all(|word| *word == 0)
     }
 
+    /// How many are in.
+    pub fn count(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
     /// Keeps only those that are in another set too.
     pub fn keep(&mut self, other: &Self) {
         self.0.truncate(other.0.len());
@@ -313,6 +318,11 @@ impl Candidates {
     /// Whether nobody is left.
     pub fn is_empty(&self) -> bool {
         self.bits.is_empty()
+    }
+
+    /// How many are left.
+    pub fn count(&self) -> usize {
+        self.bits.count()
     }
 
     /// Those that are left.

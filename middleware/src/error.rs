@@ -1,6 +1,8 @@
 //! What can go wrong on the way of a call: one enum, and what each of its variants means to the outside.
 
-use http::StatusCode;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, StatusCode};
 
 use crate::names::ServerId;
 
@@ -34,6 +36,29 @@ impl Phase {
     }
 }
 
+/// Where a client stands with one limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// What it may use in a period.
+    pub limit: u64,
+    /// What is left of that.
+    pub remaining: u64,
+    /// When all of it is there again.
+    pub reset: Duration,
+}
+
+impl Standing {
+    /// Writes it into the headers of an answer: `X-RateLimit-Limit`, `-Remaining`, and `-Reset` in seconds.
+    pub fn write(&self, headers: &mut HeaderMap) {
+        let reset = self.reset.as_secs() + u64::from(self.reset.subsec_nanos() > 0);
+        for (name, value) in
+            [("x-ratelimit-limit", self.limit), ("x-ratelimit-remaining", self.remaining), ("x-ratelimit-reset", reset)]
+        {
+            headers.insert(HeaderName::from_static(name), value.into());
+        }
+    }
+}
+
 /// Why a call has no answer of a server, or only a part of one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -56,6 +81,30 @@ pub enum Error {
     /// Every server that could answer has all its slots taken.
     #[error("server busy, please try again.  maximum pending requests exceeded")]
     Busy,
+    /// The client has shown no key, or one that is not known.
+    #[error("{0}")]
+    Unauthorized(String),
+    /// The client's key does not allow this.
+    #[error("{0}")]
+    Forbidden(String),
+    /// The client has used what it may use for now.
+    #[error("rate limit reached: {what}; try again in {} s", retry_after.as_secs_f64().ceil())]
+    RateLimited {
+        /// Which limit: "60 requests a minute for key ada".
+        what: String,
+        /// When it may ask again.
+        retry_after: Duration,
+        /// The limit, what is left of it, and when it is whole again: the `X-RateLimit-*` headers.
+        standing: Standing,
+    },
+    /// Something took longer than it may.
+    #[error("timed out: {what} took longer than {} s", after.as_secs_f64())]
+    Timeout {
+        /// What took too long: "the first byte of the answer".
+        what: &'static str,
+        /// How long it might have taken.
+        after: Duration,
+    },
     /// The call came back to us over a server that is this very proxy.
     #[error("the request has passed through this proxy before: a server in --servers leads back to it")]
     Loop,
@@ -79,6 +128,10 @@ impl Error {
         match self {
             Self::Server { .. } => StatusCode::BAD_GATEWAY,
             Self::NoServer(_) | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Storage(_) => StatusCode::INSUFFICIENT_STORAGE,
@@ -95,6 +148,10 @@ impl Error {
             Self::Server { phase: Phase::Streaming, .. } => "stream-broken",
             Self::NoServer(_) => "no-server",
             Self::Busy => "busy",
+            Self::Unauthorized(_) => "unauthorized",
+            Self::Forbidden(_) => "forbidden",
+            Self::RateLimited { .. } => "rate-limited",
+            Self::Timeout { .. } => "timeout",
             Self::Loop => "loop",
             Self::Body(_) => "client-body",
             Self::Storage(_) => "storage",
@@ -106,6 +163,14 @@ impl Error {
     /// Whether the same call may be sent again: only before the first byte of an answer.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::Server { phase: Phase::Connecting | Phase::Waiting, .. })
+    }
+
+    /// When the client should ask again: the `Retry-After` header.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::RateLimited { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        }
     }
 
     /// The server that failed, if one did.

@@ -17,29 +17,34 @@ pub mod cluster;
 pub mod error;
 pub mod instruments;
 pub mod json;
+pub mod keys;
 pub mod metrics;
 pub mod model_route;
 pub mod names;
 pub mod peek;
 pub mod pick;
+pub mod rate_limit;
 pub mod retry;
 pub mod route;
 pub mod shared;
 pub mod slots;
 pub mod stack;
 pub mod trace;
+pub mod trail;
 
 #[cfg(test)]
 mod testing;
 
-pub use call::{Call, Chunk, Counters, End, Head, Outcome, Payload, Reply, RequestId};
+pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Reply, RequestId};
 pub use cluster::{Candidates, Cluster, Server, Snapshot};
 pub use error::{BoxError, Error, Phase};
+pub use keys::Key;
 pub use names::{ModelName, ServerId};
 pub use peek::Peek;
 pub use route::{Dialect, Route, Scope};
 pub use shared::Shared;
 pub use stack::Stack;
+pub use trail::{Fact, Trail};
 
 /// What a layer that has to wait returns.
 pub type ReplyFuture = std::pin::Pin<Box<dyn Future<Output = Result<Reply, Error>> + Send>>;

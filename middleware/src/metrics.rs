@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
 
 use crate::call::{Answer, Call, Chunk, End, Head, Outcome, Reply, Watcher};
@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::instruments::{Instruments, ModelMeters};
 
 /// The `[metrics]` table. It has no keys: what is measured is the same everywhere, so that dashboards work.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {}
 
@@ -59,6 +59,9 @@ where
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
+        if call.dry {
+            return Box::pin(self.inner.call(call));
+        }
         let mut measure =
             Measure { head: call.head.clone(), instruments: self.instruments.clone(), model: None, begun: false };
         let reply = self.inner.call(call);

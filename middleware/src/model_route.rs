@@ -10,16 +10,17 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::StatusCode;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Head, Reply};
 use crate::cluster::{Cluster, Known, Snapshot};
 use crate::error::Error;
 use crate::route::Scope;
+use crate::trail::Fact;
 
 /// The `[model-route]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Calls that a server which has the model in memory may be answering, per unit of its weight, before a server that
@@ -83,11 +84,14 @@ where
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
-        if call.model.is_none() || !matches!(call.route.scope(), Scope::One | Scope::Same) {
+        if call.place.model.is_none() || !matches!(call.route.scope(), Scope::One | Scope::Same) {
             return Box::pin(self.inner.call(call));
         }
         let mut call = call;
         self.router.narrow(&mut call);
+        if call.dry {
+            return Box::pin(self.inner.call(call));
+        }
         let asked = Asked {
             believed: (call.candidates.snapshot().clone(), call.known.clone()),
             // With a single server there is nobody else to ask.
@@ -132,11 +136,21 @@ impl Router {
     /// Leaves only those who have the model, if anybody has.
     fn narrow(&self, call: &mut Call) {
         let snapshot = call.candidates.snapshot();
-        let Some(known) = call.model.as_ref().and_then(|model| snapshot.known(model)).cloned() else { return };
+        let Some(known) = call.place.model.as_ref().and_then(|model| snapshot.known(model)).cloned() else {
+            call.note(
+                "model-route",
+                "nobody is known to have the model",
+                [("candidates", call.candidates.count().into())],
+            );
+            return;
+        };
         let loaded_has_room = known.loaded.iter().filter_map(|index| snapshot.servers.get(index)).any(|server| {
             server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get())
         });
         call.candidates.keep(if loaded_has_room { &known.loaded } else { &known.installed });
+        let decision = if loaded_has_room { "those that have it loaded" } else { "those that have it" };
+        let candidates = call.candidates.count().into();
+        call.note("model-route", decision, [("model", Fact::from(&known.name)), ("candidates", candidates)]);
         call.known = Some(known);
     }
 
@@ -166,8 +180,9 @@ impl Router {
         let mut asked = Vec::new();
         let mut refreshed = false;
         loop {
-            let Some(model) = spare.model.clone() else { return Ok(refusal) };
+            let Some(model) = spare.place.model.clone() else { return Ok(refusal) };
             if let Some(server) = refusal.body.outcome().servers.last() {
+                spare.note("model-route", "a server does not have it after all", [("server", server.into())]);
                 self.cluster.forget(server, &model);
                 asked.push(server.clone());
             }

@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
 use smallvec::SmallVec;
 use tower::Service;
 
@@ -15,6 +17,7 @@ use crate::error::{Error, Phase};
 use crate::instruments::ModelMeters;
 use crate::slots::Lease;
 use crate::stack;
+use crate::trail::Fact;
 
 /// Where the services of the servers come from.
 pub trait Fleet: Clone + Send + Sync + 'static {
@@ -54,8 +57,16 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             } else {
                 "every server that could be asked has failed"
             };
+            call.note("pick", "nobody is left", []);
             return Box::pin(std::future::ready(Err(Error::NoServer(why.to_owned()))));
         };
+        let facts = [("server", Fact::from(&server.id)), ("of", call.candidates.count().into())];
+        call.note("pick", "the least loaded", facts);
+        if call.dry {
+            let mut reply = Reply::full(StatusCode::OK, HeaderMap::new(), Bytes::new());
+            reply.body.outcome_mut().servers.push(server.id.clone());
+            return Box::pin(std::future::ready(Ok(reply)));
+        }
         match self.fleet.service(&server) {
             Some(service) => {
                 let lease = server.load.lease();

@@ -9,16 +9,17 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Poll};
 
 use http::StatusCode;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Reply};
 use crate::error::{Error, Phase};
 use crate::instruments::Instruments;
 use crate::route::Scope;
+use crate::trail::Fact;
 
 /// The `[retry]` table.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Attempts that one call may take, the first included.
@@ -114,7 +115,7 @@ where
 
     fn call(&mut self, call: Call) -> Self::Future {
         // Calls to several servers at once are retried server by server, where they are sent.
-        if !matches!(call.route.scope(), Scope::One | Scope::Same) {
+        if call.dry || !matches!(call.route.scope(), Scope::One | Scope::Same) {
             return Box::pin(self.inner.call(call));
         }
         self.rules.budget.deposit(&self.rules.config);
@@ -150,9 +151,11 @@ impl Rules {
         loop {
             let Some((call, cause)) = self.next(&mut spare, &answer) else { return answer };
             if !self.budget.withdraw() {
+                spare.note("retry", "the budget is spent", [("cause", Fact::Word(cause))]);
                 return answer;
             }
             self.instruments.retried(cause);
+            spare.note("retry", "again", [("cause", Fact::Word(cause)), ("attempts", spare.attempts.into())]);
             tracing::debug!(id = %spare.id, cause, attempt = spare.attempts + 1, "trying again");
             answer = service.ready().await?.call(call).await;
         }

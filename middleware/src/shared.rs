@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::retry::Budget;
+use crate::trace::Ring;
 
 /// The state that layers are views of, by layer.
 #[derive(Clone, Debug)]
@@ -13,6 +14,8 @@ pub struct Shared {
     pub cluster: Arc<Cluster>,
     /// The metrics that belong to no server and no model: everybody's.
     pub instruments: Arc<Instruments>,
+    /// The last requests and what was decided about them: `trace`'s.
+    pub requests: Arc<Ring>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -20,6 +23,6 @@ pub struct Shared {
 impl Shared {
     /// Fresh state around a cluster.
     pub fn new(cluster: Arc<Cluster>) -> Self {
-        Self { cluster, instruments: Arc::default(), budget: Arc::default() }
+        Self { cluster, instruments: Arc::default(), requests: Arc::default(), budget: Arc::default() }
     }
 }

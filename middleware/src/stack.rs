@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Reply};
@@ -85,7 +85,7 @@ impl fmt::Debug for Stack {
 }
 
 /// A layer, by the word that the configuration uses for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Concern {
     /// [`crate::trace`]
@@ -98,37 +98,68 @@ pub enum Concern {
     Retry,
 }
 
-impl fmt::Display for Concern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Concern {
+    /// Every layer, in the default order, the outermost first.
+    pub const ALL: [Self; 4] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Retry];
+
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Concern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Layers in an order that can work, the outermost first.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "Vec<Concern>")]
+pub struct Order(Vec<Concern>);
+
+impl Order {
+    /// The layers.
+    pub fn layers(&self) -> &[Concern] {
+        &self.0
+    }
+}
+
+impl TryFrom<Vec<Concern>> for Order {
+    type Error = OrderError;
+
+    fn try_from(order: Vec<Concern>) -> Result<Self, OrderError> {
+        check(&order)?;
+        Ok(Self(order))
     }
 }
 
 /// The `[stack]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Order {
+pub struct Table {
     /// The layers that are on, outermost first.
-    pub order: Vec<Concern>,
+    pub order: Order,
 }
 
-impl Default for Order {
+impl Default for Table {
     fn default() -> Self {
-        Self { order: vec![Concern::Trace, Concern::Metrics, Concern::ModelRoute, Concern::Retry] }
+        Self { order: Order(Concern::ALL.to_vec()) }
     }
 }
 
 /// The tables of all layers.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Which layers are on.
-    pub stack: Order,
+    pub stack: Table,
     /// The `[trace]` table.
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
@@ -171,7 +202,7 @@ const RULES: [Rule; 1] = [Rule {
 }];
 
 /// Whether an order can work.
-pub fn check(order: &[Concern]) -> Result<(), OrderError> {
+fn check(order: &[Concern]) -> Result<(), OrderError> {
     let place = |concern: Concern| order.iter().position(|other| *other == concern);
     if let Some(twice) = order.iter().enumerate().find(|(at, concern)| place(**concern) != Some(*at)) {
         return Err(OrderError::Twice(*twice.1));
@@ -187,16 +218,15 @@ pub fn check(order: &[Concern]) -> Result<(), OrderError> {
 }
 
 /// Wraps `leaf` in the configured layers, the innermost first.
-pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Result<Stack, OrderError> {
-    check(&config.stack.order)?;
-    Ok(config.stack.order.iter().rev().fold(leaf, |inner, concern| match concern {
-        Concern::Trace => push(inner, &TraceLayer::new(&config.trace)),
+pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
+    config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
+        Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
         }
-    }))
+    })
 }
 
 fn push<L>(inner: Stack, layer: &L) -> Stack
@@ -213,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_default_order_is_allowed() {
-        assert_eq!(check(&Order::default().order), Ok(()));
+        assert_eq!(check(Table::default().order.layers()), Ok(()));
     }
 
     #[test]
@@ -221,6 +251,12 @@ mod tests {
         let error = check(&[Concern::Retry, Concern::ModelRoute]).unwrap_err();
         assert!(error.to_string().contains("'model-route' must come first: a retry must choose"), "{error}");
         assert_eq!(check(&[Concern::Retry, Concern::Retry]), Err(OrderError::Twice(Concern::Retry)));
+    }
+
+    #[test]
+    fn a_harmful_order_is_shown_where_it_stands() {
+        let error = toml::from_str::<Config>("[stack]\norder = [\"retry\", \"model-route\"]").unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("must come first: a retry must choose"), "{error}");
     }
 
     #[test]

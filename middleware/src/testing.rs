@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, StatusCode};
-use tokio::time::Instant;
 use tower::{Layer, Service, ServiceExt};
 use tower_test::mock::{Handle, Mock};
 
-use crate::call::{Body, Call, Head, Payload, Reply, RequestId};
+use crate::call::{Body, Call, Head, Payload, Reply};
 use crate::cluster::{Cluster, Member, Model, Report, Server};
 use crate::error::{BoxError, Error, Phase};
 use crate::names::{ModelName, ServerId};
@@ -107,16 +106,9 @@ pub(crate) async fn call(model: &str) -> Call {
 /// A chat call for a model.
 pub(crate) fn call_in(cluster: &Arc<Cluster>, model: &str) -> Call {
     let head = Head {
-        id: RequestId::random(),
-        route: Route::Chat,
-        method: Method::POST,
-        path: PathAndQuery::from_static("/api/chat"),
-        headers: HeaderMap::new(),
         peek: Peek { model: Some(model.to_owned()), asks: true, ..Peek::default() },
         model: ModelName::parse(model),
-        client: None,
-        arrived: Instant::now(),
-        deadline: None,
+        ..Head::new(Route::Chat, Method::POST, PathAndQuery::from_static("/api/chat"))
     };
     Call::new(head, Payload::from_bytes("{}"), cluster.snapshot().all())
 }

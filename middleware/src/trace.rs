@@ -1,24 +1,29 @@
 //! Tells the log what was asked and how it ended, and the client which id to quote.
 //!
-//! Belongs outermost: what other layers refuse is told too. The line is written when the *body* ends.
+//! Belongs outermost: what other layers refuse is told too. The line is written when the *body* ends. The last requests are
+//! remembered, with what each layer decided about them, so that one can be asked for by its id.
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::task::{Context, Poll};
-
-use http::StatusCode;
-use serde::Deserialize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwapOption;
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
 
 use crate::call::{Answer, Call, End, Head, Outcome, Reply, RequestId, Watcher};
 use crate::error::Error;
+use crate::trail::Note;
 
 /// The target of the lines of the access log: what a filter names, and what a formatter may treat apart.
 pub const ACCESS: &str = "olol::access";
 
 /// The `[trace]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Whether each request gets a line in the log when its answer is over.
@@ -35,12 +40,13 @@ impl Default for Config {
 #[derive(Clone, Debug)]
 pub struct TraceLayer {
     access_log: bool,
+    requests: Arc<Ring>,
 }
 
 impl TraceLayer {
-    /// Logs as configured.
-    pub fn new(config: &Config) -> Self {
-        Self { access_log: config.access_log }
+    /// Logs as configured, and remembers the last requests.
+    pub fn new(config: &Config, requests: Arc<Ring>) -> Self {
+        Self { access_log: config.access_log, requests }
     }
 }
 
@@ -48,7 +54,7 @@ impl<S> Layer<S> for TraceLayer {
     type Service = Trace<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Trace { inner, access_log: self.access_log }
+        Trace { inner, access_log: self.access_log, requests: self.requests.clone() }
     }
 }
 
@@ -57,6 +63,7 @@ impl<S> Layer<S> for TraceLayer {
 pub struct Trace<S> {
     inner: S,
     access_log: bool,
+    requests: Arc<Ring>,
 }
 
 impl<S> Service<Call> for Trace<S>
@@ -73,7 +80,16 @@ where
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
-        let line = Line { head: call.head.clone(), status: StatusCode::OK, wanted: self.access_log, answered: false };
+        if call.dry {
+            return Box::pin(self.inner.call(call));
+        }
+        let line = Line {
+            head: call.head.clone(),
+            status: StatusCode::OK,
+            wanted: self.access_log,
+            answered: false,
+            requests: self.requests.clone(),
+        };
         let reply = self.inner.call(call);
         Box::pin(follow(line, reply))
     }
@@ -86,11 +102,11 @@ async fn follow(mut line: Line, reply: impl Future<Output = Result<Reply, Error>
         Ok(mut reply) => {
             reply.headers.insert(RequestId::HEADER, line.head.id.header());
             line.status = reply.status;
-            Ok(if line.wanted { reply.watch(line) } else { reply })
+            Ok(reply.watch(line))
         }
         Err(error) => {
             line.status = error.status();
-            line.write(error.kind(), &Outcome::default());
+            line.over(error.kind(), &Outcome::default());
             tracing::warn!(id = %line.head.id, %error, "request failed");
             Err(error)
         }
@@ -103,13 +119,18 @@ struct Line {
     status: StatusCode,
     wanted: bool,
     answered: bool,
+    requests: Arc<Ring>,
 }
 
 impl Line {
-    fn write(&self, end: &str, outcome: &Outcome) {
-        if !self.wanted {
-            return;
+    fn over(&self, end: &'static str, outcome: &Outcome) {
+        if self.wanted {
+            self.write(end, outcome);
         }
+        self.requests.remember(Record::new(&self.head, self.status, end, outcome));
+    }
+
+    fn write(&self, end: &str, outcome: &Outcome) {
         let head = &self.head;
         let counters = outcome.counters.unwrap_or_default();
         tracing::info!(
@@ -119,6 +140,7 @@ impl Line {
             method = %head.method,
             path = %head.path.as_str(),
             model = head.peek.model.as_deref(),
+            key = head.key.get().map(|key| &*key.name),
             status = self.status.as_u16(),
             server = outcome.servers.last().map(tracing::field::display),
             attempts = outcome.attempts,
@@ -126,6 +148,101 @@ impl Line {
             tokens = counters.output_tokens,
             end,
         );
+    }
+}
+
+/// How many requests are remembered.
+const REMEMBERED: usize = 1024;
+/// How much of a text that a client chose is remembered, bytes.
+const LONGEST: usize = 256;
+
+/// A request that is over: what it was, how it ended, and what was decided on the way.
+#[derive(Clone, Debug, Serialize)]
+pub struct Record {
+    /// Its id.
+    pub id: String,
+    /// When it came, milliseconds since 1970.
+    pub at_ms: u64,
+    /// Its method.
+    pub method: String,
+    /// Its path, without the query.
+    pub path: String,
+    /// The model that it named.
+    pub model: Option<String>,
+    /// Where it came from.
+    pub client: Option<SocketAddr>,
+    /// Whose key it showed.
+    pub key: Option<Arc<str>>,
+    /// The status of its answer; 499: its client left before.
+    pub status: u16,
+    /// How its answer ended: `whole`, `client-left`, or the reason of an error.
+    pub end: &'static str,
+    /// The servers that were asked, in turn.
+    pub servers: Vec<String>,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// From its first byte to the last one of its answer, milliseconds.
+    pub ms: u64,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u64,
+    /// Tokens made.
+    pub output_tokens: u64,
+    /// What the layers decided.
+    pub trail: Vec<Note>,
+}
+
+impl Record {
+    fn new(head: &Head, status: StatusCode, end: &'static str, outcome: &Outcome) -> Self {
+        let ms = u64::try_from(head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let counters = outcome.counters.unwrap_or_default();
+        Self {
+            id: head.id.as_str().to_owned(),
+            at_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX).saturating_sub(ms),
+            method: head.method.to_string(),
+            path: begin_of(head.path.path()),
+            model: head.peek.model.as_deref().map(begin_of),
+            client: head.client,
+            key: head.key.get().map(|key| key.name.clone()),
+            status: status.as_u16(),
+            end,
+            servers: outcome.servers.iter().map(ToString::to_string).collect(),
+            attempts: outcome.attempts,
+            ms,
+            prompt_tokens: counters.prompt_tokens,
+            output_tokens: counters.output_tokens,
+            trail: head.trail.take(),
+        }
+    }
+}
+
+fn begin_of(text: &str) -> String {
+    let end = text.char_indices().map(|(at, _)| at).chain([text.len()]).take_while(|at| *at <= LONGEST).last();
+    text[..end.unwrap_or_default()].to_owned()
+}
+
+/// The last requests. Who writes takes the next place, who reads looks through all: no lock.
+#[derive(Debug)]
+pub struct Ring {
+    places: Box<[ArcSwapOption<Record>]>,
+    next: AtomicUsize,
+}
+
+impl Default for Ring {
+    fn default() -> Self {
+        Self { places: (0..REMEMBERED).map(|_| ArcSwapOption::empty()).collect(), next: AtomicUsize::new(0) }
+    }
+}
+
+impl Ring {
+    fn remember(&self, record: Record) {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        self.places[next % self.places.len()].store(Some(Arc::new(record)));
+    }
+
+    /// The request with this id, if it is over and not yet forgotten.
+    pub fn find(&self, id: &str) -> Option<Arc<Record>> {
+        self.places.iter().filter_map(ArcSwapOption::load_full).find(|record| record.id == id)
     }
 }
 
@@ -152,7 +269,7 @@ impl Watcher for Line {
             End::Broken(kind) => kind,
             End::Dropped => "client-left",
         };
-        self.write(word, outcome);
+        self.over(word, outcome);
     }
 }
 
@@ -161,7 +278,7 @@ impl Drop for Line {
         // Dropped while nobody had answered: the client left.
         if !self.answered {
             self.status = StatusCode::from_u16(499).unwrap_or_default();
-            self.write("client-left", &Outcome::default());
+            self.over("client-left", &Outcome::default());
         }
     }
 }
@@ -173,7 +290,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reply_carries_the_id_of_its_request() {
-        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default()));
+        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default(), Arc::default()));
         let call = testing::call("tiny").await;
         let id = call.id.clone();
         let answer = ask(&mut service, call);
@@ -182,8 +299,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_request_that_is_over_can_be_asked_for() {
+        let requests = Arc::new(Ring::default());
+        let layer = TraceLayer::new(&Config { access_log: false }, requests.clone());
+        let (mut service, mut inner) = testing::spawn(&layer);
+        let call = testing::call("tiny").await;
+        let id = call.id.to_string();
+        let answer = ask(&mut service, call);
+        let (call, respond) = inner.next_request().await.unwrap();
+        call.note("pick", "the least loaded", []);
+        respond.send_response(testing::reply("hi"));
+        let reply = answer.await.unwrap();
+        assert!(requests.find(&id).is_none());
+        reply.body.collect(9).await.unwrap();
+        let record = requests.find(&id).unwrap();
+        assert_eq!((record.status, record.end, record.trail[0].layer), (200, "whole", "pick"));
+    }
+
+    #[test]
+    fn only_the_last_requests_are_remembered() {
+        let ring = Ring::default();
+        let head = Head::new(crate::Route::Chat, http::Method::POST, http::uri::PathAndQuery::from_static("/"));
+        let first = head.id.to_string();
+        ring.remember(Record::new(&head, StatusCode::OK, "whole", &Outcome::default()));
+        assert!(ring.find(&first).is_some());
+        let other = Head::new(crate::Route::Chat, http::Method::POST, http::uri::PathAndQuery::from_static("/"));
+        for _ in 0..REMEMBERED {
+            ring.remember(Record::new(&other, StatusCode::OK, "whole", &Outcome::default()));
+        }
+        assert!(ring.find(&first).is_none() && ring.find(other.id.as_str()).is_some());
+    }
+
+    #[tokio::test]
     async fn an_error_passes_unchanged() {
-        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default()));
+        let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default(), Arc::default()));
         let answer = ask(&mut service, testing::call("tiny").await);
         inner.next_request().await.unwrap().1.send_error(Error::Busy);
         assert!(matches!(answer.await, Err(Error::Busy)));

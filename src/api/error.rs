@@ -20,7 +20,10 @@ pub(crate) fn body(dialect: Dialect, error: &Error) -> String {
         Dialect::OpenAi => {
             let kind = match status {
                 400 => "invalid_request_error",
+                401 => "authentication_error",
+                403 => "permission_error",
                 404 => "not_found_error",
+                429 => "rate_limit_error",
                 _ => "api_error",
             };
             format!(r#"{{"error":{{"message":{text},"type":"{kind}","param":null,"code":null}}}}"#)
@@ -28,8 +31,10 @@ pub(crate) fn body(dialect: Dialect, error: &Error) -> String {
         Dialect::Anthropic => {
             let kind = match status {
                 400 => "invalid_request_error",
+                401 => "authentication_error",
                 403 => "permission_error",
                 404 => "not_found_error",
+                429 => "rate_limit_error",
                 503 => "overloaded_error",
                 _ => "api_error",
             };

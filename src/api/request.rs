@@ -7,8 +7,7 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Version};
-use olol_middleware::{Head, ModelName, Payload, Peek, RequestId, Route};
-use tokio::time::Instant;
+use olol_middleware::{Head, ModelName, Payload, Peek, Route};
 
 use super::body::HttpBody;
 use super::response;
@@ -92,18 +91,8 @@ pub(super) fn head(route: Route, subject: Option<String>, parts: Parts, client: 
         Some(digest) if route == Route::Blob => Peek { digests: vec![digest], ..Peek::default() },
         model => Peek { model, ..Peek::default() },
     };
-    Head {
-        id: RequestId::random(),
-        route,
-        method: parts.method,
-        path: parts.uri.into_parts().path_and_query.unwrap_or(PathAndQuery::from_static("/")),
-        headers: parts.headers,
-        peek,
-        model: None,
-        client,
-        arrived: Instant::now(),
-        deadline: None,
-    }
+    let path = parts.uri.into_parts().path_and_query.unwrap_or(PathAndQuery::from_static("/"));
+    Head { headers: parts.headers, peek, client, ..Head::new(route, parts.method, path) }
 }
 
 /// Looks into the body of a call for what routing needs, where the path did not tell it.

@@ -45,6 +45,15 @@ pub(super) fn refused(route: Route, error: &Error) -> Response<HttpBody> {
     if let Some(server) = error.server() {
         headers.insert(ServerId::HEADER, server.header());
     }
+    if let Some(after) = error.retry_after() {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs_f64().ceil().max(1.0) as u64));
+    }
+    if let Error::RateLimited { standing, .. } = error {
+        standing.write(headers);
+    }
+    if matches!(error, Error::Unauthorized(_)) {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
     if matches!(error, Error::Body(_)) {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }

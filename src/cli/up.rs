@@ -208,7 +208,7 @@ fn announce(proxy: &Proxy, behind: &Behind, agent: SocketAddr, config: &Config) 
         1..=6 => models.join(", "),
         more => format!("{}, and {} more", models[..6].join(", "), more - 6),
     };
-    let layers: Vec<String> = config.stack.order.iter().map(ToString::to_string).collect();
+    let layers: Vec<String> = config.stack.order.layers().iter().map(ToString::to_string).collect();
     let mut out = std::io::stdout().lock();
     let _ = std::io::Write::write_fmt(
         &mut out,

@@ -59,7 +59,7 @@ pub(super) fn loads(call: &Call, server: usize) -> Option<ModelName> {
     if !call.route.infers() || call.peek.unloads() {
         return None;
     }
-    let known = call.known.as_ref().or_else(|| call.candidates.snapshot().known(call.model.as_ref()?))?;
+    let known = call.known.as_ref().or_else(|| call.candidates.snapshot().known(call.place.model.as_ref()?))?;
     (known.installed.contains(server) && !known.loaded.contains(server)).then(|| known.name.clone())
 }
 

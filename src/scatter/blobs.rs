@@ -14,10 +14,9 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
 use olol_middleware::call::{Head, Pieces};
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Candidates, Error, Payload, Peek, Reply, RequestId, Route, Server};
+use olol_middleware::{Call, Candidates, Error, Payload, Reply, Route, Server};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::Instant;
 
 use super::{Config, Scatter, is_head, json_reply};
 
@@ -222,18 +221,8 @@ async fn leave(call: Call) {
 /// A call of ours about a blob.
 fn upload(candidates: &Candidates, digest: &str, method: Method, payload: Payload) -> Result<Call, Error> {
     let path = format!("/api/blobs/{digest}").parse().ok();
-    let head = Head {
-        id: RequestId::random(),
-        route: Route::Blob,
-        method,
-        path: path.ok_or_else(|| Error::Internal(format!("'{digest}' makes no path")))?,
-        headers: HeaderMap::new(),
-        peek: Peek::default(),
-        model: None,
-        client: None,
-        arrived: Instant::now(),
-        deadline: None,
-    };
+    let path = path.ok_or_else(|| Error::Internal(format!("'{digest}' makes no path")))?;
+    let head = Head::new(Route::Blob, method, path);
     Ok(Call::new(head, payload, candidates.clone()))
 }
 

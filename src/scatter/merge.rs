@@ -76,20 +76,9 @@ impl<F: Fleet> Scatter<F> {
 }
 
 /// The same call as a GET: the length of a merged list cannot be known without the lists.
-fn as_get(call: Call) -> Call {
-    let head = olol_middleware::Head {
-        id: call.id.clone(),
-        route: call.route,
-        method: http::Method::GET,
-        path: call.path.clone(),
-        headers: call.headers.clone(),
-        peek: call.peek.clone(),
-        model: call.model.clone(),
-        client: call.client,
-        arrived: call.arrived,
-        deadline: call.deadline,
-    };
-    Call::new(head, call.payload, call.candidates)
+fn as_get(mut call: Call) -> Call {
+    call.edits_mut().method = Some(http::Method::GET);
+    call
 }
 
 #[derive(Clone, Copy, PartialEq)]

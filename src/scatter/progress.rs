@@ -74,7 +74,7 @@ impl<F: Fleet> Scatter<F> {
         }
         let streams = call.peek.stream != Some(false);
         let begun_by: Vec<ServerId> = begun.iter().map(|(id, _)| id.clone()).collect();
-        let made = Made { cluster: self.shared.cluster.clone(), model: call.model.clone(), servers: begun_by };
+        let made = Made { cluster: self.shared.cluster.clone(), model: call.place.model.clone(), servers: begun_by };
         let mut headers = begun[0].1.headers.clone();
         headers.remove(http::header::CONTENT_LENGTH);
         let concerned = begun.len() + refused.len();

@@ -27,7 +27,7 @@ impl<F: Fleet> Scatter<F> {
         let holders: Vec<Arc<Server>> = if is_unload {
             call.candidates.iter().cloned().collect()
         } else {
-            holders(&call.candidates, call.model.as_ref())
+            holders(&call.candidates, call.place.model.as_ref())
         };
         let holds = |server: &Server| holders.iter().any(|holder| holder.index == server.index);
         let everybody = call.candidates.snapshot().servers.iter();
@@ -67,7 +67,7 @@ impl<F: Fleet> Scatter<F> {
 
     /// Makes known what has changed, before the client hears of it.
     fn note(&self, call: &Call, said: &[Said]) {
-        let Some(model) = &call.model else { return };
+        let Some(model) = &call.place.model else { return };
         let cluster = &self.shared.cluster;
         let who = |fits: fn(StatusCode) -> bool| -> Vec<ServerId> {
             let fits = |said: &&Said| said.answer.as_ref().is_ok_and(|reply| fits(reply.status));
