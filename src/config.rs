@@ -64,10 +64,14 @@ pub struct Config {
     pub spool: scatter::Config,
     /// Which layers are on.
     pub stack: stack::Table,
+    /// How one of the candidates is picked.
+    pub pick: olol_middleware::pick::Config,
     /// The `trace` layer.
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
     pub metrics: olol_middleware::metrics::Config,
+    /// The `queue` layer.
+    pub queue: olol_middleware::queue::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
     /// The `retry` layer.
@@ -138,8 +142,10 @@ impl Config {
     pub fn layers(&self) -> stack::Config {
         stack::Config {
             stack: self.stack.clone(),
+            pick: self.pick.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
+            queue: self.queue,
             model_route: self.model_route.clone(),
             retry: self.retry.clone(),
         }

@@ -37,7 +37,7 @@ const UPKEEP: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
-    cluster: Arc<Cluster>,
+    shared: Shared,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
@@ -63,7 +63,7 @@ impl Proxy {
         };
         let shared = Shared::new(cluster.clone());
         let watching = pool.watch(&config.pool);
-        let leaf = Scatter::new(pool, cluster.clone(), &config.spool, about.clone());
+        let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
         let stack = stack::build(&config.layers(), &shared, Stack::new(leaf));
         let origins = std::env::var("OLLAMA_ORIGINS").unwrap_or_default();
         let listed: Vec<&str> = config
@@ -80,11 +80,11 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         let own = Own::new(shared.clone(), about, metrics);
-        let api = Arc::new(Api::new(stack, shared, gate, room, own, hop));
+        let api = Arc::new(Api::new(stack, shared.clone(), gate, room, own, hop));
         let stop = CancellationToken::new();
         let grace = Duration::from_secs(config.limits.grace_s);
         let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
-        Ok(Self { address, cluster, stop, running, _tasks: vec![watching, upkeep] })
+        Ok(Self { address, shared, stop, running, _tasks: vec![watching, upkeep] })
     }
 
     /// Where it listens.
@@ -94,7 +94,12 @@ impl Proxy {
 
     /// What it knows of its servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
-        &self.cluster
+        &self.shared.cluster
+    }
+
+    /// The state of its layers.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// Takes nothing new, lets answers finish, and returns whether all of them did in time.

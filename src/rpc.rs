@@ -279,6 +279,7 @@ fn piece(chunk: Chunk) -> RelayResponse {
     let counters = chunk.end.map(|end| RelayCounters {
         prompt_tokens: end.prompt_tokens,
         output_tokens: end.output_tokens,
+        prompt_duration_ns: nanos(end.prompt_duration),
         eval_duration_ns: nanos(end.eval_duration),
         load_duration_ns: nanos(end.load_duration),
     });
@@ -290,7 +291,7 @@ fn failure(error: &Error) -> Status {
     let mut status = match error {
         Error::Server { source, .. } => Status::unavailable(source.to_string()),
         Error::NoServer(_) => Status::unavailable(error.to_string()),
-        Error::Busy => Status::resource_exhausted(error.to_string()),
+        Error::Busy { .. } => Status::resource_exhausted(error.to_string()),
         Error::Body(_) => Status::invalid_argument(error.to_string()),
         Error::Loop => Status::failed_precondition(error.to_string()),
         _ => Status::internal(error.to_string()),

@@ -64,9 +64,10 @@ struct Common {
 
 impl<F: Fleet> Scatter<F> {
     /// A leaf over a fleet.
-    pub fn new(fleet: F, cluster: Arc<Cluster>, config: &Config, about: About) -> Self {
+    pub fn new(fleet: F, shared: &olol_middleware::Shared, config: &Config, about: About) -> Self {
+        let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
         let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), about });
-        Self { pick: Pick::new(fleet), shared }
+        Self { pick: Pick::new(fleet, picking), shared }
     }
 }
 

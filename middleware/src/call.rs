@@ -27,6 +27,7 @@ use crate::keys::Key;
 use crate::names::{ModelName, ServerId};
 use crate::peek::Peek;
 use crate::route::Route;
+use crate::slots::{Lease, Ticket};
 use crate::trail::{self, Trail};
 
 /// One request of a client, on its way to a server.
@@ -46,6 +47,10 @@ pub struct Call {
     pub edits: Option<Box<Edits>>,
     /// When its client stops waiting.
     pub deadline: Option<Instant>,
+    /// Its right to a slot, once `queue` has given it one. Without one it is not held back: the server queues it.
+    pub ticket: Option<Arc<Ticket>>,
+    /// A slot that it has waited for.
+    pub lease: Option<Lease>,
     /// Whether to keep away from pooled connections: the last attempt died on one.
     pub fresh: bool,
     /// Attempts before this one.
@@ -124,7 +129,19 @@ impl Call {
     pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
         let head = head.into();
         let place = Place { model: head.model.clone() };
-        Self { head, payload, known: None, place, candidates, edits: None, deadline: None, fresh: false, attempts: 0 }
+        Self {
+            head,
+            payload,
+            known: None,
+            place,
+            candidates,
+            edits: None,
+            deadline: None,
+            ticket: None,
+            lease: None,
+            fresh: false,
+            attempts: 0,
+        }
     }
 
     /// What its server must get otherwise, to be told more.
@@ -147,6 +164,8 @@ impl Call {
             candidates: self.candidates.clone(),
             edits: self.edits.clone(),
             deadline: self.deadline,
+            ticket: self.ticket.clone(),
+            lease: None,
             fresh: self.fresh,
             attempts: self.attempts,
         })
@@ -351,6 +370,8 @@ pub struct Counters {
     pub prompt_tokens: u64,
     /// Tokens made.
     pub output_tokens: u64,
+    /// Time for the tokens of the prompt; zero if the dialect does not tell.
+    pub prompt_duration: Duration,
     /// Time for the tokens made; zero if the dialect does not tell.
     pub eval_duration: Duration,
     /// Time that the model took to load; zero if the dialect does not tell.

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
+use crate::runner::Runners;
 use crate::slots::Load;
 
 /// Shortest time between two snapshots.
@@ -190,6 +191,10 @@ pub struct Known {
     pub installed: Bits,
     /// Those of them that have it in memory.
     pub loaded: Bits,
+    /// Bytes of it on a disk; the most that a server says.
+    pub size: u64,
+    /// Its runners on the servers.
+    pub runners: Arc<Runners>,
     /// Its metrics.
     pub meters: Arc<ModelMeters>,
 }
@@ -297,6 +302,14 @@ impl Candidates {
         &self.snapshot
     }
 
+    /// The same servers as they are now: all of them if all were in question.
+    pub fn renew(&mut self, snapshot: Arc<Snapshot>) {
+        if self.bits == self.snapshot.every {
+            self.bits.clone_from(&snapshot.every);
+        }
+        self.snapshot = snapshot;
+    }
+
     /// Keeps only those that are in a set.
     pub fn keep(&mut self, bits: &Bits) {
         self.bits.keep(bits);
@@ -341,11 +354,21 @@ pub struct Cluster {
     this: Weak<Self>,
 }
 
+/// Where a model was found.
+#[derive(Default)]
+struct Found {
+    installed: Bits,
+    loaded: Bits,
+    size: u64,
+    /// Slots of its runners, by server; 0: unknown.
+    slots: Vec<(usize, u32)>,
+}
+
 /// What snapshots are made from.
 #[derive(Debug)]
 struct Book {
     entries: Vec<Entry>,
-    models: HashMap<ModelName, Arc<ModelMeters>>,
+    models: HashMap<ModelName, (Arc<ModelMeters>, Arc<Runners>)>,
     rebuilt: Option<Instant>,
     scheduled: bool,
 }
@@ -625,27 +648,6 @@ impl Cluster {
     }
 
     fn rebuild(&self, book: &mut Book) {
-        let mut models: HashMap<ModelName, (Bits, Bits)> = HashMap::new();
-        for (index, entry) in book.entries.iter().enumerate() {
-            for name in entry.report.models.iter().filter_map(|model| ModelName::parse(&model.name)) {
-                models.entry(name).or_default().0.insert(index);
-            }
-            for name in entry.report.loaded.iter().filter_map(|loaded| ModelName::parse(&loaded.name)) {
-                // A runner may outlive the model on the disk; only what can be asked for by name counts.
-                if let Some((_, loaded)) = models.get_mut(&name) {
-                    loaded.insert(index);
-                }
-            }
-        }
-        book.models.retain(|name, _| models.contains_key(name));
-        let models = models
-            .into_iter()
-            .map(|(name, (installed, loaded))| {
-                let meters = book.models.entry(name.clone()).or_insert_with(|| Arc::new(ModelMeters::new(&name)));
-                let known = Known { installed, loaded, meters: meters.clone(), name: name.clone() };
-                (name, Arc::new(known))
-            })
-            .collect();
         let servers: Vec<_> = book
             .entries
             .iter()
@@ -664,9 +666,45 @@ impl Cluster {
                 })
             })
             .collect();
+        let mut found: HashMap<ModelName, Found> = HashMap::new();
+        for server in &servers {
+            for model in &server.report.models {
+                let Some(name) = ModelName::parse(&model.name) else { continue };
+                let found = found.entry(name).or_default();
+                found.installed.insert(server.index);
+                found.size = found.size.max(model.size);
+            }
+            for loaded in &server.report.loaded {
+                // A runner may outlive the model on the disk; only what can be asked for by name counts.
+                let Some(found) = ModelName::parse(&loaded.name).and_then(|name| found.get_mut(&name)) else {
+                    continue;
+                };
+                found.loaded.insert(server.index);
+                found.slots.push((server.index, loaded.slots));
+            }
+        }
+        book.models.retain(|name, (_, runners)| found.contains_key(name) || !runners.line().is_empty());
+        let models = found
+            .into_iter()
+            .map(|(name, found)| {
+                let fresh = || (Arc::new(ModelMeters::new(&name)), Arc::default());
+                let (meters, runners) = book.models.entry(name.clone()).or_insert_with(fresh).clone();
+                for (server, slots) in &found.slots {
+                    if *slots > 0 {
+                        runners.at(&servers[*server]).reported(*slots);
+                    }
+                }
+                let Found { installed, loaded, size, .. } = found;
+                (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, meters }))
+            })
+            .collect();
         let every = Bits::first(servers.len());
         self.snapshot.store(Arc::new(Snapshot { servers, models, every }));
         book.rebuilt = Some(Instant::now());
+        // Who waits decides anew, now that the servers have changed.
+        for (_, runners) in book.models.values().filter(|(_, runners)| !runners.line().is_empty()) {
+            runners.line().look_again();
+        }
     }
 }
 

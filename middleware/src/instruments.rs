@@ -10,10 +10,12 @@ use metrics::{
 };
 
 use crate::call::Counters;
-use crate::cluster::{Snapshot, State};
+use crate::cluster::State;
 use crate::error::Error;
 use crate::names::{ModelName, ServerId};
 use crate::route::Route;
+use crate::shared::Shared;
+use crate::slots::Priority;
 
 const REQUESTS: &str = "olol_requests_total";
 const DURATION: &str = "olol_request_duration_seconds";
@@ -22,6 +24,9 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
+const QUEUE_DEPTH: &str = "olol_queue_depth";
+const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -29,7 +34,7 @@ const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 15] = [
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -37,6 +42,9 @@ pub const NAMES: [&str; 12] = [
     ENDED,
     ERRORS,
     RETRIES,
+    PREDICTION_ERROR,
+    QUEUE_DEPTH,
+    QUEUE_WAIT,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -61,6 +69,13 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_histogram!(
+        PREDICTION_ERROR,
+        Unit::Seconds,
+        "How far the first piece of an answer was from its prediction"
+    );
+    describe_gauge!(QUEUE_DEPTH, Unit::Count, "Calls that wait for a slot");
+    describe_histogram!(QUEUE_WAIT, Unit::Seconds, "How long calls waited for a slot, by priority and outcome");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -111,6 +126,36 @@ impl Instruments {
     pub fn retried(&self, cause: &'static str) {
         counter!(RETRIES, "cause" => cause).increment(1);
     }
+}
+
+/// The first piece of an answer came so much earlier or later than it was predicted.
+pub fn predicted(error: Duration) {
+    static ERRORS: OnceLock<Histogram> = OnceLock::new();
+    ERRORS.get_or_init(|| histogram!(PREDICTION_ERROR)).record(error.as_secs_f64());
+}
+
+/// What came of a wait for a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// The call was sent.
+    Served,
+    /// The queue was full.
+    Full,
+    /// It took longer than it may.
+    TooLong,
+    /// The client left.
+    Left,
+}
+
+/// A call has waited for a slot.
+pub fn queued(priority: Priority, how: Waited, after: Duration) {
+    let outcome = match how {
+        Waited::Served => "served",
+        Waited::Full => "full",
+        Waited::TooLong => "too-long",
+        Waited::Left => "left",
+    };
+    histogram!(QUEUE_WAIT, "priority" => priority.as_str(), "outcome" => outcome).record(after.as_secs_f64());
 }
 
 /// The metrics of one model.
@@ -170,7 +215,9 @@ impl ServerMeters {
 
 /// Sets what is read rather than counted. Call before a scrape.
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
-pub fn observe(snapshot: &Snapshot) {
+pub fn observe(shared: &Shared) {
+    let snapshot = shared.cluster.snapshot();
+    gauge!(QUEUE_DEPTH).set(shared.queue.len() as f64);
     for server in &snapshot.servers {
         let label = || vec![Label::new("server", server.id.shared())];
         gauge!(SERVER_IN_FLIGHT, label()).set(f64::from(server.load.in_flight()));

@@ -6,9 +6,10 @@
 //! |---|---|---|
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
+//! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `retry` | [`retry`] | asks another server when one fails before its first byte |
-//! | | [`pick`] | the leaf: takes the least loaded of the candidates and a place on it |
+//! | | [`pick`] | the leaf: takes the cheapest of the candidates and a slot on it |
 //!
 //! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
@@ -21,11 +22,14 @@ pub mod keys;
 pub mod metrics;
 pub mod model_route;
 pub mod names;
+pub mod pattern;
 pub mod peek;
 pub mod pick;
+pub mod queue;
 pub mod rate_limit;
 pub mod retry;
 pub mod route;
+pub mod runner;
 pub mod shared;
 pub mod slots;
 pub mod stack;

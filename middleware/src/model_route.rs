@@ -1,5 +1,4 @@
-//! Narrows the candidates to the servers that have the model: those that have it in memory first, then those that have it
-//! on disk.
+//! Narrows the candidates to the servers that have the model. Which of them has it in memory is part of what each would cost.
 //!
 //! Belongs outside `retry`, which then stays among them. When nobody is known to have the model every server stays in
 //! question, so that the refusal is Ollama's own. A server that says 404 although it was believed to have the model (or
@@ -14,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Head, Reply};
-use crate::cluster::{Cluster, Known, Snapshot};
+use crate::cluster::{Candidates, Cluster, Known, Snapshot};
 use crate::error::Error;
 use crate::route::Scope;
 use crate::trail::Fact;
@@ -23,16 +22,13 @@ use crate::trail::Fact;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Calls that a server which has the model in memory may be answering, per unit of its weight, before a server that
-    /// would first have to load it is considered too.
-    pub spill_after: u32,
     /// Milliseconds that a call waits for news of the servers when one says 404 to a model.
     pub refresh_ms: u64,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { spill_after: 4, refresh_ms: 1000 }
+        Self { refresh_ms: 1000 }
     }
 }
 
@@ -88,6 +84,7 @@ where
             return Box::pin(self.inner.call(call));
         }
         let mut call = call;
+        let question = call.candidates.clone();
         self.router.narrow(&mut call);
         if call.dry {
             return Box::pin(self.inner.call(call));
@@ -95,7 +92,11 @@ where
         let asked = Asked {
             believed: (call.candidates.snapshot().clone(), call.known.clone()),
             // With a single server there is nobody else to ask.
-            spare: if call.candidates.snapshot().servers.len() > 1 { call.again() } else { None },
+            spare: if question.snapshot().servers.len() > 1 {
+                call.again().map(|spare| (spare, question))
+            } else {
+                None
+            },
             head: call.head.clone(),
         };
         let answer = self.inner.call(call);
@@ -107,7 +108,8 @@ where
 struct Asked {
     /// What was believed of the model.
     believed: (Arc<Snapshot>, Option<Arc<Known>>),
-    spare: Option<Call>,
+    /// The call, and who was in question before it was narrowed.
+    spare: Option<(Call, Candidates)>,
     head: Arc<Head>,
 }
 
@@ -127,7 +129,7 @@ where
     }
     match asked.spare {
         // Boxed: seldom, and larger than all the rest.
-        Some(spare) => Box::pin(router.look_again(service, spare, reply)).await,
+        Some((spare, question)) => Box::pin(router.look_again(service, spare, question, reply)).await,
         None => Ok(reply),
     }
 }
@@ -144,11 +146,8 @@ impl Router {
             );
             return;
         };
-        let loaded_has_room = known.loaded.iter().filter_map(|index| snapshot.servers.get(index)).any(|server| {
-            server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get())
-        });
-        call.candidates.keep(if loaded_has_room { &known.loaded } else { &known.installed });
-        let decision = if loaded_has_room { "those that have it loaded" } else { "those that have it" };
+        call.candidates.keep(&known.installed);
+        let decision = "those that have it";
         let candidates = call.candidates.count().into();
         call.note("model-route", decision, [("model", Fact::from(&known.name)), ("candidates", candidates)]);
         call.known = Some(known);
@@ -173,7 +172,13 @@ impl Router {
     }
 
     /// A server said that it does not have the model: forgets that it had, and asks the others, the likeliest first.
-    async fn look_again<S>(&self, mut next: S, mut spare: Call, mut refusal: Reply) -> Result<Reply, Error>
+    async fn look_again<S>(
+        &self,
+        mut next: S,
+        mut spare: Call,
+        question: Candidates,
+        mut refusal: Reply,
+    ) -> Result<Reply, Error>
     where
         S: Service<Call, Response = Reply, Error = Error>,
     {
@@ -187,7 +192,8 @@ impl Router {
                 asked.push(server.clone());
             }
             loop {
-                spare.candidates = self.cluster.snapshot().all();
+                spare.candidates.clone_from(&question);
+                spare.candidates.renew(self.cluster.snapshot());
                 self.narrow(&mut spare);
                 for server in &asked {
                     spare.candidates.drop_server(server);
@@ -241,17 +247,6 @@ mod tests {
         assert_eq!(candidates_for(&cluster, "tiny").await, ["0", "2"]);
         assert_eq!(candidates_for(&cluster, "BIG:latest").await, ["1", "2"]);
         assert_eq!(candidates_for(&cluster, "nobodys").await, ["0", "1", "2"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn those_that_have_it_loaded_come_first_until_they_are_busy() {
-        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        cluster.note_loaded(&crate::ServerId::new("1"), &crate::ModelName::parse("tiny").unwrap(), true);
-        tokio::time::sleep(Duration::from_millis(60)).await;
-        assert_eq!(candidates_for(&cluster, "tiny").await, ["1"]);
-        let load = cluster.snapshot().servers[1].load.clone();
-        let _busy: Vec<_> = (0..4).map(|_| load.lease()).collect();
-        assert_eq!(candidates_for(&cluster, "tiny").await, ["0", "1"]);
     }
 
     #[tokio::test(start_paused = true)]

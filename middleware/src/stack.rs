@@ -11,6 +11,7 @@ use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
+use crate::queue::QueueLayer;
 use crate::retry::RetryLayer;
 use crate::shared;
 use crate::trace::TraceLayer;
@@ -92,6 +93,8 @@ pub enum Concern {
     Trace,
     /// [`crate::metrics`]
     Metrics,
+    /// [`crate::queue`]
+    Queue,
     /// [`crate::model_route`]
     ModelRoute,
     /// [`crate::retry`]
@@ -100,13 +103,14 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 4] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 5] = [Self::Trace, Self::Metrics, Self::Queue, Self::ModelRoute, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
+            Self::Queue => "queue",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
         }
@@ -160,10 +164,14 @@ impl Default for Table {
 pub struct Config {
     /// Which layers are on.
     pub stack: Table,
+    /// The `[pick]` table.
+    pub pick: crate::pick::Config,
     /// The `[trace]` table.
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
     pub metrics: crate::metrics::Config,
+    /// The `[queue]` table.
+    pub queue: crate::queue::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
     /// The `[retry]` table.
@@ -195,11 +203,19 @@ struct Rule {
     why: &'static str,
 }
 
-const RULES: [Rule; 1] = [Rule {
-    outer: Concern::ModelRoute,
-    inner: Concern::Retry,
-    why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
-}];
+const RULES: [Rule; 3] = [
+    Rule {
+        outer: Concern::Queue,
+        inner: Concern::ModelRoute,
+        why: "when a slot is free, or the servers have changed, it must be decided anew which servers have the model",
+    },
+    Rule { outer: Concern::Queue, inner: Concern::Retry, why: "a call that waits for a slot is no failed attempt" },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Retry,
+        why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
+    },
+];
 
 /// Whether an order can work.
 fn check(order: &[Concern]) -> Result<(), OrderError> {
@@ -219,9 +235,11 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
 
 /// Wraps `leaf` in the configured layers, the innermost first.
 pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
+    shared.picking.configure(config.pick.clone());
     config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
+        Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))

@@ -302,6 +302,7 @@ fn chunk(message: RelayResponse) -> Chunk {
     let end = message.counters.map(|counters| Counters {
         prompt_tokens: counters.prompt_tokens,
         output_tokens: counters.output_tokens,
+        prompt_duration: Duration::from_nanos(counters.prompt_duration_ns),
         eval_duration: Duration::from_nanos(counters.eval_duration_ns),
         load_duration: Duration::from_nanos(counters.load_duration_ns),
     });

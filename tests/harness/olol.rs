@@ -69,6 +69,11 @@ impl Olol {
         self.proxy.cluster().snapshot().servers[server].load.in_flight()
     }
 
+    /// Calls that wait for a slot.
+    pub fn waiting(&self) -> usize {
+        self.proxy.shared().queue.len()
+    }
+
     /// Whether a server is up, in the books of the proxy.
     pub fn is_server_up(&self, server: usize) -> bool {
         self.proxy.cluster().snapshot().servers[server].state == State::Up
