@@ -35,12 +35,24 @@ pub fn summary(snapshot: &Snapshot, about: &About) -> Value {
 pub fn servers(snapshot: &Snapshot, about: &About) -> Value {
     json!({
         "instance": about.instance,
-        "servers": snapshot.servers.iter().map(|server| one(server)).collect::<Vec<_>>(),
+        "servers": snapshot.servers.iter().map(|server| one(server, snapshot)).collect::<Vec<_>>(),
     })
 }
 
-fn one(server: &Server) -> Value {
+fn one(server: &Server, snapshot: &Snapshot) -> Value {
     let report = &server.report;
+    let used = snapshot.models.values().filter_map(|known| Some((&known.name, known.runners.used(server)?)));
+    let runners: Vec<Value> = used
+        .map(|(model, runner)| {
+            json!({
+                "model": model.as_str(),
+                "in_flight": runner.in_flight(),
+                "waiting": runner.waiting(),
+                "slots": runner.slots(),
+                "slots_from": runner.source(),
+            })
+        })
+        .collect();
     json!({
         "server": server.id.as_str(),
         "state": server.state.as_str(),
@@ -49,6 +61,7 @@ fn one(server: &Server) -> Value {
         "reason": server.reason,
         "weight": server.weight.get(),
         "in_flight": server.load.in_flight(),
+        "runners": runners,
         "version": report.version,
         "models": report.models.iter().map(|model| &model.name).collect::<Vec<_>>(),
         "loaded_models": report.loaded.iter().map(|loaded| json!({

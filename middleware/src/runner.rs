@@ -59,6 +59,11 @@ impl Runners {
         find(&list).map_or(fresh, |at| list[at].clone())
     }
 
+    /// The runner on a server, if it was needed so far.
+    pub fn used(&self, server: &Server) -> Option<Arc<Runner>> {
+        find(&self.list.load(), server).cloned()
+    }
+
     /// Those that were needed so far.
     pub fn all(&self) -> Arc<Vec<Arc<Runner>>> {
         self.list.load_full()
@@ -130,6 +135,11 @@ impl Runner {
         self.in_flight.load(Ordering::SeqCst)
     }
 
+    /// Calls that wait for its model, here or on another server.
+    pub fn waiting(&self) -> usize {
+        self.line.len()
+    }
+
     /// Calls that it may be given at the same time.
     pub fn slots(&self) -> u32 {
         let said = self.configured.load(Ordering::Relaxed);
@@ -198,12 +208,8 @@ impl Runner {
     pub(crate) fn begins(self: &Arc<Self>) {
         let begun = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
         let learned = self.learned.load(Ordering::Relaxed);
-        if begun < learned || self.is_told() {
-            return;
-        }
-        let slots = if self.is_learned.load(Ordering::Relaxed) { begun } else { begun.saturating_mul(2) };
-        if slots > learned {
-            self.learned.fetch_max(slots.min(MOST), Ordering::Relaxed);
+        if begun >= learned && !self.is_told() && !self.is_learned.load(Ordering::Relaxed) {
+            self.learned.fetch_max(begun.saturating_mul(2).min(MOST), Ordering::Relaxed);
             self.line.serve(self);
         }
     }
@@ -345,7 +351,7 @@ impl Sample {
 ///
 /// An answer has a slot for its last `busy` microseconds; where a server says nothing of that and does not stream, for at
 /// least as long as the fastest of the others took for as many tokens. The most answers that had a slot at the same moment
-/// are a lower bound. It is the number of slots once several answers have visibly waited: they would have begun earlier if
+/// are a lower bound; a tenth of each is left out, since what we see of an end and of the next begin may cross on the way. It is the number of slots once several answers have visibly waited: they would have begun earlier if
 /// there had been more.
 pub fn learn(samples: &[Sample]) -> Option<u32> {
     let pace = samples.iter().filter(|one| one.tokens > 0).map(|one| one.took() / one.tokens).min().unwrap_or(0);
@@ -355,10 +361,10 @@ pub fn learn(samples: &[Sample]) -> Option<u32> {
     if samples.iter().filter(waited).count() < WAITED_ENOUGH {
         return None;
     }
+    let begin = |one: &Sample| one.ended - busy(one) / 10 * 9;
+    let at = |moment: u64| samples.iter().filter(|one| begin(one) <= moment && moment < one.ended).count();
     // The most that overlap do so where one of them begins.
-    let begins = samples.iter().map(|one| one.ended - busy(one));
-    let at = |moment: u64| samples.iter().filter(|one| one.ended - busy(one) <= moment && moment < one.ended).count();
-    begins.map(at).max().and_then(|most| u32::try_from(most.max(1)).ok())
+    samples.iter().map(begin).map(at).max().and_then(|most| u32::try_from(most.max(1)).ok())
 }
 
 /// How fast a runner is: averages in which what is old fades.
