@@ -26,6 +26,7 @@ use crate::json::Span;
 use crate::keys::Key;
 use crate::names::{ModelName, ServerId};
 use crate::peek::Peek;
+use crate::place::Named;
 use crate::route::Route;
 use crate::slots::{Lease, Ticket};
 use crate::trail::{self, Trail};
@@ -111,6 +112,8 @@ impl Head {
 pub struct Place {
     /// The model, if there is one.
     pub model: Option<ModelName>,
+    /// The load options that the call names, once `model-route` has looked.
+    pub options: Option<Arc<Named>>,
 }
 
 /// How what a server gets differs from what the client sent.
@@ -128,7 +131,7 @@ impl Call {
     /// A call that nobody has looked at yet: every server is in question.
     pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
         let head = head.into();
-        let place = Place { model: head.model.clone() };
+        let place = Place { model: head.model.clone(), options: None };
         Self {
             head,
             payload,

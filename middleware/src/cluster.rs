@@ -356,12 +356,12 @@ pub struct Cluster {
 
 /// Where a model was found.
 #[derive(Default)]
-struct Found {
+struct Found<'a> {
     installed: Bits,
     loaded: Bits,
     size: u64,
-    /// Slots of its runners, by server; 0: unknown.
-    slots: Vec<(usize, u32)>,
+    /// What servers say of it in their memory.
+    memory: Vec<(usize, &'a Loaded)>,
 }
 
 /// What snapshots are made from.
@@ -587,7 +587,7 @@ impl Cluster {
     }
 
     /// Waits until the snapshot shows what is in the book.
-    async fn catch_up(&self) {
+    pub(crate) async fn catch_up(&self) {
         let due = {
             let book = self.book();
             if !book.scheduled {
@@ -641,8 +641,10 @@ impl Cluster {
             tokio::time::sleep_until(due).await;
             if let Some(cluster) = this.upgrade() {
                 let mut book = cluster.book();
-                book.scheduled = false;
-                cluster.rebuild(&mut book);
+                // Somebody who could not wait may have done it in the meantime.
+                if book.scheduled {
+                    cluster.rebuild(&mut book);
+                }
             }
         });
     }
@@ -666,7 +668,7 @@ impl Cluster {
                 })
             })
             .collect();
-        let mut found: HashMap<ModelName, Found> = HashMap::new();
+        let mut found: HashMap<ModelName, Found<'_>> = HashMap::new();
         for server in &servers {
             for model in &server.report.models {
                 let Some(name) = ModelName::parse(&model.name) else { continue };
@@ -680,7 +682,7 @@ impl Cluster {
                     continue;
                 };
                 found.loaded.insert(server.index);
-                found.slots.push((server.index, loaded.slots));
+                found.memory.push((server.index, loaded));
             }
         }
         book.models.retain(|name, (_, runners)| found.contains_key(name) || !runners.line().is_empty());
@@ -689,10 +691,14 @@ impl Cluster {
             .map(|(name, found)| {
                 let fresh = || (Arc::new(ModelMeters::new(&name)), Arc::default());
                 let (meters, runners) = book.models.entry(name.clone()).or_insert_with(fresh).clone();
-                for (server, slots) in &found.slots {
-                    if *slots > 0 {
-                        runners.at(&servers[*server]).reported(*slots);
+                for (server, loaded) in &found.memory {
+                    if loaded.slots > 0 {
+                        runners.at(&servers[*server]).reported(loaded.slots);
                     }
+                }
+                for runner in runners.all().iter() {
+                    let loaded = found.memory.iter().find(|(server, _)| *server == runner.server);
+                    runner.told(loaded.map(|(_, loaded)| loaded.context_length));
                 }
                 let Found { installed, loaded, size, .. } = found;
                 (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, meters }))
@@ -701,6 +707,7 @@ impl Cluster {
         let every = Bits::first(servers.len());
         self.snapshot.store(Arc::new(Snapshot { servers, models, every }));
         book.rebuilt = Some(Instant::now());
+        book.scheduled = false;
         // Who waits decides anew, now that the servers have changed.
         for (_, runners) in book.models.values().filter(|(_, runners)| !runners.line().is_empty()) {
             runners.line().look_again();

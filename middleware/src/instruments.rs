@@ -14,6 +14,7 @@ use crate::cluster::State;
 use crate::error::Error;
 use crate::names::{ModelName, ServerId};
 use crate::route::Route;
+use crate::runner::Cause;
 use crate::shared::Shared;
 use crate::slots::Priority;
 
@@ -27,6 +28,7 @@ const RETRIES: &str = "olol_retries_total";
 const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
 const QUEUE_DEPTH: &str = "olol_queue_depth";
 const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
+const LOADS: &str = "olol_model_loads_total";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -34,7 +36,7 @@ const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 15] = [
+pub const NAMES: [&str; 16] = [
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -45,6 +47,7 @@ pub const NAMES: [&str; 15] = [
     PREDICTION_ERROR,
     QUEUE_DEPTH,
     QUEUE_WAIT,
+    LOADS,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -76,6 +79,7 @@ pub fn describe() {
     );
     describe_gauge!(QUEUE_DEPTH, Unit::Count, "Calls that wait for a slot");
     describe_histogram!(QUEUE_WAIT, Unit::Seconds, "How long calls waited for a slot, by priority and outcome");
+    describe_counter!(LOADS, Unit::Count, "Calls that made a server load a model, by cause (cold, options)");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -179,6 +183,12 @@ impl ModelMeters {
         self.first_token
             .get_or_init(|| histogram!(FIRST_TOKEN, vec![Label::new("model", self.label.clone())]))
             .record(after.as_secs_f64());
+    }
+
+    /// A call makes a server load the model.
+    pub fn load(&self, cause: Cause) {
+        counter!(LOADS, vec![Label::new("model", self.label.clone()), Label::new("cause", cause.as_str())])
+            .increment(1);
     }
 
     /// A server told its counts.

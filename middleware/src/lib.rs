@@ -25,6 +25,7 @@ pub mod names;
 pub mod pattern;
 pub mod peek;
 pub mod pick;
+pub mod place;
 pub mod queue;
 pub mod rate_limit;
 pub mod retry;

@@ -15,6 +15,7 @@ use tower::{Layer, Service, ServiceExt};
 use crate::call::{Answer, Call, Head, Reply};
 use crate::cluster::{Candidates, Cluster, Known, Snapshot};
 use crate::error::Error;
+use crate::place::LoadOptions;
 use crate::route::Scope;
 use crate::trail::Fact;
 
@@ -24,11 +25,24 @@ use crate::trail::Fact;
 pub struct Config {
     /// Milliseconds that a call waits for news of the servers when one says 404 to a model.
     pub refresh_ms: u64,
+    /// What becomes of the load options of calls (`num_ctx` and the others that make a runner load anew).
+    pub load_options: Options,
+}
+
+/// What becomes of the load options of calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Options {
+    /// A call that does not name them, or needs less context, goes with what is loaded.
+    #[default]
+    AsLoaded,
+    /// Every call is sent as it came, whatever it makes a server load.
+    AsSent,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { refresh_ms: 1000 }
+        Self { refresh_ms: 1000, load_options: Options::default() }
     }
 }
 
@@ -86,6 +100,9 @@ where
         let mut call = call;
         let question = call.candidates.clone();
         self.router.narrow(&mut call);
+        if call.route.infers() && self.router.config.load_options == Options::AsLoaded {
+            call.place.options = Some(Arc::new(LoadOptions::of(&call)));
+        }
         if call.dry {
             return Box::pin(self.inner.call(call));
         }

@@ -28,7 +28,8 @@ use crate::error::{Error, Phase};
 use crate::instruments::{self, ModelMeters};
 use crate::names::ModelName;
 use crate::pattern::{ModelPattern, Pattern};
-use crate::runner::{self, Runner, Seen};
+use crate::place::LoadOptions;
+use crate::runner::{self, Loading, Runner, Seen};
 use crate::slots::Lease;
 use crate::stack;
 use crate::trail::Fact;
@@ -211,7 +212,7 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             Some(service) => {
                 let attempts = call.attempts + 1;
                 let model = picked.known.as_ref().map(|known| known.meters.clone());
-                let visit = picked.visit();
+                let visit = picked.visit(&mut call);
                 let answer = stack::send(service, call);
                 Box::pin(follow(visit, attempts, model, answer))
             }
@@ -229,13 +230,20 @@ struct Picked {
 }
 
 impl Picked {
-    fn visit(self) -> Visit {
+    fn visit(self, call: &mut Call) -> Visit {
         let runner = self.lease.as_ref().and_then(|lease| lease.runner().cloned());
+        let is_loaded = self.known.as_ref().is_some_and(|known| known.loaded.contains(self.server.index));
+        let (cause, loading) = runner.as_ref().map_or((None, None), |runner| runner.takes(call, is_loaded));
+        if let (Some(cause), Some(known)) = (cause, &self.known) {
+            known.meters.load(cause);
+            call.note("pick", "makes the server load the model", [("cause", Fact::Word(cause.as_str()))]);
+        }
         let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
         Visit {
             server: self.server,
             lease: self.lease,
             runner,
+            loading,
             sent: Instant::now(),
             first: None,
             streamed: false,
@@ -413,14 +421,18 @@ fn choices<'a>(call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]
 fn predict(call: &Call, known: &Known, runner: Option<&Arc<Runner>>, is_loaded: bool, tokens: f32) -> Cost {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let load = || LOAD_BASE + known.size as f32 / LOAD_SPEED;
+    let named = call.place.options.as_deref();
     let Some(runner) = runner else {
-        let loading = if is_loaded { 0.0 } else { load() };
+        let reloads = named.is_some_and(|named| named.reloads(&LoadOptions::default(), 0));
+        let loading = if is_loaded && !reloads { 0.0 } else { load() };
         return Cost { loading, prefill: tokens * PREFILL, ..Cost::default() };
     };
     let speeds = &runner.speeds;
+    // Who waits for a load that goes on already waits as long, as far as one can tell.
+    let loads = runner.is_loading() || runner.cause(named, is_loaded).is_some();
     Cost {
         waiting: waiting(call, runner),
-        loading: if is_loaded { 0.0 } else { speeds.load.get().unwrap_or_else(load) },
+        loading: if loads { speeds.load.get().unwrap_or_else(load) } else { 0.0 },
         prefill: tokens * speeds.prefill.get().unwrap_or(PREFILL),
         rest: speeds.rest.get().unwrap_or(0.0),
     }
@@ -483,9 +495,15 @@ fn consistent(choices: &Choices<'_>, near: &Places, call: &Call) -> usize {
 }
 
 /// Judges a server by its answer, and keeps the slot on it for as long as that lasts.
-async fn follow(visit: Visit, attempts: u32, model: Option<Arc<ModelMeters>>, answer: Answer) -> Result<Reply, Error> {
+async fn follow(
+    mut visit: Visit,
+    attempts: u32,
+    model: Option<Arc<ModelMeters>>,
+    answer: Answer,
+) -> Result<Reply, Error> {
     match answer.await {
         Ok(mut reply) => {
+            visit.loading = None;
             visit.server.meters.attempt(true);
             let outcome = reply.body.outcome_mut();
             outcome.servers.push(visit.server.id.clone());
@@ -511,6 +529,8 @@ struct Visit {
     server: Arc<Server>,
     lease: Option<Lease>,
     runner: Option<Arc<Runner>>,
+    /// The load that it waits for.
+    loading: Option<Loading>,
     sent: Instant,
     first: Option<Instant>,
     /// Whether more than one piece came.
@@ -614,5 +634,49 @@ mod tests {
         assert_eq!(load.in_flight(), 1);
         drop(reply);
         assert_eq!(load.in_flight(), 0);
+    }
+
+    async fn ask(cluster: &Arc<crate::Cluster>, options: &str) -> Vec<crate::trail::Note> {
+        let body = format!(r#"{{"model":"tiny","messages":[]{options}}}"#);
+        let mut call = testing::call_in(cluster, "tiny");
+        call.payload = crate::Payload::from_bytes(body.clone());
+        Arc::get_mut(&mut call.head).unwrap().peek = crate::Peek::json(&[Bytes::from(body)]);
+        call.place.options = Some(Arc::new(crate::place::LoadOptions::of(&call)));
+        let head = call.head.clone();
+        let reply = Pick::new(testing::Always, Arc::default()).call(call).await.unwrap();
+        let server = reply.body.outcome().servers[0].clone();
+        reply.body.collect(99).await.unwrap();
+        cluster.note_loaded(&server, &ModelName::parse("tiny").unwrap(), true);
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        head.trail.take()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clients_that_name_other_contexts_do_not_make_a_server_load_again_and_again() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        for round in 0..50 {
+            let options = [r#","options":{"num_ctx":8192}"#, "", r#","options":{"num_ctx":2048}"#][round % 3];
+            ask(&cluster, options).await;
+        }
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
+        let loads: Vec<u64> = known.runners.all().iter().map(|runner| runner.loads()).collect();
+        assert!(loads.iter().all(|loads| *loads <= 1), "{loads:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_big_context_goes_where_it_is_loaded() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        for server in ["0", "1"] {
+            cluster.note_loaded(&crate::ServerId::new(server), &ModelName::parse("tiny").unwrap(), true);
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        ask(&cluster, r#","options":{"num_ctx":8192}"#).await;
+        let at =
+            |notes: Vec<crate::trail::Note>| notes.into_iter().find(|note| note.decision == "picked").unwrap().facts;
+        let first = at(ask(&cluster, r#","options":{"num_ctx":8192}"#).await)[0].clone();
+        for _ in 0..10 {
+            assert_eq!(at(ask(&cluster, r#","options":{"num_ctx":8000}"#).await)[0], first);
+        }
     }
 }

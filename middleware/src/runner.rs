@@ -4,15 +4,16 @@
 //! change its mind or be fair. So we count what we send, and learn where a runner is full: an agent reads it from the runner
 //! itself, the operator may say it, and otherwise [`learn`] finds it from how answers overlapped.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
-use crate::call::Counters;
+use crate::call::{Call, Counters};
 use crate::cluster::Server;
+use crate::place::{LoadOptions, Named};
 use crate::slots::{Line, Load};
 
 /// Calls that are sent to a runner of which nothing is known. It doubles whenever all of them are being answered, so that a
@@ -99,7 +100,44 @@ pub struct Runner {
     learned: AtomicU32,
     /// Whether they were learned.
     is_learned: AtomicBool,
+    /// Calls that are waiting for it to be loaded.
+    loading: AtomicU32,
+    /// How often a call made it load.
+    loads: AtomicU64,
+    /// The load options that calls have named for what is loaded, or is loading.
+    options: ArcSwap<LoadOptions>,
+    /// Context of a slot as the server tells it, tokens; 0: it does not, or nothing is loaded.
+    context: AtomicU32,
     book: Mutex<Book>,
+}
+
+/// Why a call makes a runner load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The model was not in memory.
+    Cold,
+    /// It was, with other options.
+    Options,
+}
+
+impl Cause {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Options => "options",
+        }
+    }
+}
+
+/// A load that a call has caused, or waits for: over when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Loading(Arc<Runner>);
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        self.0.loading.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What learning remembers.
@@ -126,6 +164,10 @@ impl Runner {
             reported: AtomicU32::new(0),
             learned: AtomicU32::new(GUESS),
             is_learned: AtomicBool::new(false),
+            loading: AtomicU32::new(0),
+            loads: AtomicU64::new(0),
+            options: ArcSwap::default(),
+            context: AtomicU32::new(0),
             book: Mutex::new(Book { samples: Vec::new(), next: 0, known_since: None, born: Instant::now() }),
         }
     }
@@ -174,6 +216,65 @@ impl Runner {
         if self.reported.swap(slots.min(MOST), Ordering::Relaxed) < slots {
             self.line.serve(self);
         }
+    }
+
+    /// The server told what is in its memory: the context of this runner, or that it is not there.
+    pub fn told(&self, loaded: Option<u32>) {
+        self.context.store(loaded.unwrap_or(0), Ordering::Relaxed);
+        if loaded.is_none() && !self.is_loading() && !self.options.load().is_empty() {
+            self.options.store(Arc::default());
+        }
+    }
+
+    /// Whether a load is going on.
+    pub fn is_loading(&self) -> bool {
+        self.loading.load(Ordering::Relaxed) > 0
+    }
+
+    /// How often a call made it load.
+    pub fn loads(&self) -> u64 {
+        self.loads.load(Ordering::Relaxed)
+    }
+
+    /// Why a call would make it load, if it would.
+    pub(crate) fn cause(&self, named: Option<&Named>, is_loaded: bool) -> Option<Cause> {
+        if !is_loaded && !self.is_loading() {
+            return Some(Cause::Cold);
+        }
+        let reloads = named?.reloads(&self.options.load(), self.context.load(Ordering::Relaxed));
+        reloads.then_some(Cause::Options)
+    }
+
+    /// A call goes there: it takes the load options that are loaded as far as it can, or those that it names are loaded.
+    pub(crate) fn takes(self: &Arc<Self>, call: &mut Call, is_loaded: bool) -> (Option<Cause>, Option<Loading>) {
+        let named = call.place.options.clone();
+        let cause = self.cause(named.as_deref(), is_loaded);
+        let waits = cause.is_some() || self.is_loading();
+        let loading = waits.then(|| {
+            self.loading.fetch_add(1, Ordering::Relaxed);
+            Loading(self.clone())
+        });
+        if cause.is_some() {
+            self.loads.fetch_add(1, Ordering::Relaxed);
+        }
+        let Some(named) = named else { return (cause, loading) };
+        let had = self.options.load();
+        let has = match cause {
+            Some(Cause::Cold) => named.options.clone(),
+            Some(Cause::Options) if !named.takes_options() => LoadOptions::default(),
+            _ => had.after(&named.options),
+        };
+        if cause != Some(Cause::Cold) {
+            let edits = named.edits(&call.payload, &has, self.context.load(Ordering::Relaxed));
+            if !edits.is_empty() {
+                call.note("model-route", "goes with the options that are loaded", []);
+                call.edits_mut().body.extend(edits);
+            }
+        }
+        if has != **had {
+            self.options.store(Arc::new(has));
+        }
+        (cause, loading)
     }
 
     /// Asks the operator's words once for each version of them.
