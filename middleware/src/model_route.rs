@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -18,6 +17,7 @@ use crate::cluster::{Cluster, Known, Snapshot};
 use crate::error::Error;
 use crate::route::Scope;
 use crate::trail::Fact;
+use crate::units::Ms;
 
 /// The `[model-route]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -27,12 +27,12 @@ pub struct Config {
     /// would first have to load it is considered too.
     pub spill_after: u32,
     /// Milliseconds that a call waits for news of the servers when one says 404 to a model.
-    pub refresh_ms: u64,
+    pub refresh_ms: Ms,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { spill_after: 4, refresh_ms: 1000 }
+        Self { spill_after: 4, refresh_ms: Ms::new(1000) }
     }
 }
 
@@ -200,7 +200,7 @@ impl Router {
                 if std::mem::replace(&mut refreshed, true) {
                     return Ok(refusal);
                 }
-                self.cluster.refresh(Duration::from_millis(self.config.refresh_ms)).await;
+                self.cluster.refresh(self.config.refresh_ms.time()).await;
             }
             let Some(call) = spare.again() else { return Ok(refusal) };
             let reply = next.ready().await?.call(call).await?;
@@ -220,6 +220,8 @@ fn was_loaded(snapshot: &Snapshot, known: &Known, server: &crate::ServerId) -> b
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
     use crate::testing::{self, ask};
 
     fn names(call: &Call) -> Vec<String> {
