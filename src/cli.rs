@@ -57,7 +57,7 @@ pub fn run() -> anyhow::Result<()> {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     crate::telemetry::start(&cli.log_level)?;
     // What each flag was set by.
-    let given = matches.subcommand().map(|(_, given)| given).unwrap_or(&matches);
+    let given = matches.subcommand().map_or(&matches, |(_, given)| given);
     match cli.command {
         Command::Up(arguments) => arguments.run(given),
         Command::Proxy(arguments) => arguments.run(given),
@@ -152,7 +152,7 @@ impl Hangups {
             // What is wrong stands in the log.
             let _ = proxy.reload(Trigger::Signal).await;
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

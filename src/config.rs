@@ -204,7 +204,8 @@ impl Config {
 
     /// Worker threads; 0: one a processor.
     pub fn worker_threads(&self) -> usize {
-        usize::try_from(self.threads.max(self.proxy.threads).get()).unwrap_or(0)
+        let threads = if self.threads == Threads::default() { self.proxy.threads } else { self.threads };
+        usize::try_from(threads.get()).unwrap_or(0)
     }
 
     /// This configuration with the values of another where only a restart can change them.

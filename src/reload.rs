@@ -213,10 +213,9 @@ impl Reloader {
                 }
             }
             Err(error) => {
-                let error = error.told();
-                // The place of what is wrong is shown with the line that it is in; a log has one line for it.
-                let line = error.lines().next().unwrap_or_default();
-                tracing::error!(trigger = trigger.as_str(), error = line, "the configuration stays as it was");
+                // Its first line: those below show what stands in the file, which is nobody's business but its owner's.
+                let error = error.told().lines().next().unwrap_or_default().to_owned();
+                tracing::error!(trigger = trigger.as_str(), error, "the configuration stays as it was");
                 let attempt = Attempt { at: SystemTime::now(), trigger, error: Some(error) };
                 let state = State { last: Some(attempt), ..State::clone(&self.running.state()) };
                 self.running.0.store(Arc::new(state));

@@ -88,7 +88,7 @@ impl Folders {
                 let _ = stir.try_send(());
             }
         });
-        let watcher = watcher.inspect_err(|error| Self::warn(error)).ok();
+        let watcher = watcher.inspect_err(Self::warn).ok();
         Self { watcher, watched: HashSet::new() }
     }
 

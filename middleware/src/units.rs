@@ -132,7 +132,6 @@ impl Share {
     pub const NONE: Self = Self(0.0);
 
     /// So many thousandths, at most all of them.
-    #[expect(clippy::cast_lossless, reason = "`From` is not const yet")]
     pub const fn of_thousand(thousandths: u16) -> Self {
         Self(if thousandths > 1000 { 1.0 } else { thousandths as f64 / 1000.0 })
     }

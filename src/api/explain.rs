@@ -77,7 +77,7 @@ impl Api {
             return answer(StatusCode::OK, &told(&head, None));
         }
         let outcome = self.send(head.clone(), payload).await;
-        answer(StatusCode::OK, &told(&head, Some(outcome)))
+        answer(StatusCode::OK, &told(&head, Some(&outcome)))
     }
 }
 
@@ -98,8 +98,8 @@ fn target(request: &Request<Incoming>) -> Result<Target, String> {
 }
 
 /// All that was decided, and what came of it.
-fn told(head: &Head, outcome: Option<Result<Reply, Error>>) -> Value {
-    let (server, status, error) = match &outcome {
+fn told(head: &Head, outcome: Option<&Result<Reply, Error>>) -> Value {
+    let (server, status, error) = match outcome {
         None => (None, StatusCode::OK, None),
         Some(Ok(reply)) => (reply.body.outcome().servers.last().map(ServerId::as_str), reply.status, None),
         Some(Err(error)) => (error.server().map(ServerId::as_str), error.status(), Some(error)),

@@ -82,13 +82,11 @@ async fn servers(State(known): State<Known>) -> impl IntoResponse {
 
 /// What was decided about a request that is over.
 async fn request(State(known): State<Known>, Path(id): Path<String>) -> Response<axum::body::Body> {
-    match known.shared.requests.find(&id) {
-        Some(record) => axum::Json(&*record).into_response(),
-        None => {
-            let error = format!("no request '{id}' is remembered: it is unknown, not over yet, or too long ago");
-            (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response()
-        }
-    }
+    let Some(record) = known.shared.requests.find(&id) else {
+        let error = format!("no request '{id}' is remembered: it is unknown, not over yet, or too long ago");
+        return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+    };
+    axum::Json(&*record).into_response()
 }
 
 /// Reads the configuration again.

@@ -65,12 +65,11 @@ impl Arguments {
     }
 
     fn ask(&self) -> anyhow::Result<Ask> {
-        let mut ask = match &self.request {
-            Some(id) => Ask { path: format!("/api/status/requests/{id}").parse()?, ..Ask::get("/") },
-            None => {
-                let path: Uri = format!("/api/status/explain?route={}", escaped(&self.route)).parse()?;
-                Ask { path, infers: false, ..Ask::post("/", self.content()?) }
-            }
+        let mut ask = if let Some(id) = &self.request {
+            Ask { path: format!("/api/status/requests/{}", escaped(id)).parse()?, ..Ask::get("/") }
+        } else {
+            let path: Uri = format!("/api/status/explain?route={}", escaped(&self.route)).parse()?;
+            Ask { path, infers: false, ..Ask::post("/", self.content()?) }
         };
         if let Some(key) = &self.key {
             let value = HeaderValue::from_str(&format!("Bearer {key}"));
@@ -96,9 +95,8 @@ impl Arguments {
 /// A body that asks this of a model over a route.
 fn content(route: &str, model: &str, prompt: &str) -> Vec<u8> {
     let body = match route {
-        "/api/generate" | "/v1/completions" => json!({"model": model, "prompt": prompt}),
+        "/api/generate" | "/api/embeddings" | "/v1/completions" => json!({"model": model, "prompt": prompt}),
         "/api/embed" | "/v1/embeddings" | "/v1/responses" => json!({"model": model, "input": prompt}),
-        "/api/embeddings" => json!({"model": model, "prompt": prompt}),
         _ => json!({"model": model, "messages": [{"role": "user", "content": prompt}]}),
     };
     body.to_string().into_bytes()
@@ -189,7 +187,7 @@ fn text(value: &Value) -> String {
             let members: Vec<String> = members.iter().map(|(name, value)| format!("{name}={}", text(value))).collect();
             format!("({})", members.join(" "))
         }
-        other => other.to_string(),
+        Value::Bool(flag) => flag.to_string(),
     }
 }
 
@@ -214,10 +212,7 @@ fn table(rows: &[Value]) -> String {
         let mut shown = String::from("     ");
         for (column, cell) in line.iter().enumerate() {
             let wide = lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-            let _ = match is_number(column) {
-                true => write!(shown, " {cell:>wide$} "),
-                false => write!(shown, " {cell:wide$} "),
-            };
+            let _ = if is_number(column) { write!(shown, " {cell:>wide$} ") } else { write!(shown, " {cell:wide$} ") };
         }
         out.push_str(shown.trim_end());
         out.push('\n');

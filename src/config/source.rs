@@ -41,7 +41,7 @@ pub enum Set {
     Servers(Vec<String>),
     /// Further `proxy.origins`: they are added.
     Origins(Vec<String>),
-    /// `threads`
+    /// `threads`, wherever it may stand
     Threads(Threads),
 }
 
@@ -105,6 +105,10 @@ impl Source {
         }
         let effective = Effective { config, document, overrides: self.overrides.clone() };
         effective.config.check().map_err(|wrong| match (effective.given(&wrong.key), &effective.document) {
+            // One of those in the file, to which others are added.
+            (Some(Override { set: Set::Origins(_), .. }), Some(document)) if document.line_of(&wrong.key).is_some() => {
+                document.blames(&wrong)
+            }
             (Some(given), _) => ConfigError::Invalid(format!("{}: {}", given.origin, wrong.what)),
             (None, Some(document)) => document.blames(&wrong),
             (None, None) => wrong.alone(),
@@ -114,13 +118,14 @@ impl Source {
 }
 
 impl Set {
-    fn key(&self) -> &'static str {
+    /// The keys that it sets.
+    fn keys(&self) -> &'static [&'static str] {
         match self {
-            Self::Host(_) => "proxy.host",
-            Self::Port(_) => "proxy.port",
-            Self::Servers(_) => "proxy.servers",
-            Self::Origins(_) => "proxy.origins",
-            Self::Threads(_) => "threads",
+            Self::Host(_) => &["proxy.host"],
+            Self::Port(_) => &["proxy.port"],
+            Self::Servers(_) => &["proxy.servers"],
+            Self::Origins(_) => &["proxy.origins"],
+            Self::Threads(_) => &["threads", "proxy.threads"],
         }
     }
 
@@ -130,7 +135,7 @@ impl Set {
             Self::Port(port) => config.proxy.port = *port,
             Self::Servers(servers) => config.proxy.servers.clone_from(servers),
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
-            Self::Threads(threads) => config.threads = *threads,
+            Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }
 }
@@ -145,7 +150,7 @@ impl Effective {
 
     /// What was given outside of the file for a key.
     fn given(&self, key: &Key) -> Option<&Override> {
-        self.overrides.iter().rev().find(|given| key.is_within(given.set.key()))
+        self.overrides.iter().rev().find(|given| given.set.keys().iter().any(|place| key.is_within(place)))
     }
 
     fn origins(&self, key: &Key) -> Vec<Origin> {

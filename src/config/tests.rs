@@ -363,6 +363,7 @@ fn each_value_is_told_with_what_it_was_set_by() {
         ("proxy.host", "\"::1\" from FILE:6"),
         ("proxy.port", "7 from environment variable OLOL_PORT"),
         ("threads", "2 from flag --threads"),
+        ("proxy.threads", "2 from flag --threads"),
         ("proxy.servers", "[\"localhost:50051\"] from default"),
         ("proxy.origins", "[\"https://a\", \"https://b\"] from FILE:7 and environment variable OLLAMA_ORIGINS"),
     ] {
@@ -371,9 +372,33 @@ fn each_value_is_told_with_what_it_was_set_by() {
 }
 
 #[test]
+fn an_origin_in_the_file_is_not_blamed_on_the_environment() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "proxy.origins = [\"https://a\"]\n").unwrap();
+    let source = |origin: &str| {
+        let origins = Set::Origins(vec![origin.to_owned()]);
+        Source::of(file.path()).with(origins, Origin::Environment("OLLAMA_ORIGINS")).read()
+    };
+    assert!(source("https://b").is_ok());
+    let error = source("*b*").unwrap_err().to_string();
+    assert!(error.starts_with("environment variable OLLAMA_ORIGINS: '*b*'"), "{error}");
+    std::fs::write(file.path(), "proxy.origins = [\"*a*\"]\n").unwrap();
+    let error = source("https://b").unwrap_err().to_string();
+    assert!(error.contains("line 1, column 18: proxy.origins[0]: '*a*'"), "{error}");
+}
+
+#[test]
+fn a_flag_for_threads_goes_before_both_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("olol.toml");
+    std::fs::write(&path, "[proxy]\nthreads = 4\n").unwrap();
+    let threads = |source: Source| source.read().unwrap().config.worker_threads();
+    assert_eq!(threads(Source::of(&path)), 4);
+    assert_eq!(threads(Source::of(&path).with(Set::Threads(Threads::new(1)), Origin::Flag("--threads"))), 1);
+}
+
+#[test]
 fn what_a_flag_says_is_blamed_on_the_flag() {
     let wrong = Source::default().with(Set::Servers(vec!["a:b".to_owned()]), Origin::Flag("--servers"));
-    assert_snapshot!(wrong.read().unwrap_err(), @r"
-    flag --servers: 'a:b' is not an address: 'b' is no port (1 to 65535)
-    ");
+    assert_snapshot!(wrong.read().unwrap_err(), @"flag --servers: 'a:b' is not an address: 'b' is no port (1 to 65535)");
 }
