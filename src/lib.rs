@@ -11,6 +11,8 @@
 //! | [`pool`] | the servers as services |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
+//! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
+//! | [`reload`] | a new configuration without a restart |
 //! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
 
 pub mod agent;
@@ -22,8 +24,10 @@ pub mod engine;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;
+pub mod reload;
 pub mod rpc;
 pub mod scatter;
 pub mod serve;
 pub mod status;
 pub mod telemetry;
+pub mod watch;

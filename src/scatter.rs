@@ -18,8 +18,9 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
 use olol_middleware::cluster::State;
 use olol_middleware::pick::{Fleet, Pick};
+use olol_middleware::units::SomeSeconds;
 use olol_middleware::{Call, Candidates, Cluster, Error, ModelName, Reply, Route, Scope, Server};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use crate::status::About;
@@ -30,7 +31,7 @@ const MERGE_LIMIT: Duration = Duration::from_secs(1);
 const LONGEST: usize = 64 << 20;
 
 /// The `[spool]` table: where blobs of a `create` wait when there are several servers.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Folder; empty: `olol` in the system's folder for temporary files.
@@ -38,12 +39,12 @@ pub struct Config {
     /// Bytes that may wait there.
     pub max_bytes: u64,
     /// Seconds after which a blob that nobody used is removed.
-    pub ttl_s: u64,
+    pub ttl_s: SomeSeconds,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { dir: PathBuf::new(), max_bytes: 64 << 30, ttl_s: 3600 }
+        Self { dir: PathBuf::new(), max_bytes: 64 << 30, ttl_s: SomeSeconds::new(3600) }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Labels are closed sets: routes, status codes, models that a server has, servers. Nothing that a client typed.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use metrics::{
     Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
@@ -34,9 +34,12 @@ const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
 const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
+const RELOADS: &str = "olol_config_reloads_total";
+const RELOAD_OK: &str = "olol_config_last_reload_successful";
+const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 16] = [
+pub const NAMES: &[&str] = &[
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -53,6 +56,9 @@ pub const NAMES: [&str; 16] = [
     SERVER_UP,
     SERVER_MODELS,
     SERVER_LOADED,
+    RELOADS,
+    RELOAD_OK,
+    RELOADED_AT,
 ];
 
 /// Upper bounds of the buckets of every histogram, seconds: from a cache hit to a model that loads for minutes.
@@ -85,6 +91,9 @@ pub fn describe() {
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
     describe_gauge!(SERVER_MODELS, Unit::Count, "Models on the server's disk");
     describe_gauge!(SERVER_LOADED, Unit::Count, "Models in the server's memory");
+    describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
+    describe_gauge!(RELOAD_OK, Unit::Count, "1 if the configuration was good when it was last read, 0 if not");
+    describe_gauge!(RELOADED_AT, Unit::Seconds, "When the configuration that is in use was read, seconds since 1970");
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.
@@ -235,4 +244,17 @@ pub fn observe(shared: &Shared) {
         gauge!(SERVER_MODELS, label()).set(server.report.models.len() as f64);
         gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
     }
+}
+
+/// The configuration was read again, and is good or not.
+pub fn reloaded(is_good: bool) {
+    counter!(RELOADS, "result" => if is_good { "ok" } else { "failed" }).increment(1);
+}
+
+/// Sets what is known of the configuration: whether it was good when it was last read, and when the one in use was read.
+/// Call before a scrape.
+pub fn observe_config(is_good: bool, read_at: SystemTime) {
+    let since = read_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    gauge!(RELOAD_OK).set(f64::from(u8::from(is_good)));
+    gauge!(RELOADED_AT).set(since.as_secs_f64());
 }

@@ -36,6 +36,7 @@ pub mod slots;
 pub mod stack;
 pub mod trace;
 pub mod trail;
+pub mod units;
 
 #[cfg(test)]
 mod testing;

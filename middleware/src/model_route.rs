@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -18,13 +17,14 @@ use crate::error::Error;
 use crate::place::LoadOptions;
 use crate::route::Scope;
 use crate::trail::Fact;
+use crate::units::Ms;
 
 /// The `[model-route]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Milliseconds that a call waits for news of the servers when one says 404 to a model.
-    pub refresh_ms: u64,
+    pub refresh_ms: Ms,
     /// What becomes of the load options of calls (`num_ctx` and the others that make a runner load anew).
     pub load_options: Options,
 }
@@ -42,7 +42,7 @@ pub enum Options {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { refresh_ms: 1000, load_options: Options::default() }
+        Self { refresh_ms: Ms::new(1000), load_options: Options::default() }
     }
 }
 
@@ -223,7 +223,7 @@ impl Router {
                 if std::mem::replace(&mut refreshed, true) {
                     return Ok(refusal);
                 }
-                self.cluster.refresh(Duration::from_millis(self.config.refresh_ms)).await;
+                self.cluster.refresh(self.config.refresh_ms.time()).await;
             }
             let Some(call) = spare.again() else { return Ok(refusal) };
             let reply = next.ready().await?.call(call).await?;
@@ -243,6 +243,7 @@ fn was_loaded(snapshot: &Snapshot, known: &Known, server: &crate::ServerId) -> b
 #[cfg(test)]
 mod tests {
     use super::*;
+
     use crate::testing::{self, ask};
 
     fn names(call: &Call) -> Vec<String> {

@@ -201,8 +201,11 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             Ok(picked) => picked,
             Err(error) => return Box::pin(std::future::ready(Err(error))),
         };
-        let Picked { server, cost, .. } = &picked;
-        call.note("pick", "picked", [("server", Fact::from(&server.id)), ("predicted-ms", Fact::ms(cost.total()))]);
+        let Picked { server, cost, rows, .. } = &picked;
+        let said = [("server", Fact::from(&server.id)), ("predicted-ms", Fact::ms(cost.total()))];
+        let asked =
+            rows.iter().flat_map(|(policy, rows)| [("policy", policy.as_str().into()), ("candidates", rows.clone())]);
+        call.note("pick", "picked", said.into_iter().chain(asked));
         if call.dry {
             let mut reply = Reply::full(StatusCode::OK, HeaderMap::new(), Bytes::new());
             reply.body.outcome_mut().servers.push(server.id.clone());
@@ -227,6 +230,8 @@ struct Picked {
     known: Option<Arc<Known>>,
     cost: Cost,
     lease: Option<Lease>,
+    /// How it was chosen, and all candidates: for who only asks.
+    rows: Option<(Policy, Fact)>,
 }
 
 impl Picked {
@@ -315,16 +320,19 @@ impl Picking {
             return Err(nobody(call));
         }
         let policy = config.policy;
-        if call.dry {
-            let rows = Fact::List(choices.iter().map(Choice::row).collect());
-            call.note("pick", "the candidates", [("policy", policy.as_str().into()), ("candidates", rows)]);
-        }
+        let rows = call.dry.then(|| Fact::List(choices.iter().map(Choice::row).collect()));
         // Who has waited for a slot takes it, as long as it is one of a candidate.
         if let Some(lease) = lease {
             let its = lease.runner().map(|runner| runner.server);
             if let Some(choice) = choices.iter().find(|choice| its == Some(choice.server.index)) {
                 let cost = Cost { waiting: 0.0, ..choice.cost };
-                return Ok(Picked { server: choice.server.clone(), known: known.clone(), cost, lease: Some(lease) });
+                return Ok(Picked {
+                    server: choice.server.clone(),
+                    known: known.clone(),
+                    cost,
+                    lease: Some(lease),
+                    rows: None,
+                });
             }
         }
         let at = self.choose(policy, &choices, call);
@@ -343,7 +351,7 @@ impl Picking {
                 Some(lease.ok_or_else(|| busy(&choices, at, known))?)
             }
         };
-        Ok(Picked { server, known: known.clone(), cost, lease })
+        Ok(Picked { server, known: known.clone(), cost, lease, rows: rows.map(|rows| (policy, rows)) })
     }
 
     /// The place of the chosen one in the list.

@@ -9,7 +9,6 @@
 //! of an Ollama whose queue is full, with the time after which there should be room again.
 
 use std::future::poll_fn;
-use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -28,6 +27,7 @@ use crate::instruments::{self, Waited};
 use crate::runner::{Average, Runner};
 use crate::slots::{Lease, Owner, Ticket, Wait};
 use crate::trail::Fact;
+use crate::units::{Seconds, SomeSeconds};
 
 /// The header that tells how long a call has waited for its slot, in milliseconds.
 pub const HEADER: HeaderName = HeaderName::from_static("x-olol-queue-ms");
@@ -45,15 +45,14 @@ pub struct Config {
     /// Bytes of their bodies together.
     pub max_bytes: u64,
     /// Seconds that a call may wait.
-    pub max_wait_s: NonZeroU64,
+    pub max_wait_s: SomeSeconds,
     /// Seconds after which a call that waits is one step more urgent; 0: never.
-    pub age_s: u64,
+    pub age_s: Seconds,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        let max_wait_s = NonZeroU64::MIN.saturating_add(299);
-        Self { max_requests: 512, max_bytes: 256 << 20, max_wait_s, age_s: 30 }
+        Self { max_requests: 512, max_bytes: 256 << 20, max_wait_s: SomeSeconds::new(300), age_s: Seconds::new(30) }
     }
 }
 
@@ -110,7 +109,7 @@ impl Queue {
     fn room_after(&self, config: &Config) -> Duration {
         let pace = self.pace.get().unwrap_or(1000.0);
         let after = Duration::from_secs_f32(pace * self.len().max(1) as f32 / 1000.0);
-        after.clamp(Duration::from_secs(1), Duration::from_secs(config.max_wait_s.get()))
+        after.clamp(Duration::from_secs(1), config.max_wait_s.time())
     }
 }
 
@@ -222,7 +221,7 @@ impl Rules {
             priority: call.key.get().map(|key| key.priority).unwrap_or_default(),
             owner,
             cost: call.payload.length().unwrap_or(0) / 4 + ANSWER,
-            ages_after: Duration::from_secs(self.config.age_s),
+            ages_after: self.config.age_s.time(),
         }
     }
 
@@ -238,7 +237,7 @@ impl Rules {
             return Err(self.full());
         };
         let mut left = Left { ticket: ticket.clone(), how: Waited::Left };
-        let limit = ticket.arrived + Duration::from_secs(self.config.max_wait_s.get());
+        let limit = ticket.arrived + self.config.max_wait_s.time();
         let limit = spare.deadline.map_or(limit, |deadline| deadline.min(limit));
         let mut runners = runners;
         loop {
@@ -388,7 +387,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nobody_waits_for_ever() {
-        let mut set = setting(Config { max_wait_s: NonZeroU64::new(12).unwrap(), ..Config::default() }).await;
+        let mut set = setting(Config { max_wait_s: SomeSeconds::new(12), ..Config::default() }).await;
         let _one = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
         let _two = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
         let begun = Instant::now();

@@ -4,6 +4,7 @@
 //! Belongs inside `model-route`. What reached a client is never begun again here. A budget keeps retries to a share of the
 //! traffic, so that servers in trouble are not buried under second tries.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Poll};
@@ -17,22 +18,23 @@ use crate::error::{Error, Phase};
 use crate::instruments::Instruments;
 use crate::route::Scope;
 use crate::trail::Fact;
+use crate::units::Share;
 
 /// The `[retry]` table.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Attempts that one call may take, the first included.
-    pub attempts: u32,
+    pub attempts: NonZeroU32,
     /// Retries per request that the budget gains; 0.2 keeps retries to a fifth of the traffic.
-    pub budget: f64,
+    pub budget: Share,
     /// Retries that are always there for quiet times, and the most that the budget saves up.
     pub reserve: u32,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { attempts: 3, budget: 0.2, reserve: 100 }
+        Self { attempts: NonZeroU32::MIN.saturating_add(2), budget: Share::of_thousand(200), reserve: 100 }
     }
 }
 
@@ -53,10 +55,8 @@ impl Budget {
         let full = i64::from(config.reserve) * 1000;
         let now = self.0.load(Ordering::Relaxed);
         if now != full {
-            #[expect(clippy::cast_possible_truncation, reason = "between 0 and 1000")]
-            let share = (config.budget.clamp(0.0, 1.0) * 1000.0) as i64;
             // Two deposits at once may count as one: a budget is no ledger.
-            self.0.store(now.saturating_add(share).min(full), Ordering::Relaxed);
+            self.0.store(now.saturating_add(config.budget.thousandths()).min(full), Ordering::Relaxed);
         }
     }
 
@@ -186,7 +186,7 @@ impl Rules {
             return Some((again, "stale-connection"));
         }
         spare.attempts += 1;
-        if spare.attempts >= self.config.attempts {
+        if spare.attempts >= self.config.attempts.get() {
             return None;
         }
         let only_one = spare.candidates.iter().count() <= 1;
@@ -287,7 +287,8 @@ mod tests {
     #[tokio::test]
     async fn a_spent_budget_ends_the_tries() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config { budget: 0.0, reserve: 0, ..Config::default() }));
+        let (mut service, mut inner) =
+            testing::spawn(&layer(Config { budget: Share::NONE, reserve: 0, ..Config::default() }));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Connecting, false));
         assert!(answer.await.is_err());

@@ -115,6 +115,26 @@ impl Concern {
             Self::Retry => "retry",
         }
     }
+
+    /// What it does for a call, in a few words.
+    pub fn does(self) -> &'static str {
+        match self.as_str() {
+            "trace" => "tells the log what was asked and how it ended",
+            "metrics" => "counts requests, and times them to their first piece and to their end",
+            "auth" => "asks for a key, and holds its owner to what it allows",
+            "rate-limit" => "holds each client to the requests and tokens that it may use",
+            "timeout" => "ends what takes too long",
+            "alias" => "gives models other names, and prefers servers for them",
+            "queue" => "lets calls wait for a free place at a server, in fair turns",
+            "quant-fallback" => "takes another quantization of a model where that is better than waiting",
+            "model-route" => "narrows the candidates to those that have the model",
+            "affinity" => "leads a conversation back to the server that remembers it",
+            "hedge" => "sends short calls a second time when the first takes long",
+            "retry" => "asks another server when one fails",
+            "distribute" => "serves models that are larger than one machine",
+            _ => "",
+        }
+    }
 }
 
 impl fmt::Display for Concern {
@@ -262,6 +282,11 @@ mod tests {
     #[test]
     fn the_default_order_is_allowed() {
         assert_eq!(check(Table::default().order.layers()), Ok(()));
+    }
+
+    #[test]
+    fn every_layer_says_what_it_does() {
+        assert!(Concern::ALL.iter().all(|layer| !layer.does().is_empty()));
     }
 
     #[test]

@@ -9,7 +9,8 @@ use olol_middleware::{Reply, ServerId};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::ollama::{Ask, Endpoint, Ollama};
+use super::print;
+use crate::ollama::{Ask, Ollama};
 
 /// The longest answer in one object, bytes.
 const LONGEST: usize = 16 << 20;
@@ -40,13 +41,7 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let address = if self.host.contains(':') && !self.host.starts_with('[') && !self.host.contains("://") {
-                format!("[{}]:{}", self.host, self.port)
-            } else {
-                format!("{}:{}", self.host, self.port)
-            };
-            let endpoint = Endpoint::parse(&address, self.port)?;
-            let ollama = Ollama::new(ServerId::new(&address), endpoint, Duration::from_secs(5));
+            let ollama = super::ollama_at(&self.host, self.port)?;
             let model = match self.model {
                 Some(model) => model,
                 None => first_model(&ollama).await?,
@@ -78,13 +73,7 @@ async fn object(reply: Reply) -> anyhow::Result<Value> {
 
 /// Sends a call; what is no good answer is an error in the server's words.
 async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
-    let reply = ollama.send(ask).await.map_err(|error| {
-        let reason = match error {
-            olol_middleware::Error::Server { source, .. } => source.to_string(),
-            other => other.to_string(),
-        };
-        anyhow::anyhow!("no Ollama answers at {}: {reason} (is it running? `olol up` starts one)", ollama.endpoint())
-    })?;
+    let reply = super::send(ollama, ask).await?;
     if reply.status.is_success() {
         return Ok(reply);
     }
@@ -195,15 +184,6 @@ fn stats(last: &Value, server: &str, first: Duration, total: Duration) -> String
         count("prompt_eval_count"),
         if server.is_empty() { "not told (a plain Ollama)" } else { server },
     )
-}
-
-/// Prints a piece of an answer. Nobody reading any more is no error.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => Ok(other?),
-    }
 }
 
 /// Says something that is not the answer.

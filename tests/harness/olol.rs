@@ -1,10 +1,11 @@
 //! A proxy in front of a cluster, in the process of the test.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use olol::agent::Agent;
-use olol::config::Config;
+use olol::config::{Config, Origin, Set, Source};
 use olol::proxy::Proxy;
 use olol_middleware::cluster::State;
 use olol_middleware::{ModelName, Snapshot};
@@ -36,6 +37,18 @@ impl Olol {
     pub async fn launch(cluster: &Cluster, toml: &str) -> Self {
         let (agents, servers) = cluster.reach().await;
         Self { agents, ..Self::at(servers, toml).await }
+    }
+
+    /// Starts a proxy with the configuration in a file, which it reads again when that changes.
+    pub async fn from_file(cluster: &Cluster, file: &Path) -> Self {
+        let (agents, servers) = cluster.reach().await;
+        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers)];
+        let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
+        let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
+        let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
+        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap() };
+        olol.knows(cluster).await;
+        olol
     }
 
     /// Starts a proxy for servers that are given as in `--servers`.
