@@ -8,6 +8,7 @@
 //! | [`serve`] | takes connections |
 //! | [`api`] | HTTP to a call, a reply to HTTP |
 //! | [`scatter`] | calls that concern several servers |
+//! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
@@ -27,3 +28,4 @@ pub mod scatter;
 pub mod serve;
 pub mod status;
 pub mod telemetry;
+pub mod watch;
