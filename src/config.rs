@@ -68,6 +68,8 @@ pub struct Config {
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
     pub metrics: olol_middleware::metrics::Config,
+    /// The `auth` layer.
+    pub auth: olol_middleware::auth::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
     /// The `retry` layer.
@@ -140,10 +142,18 @@ impl Config {
             stack: self.stack.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
+            auth: self.auth.clone(),
             model_route: self.model_route.clone(),
             retry: self.retry.clone(),
         }
     }
+}
+
+/// The user's folder for what OLOL keeps: `$XDG_CONFIG_HOME/olol`, else `~/.config/olol`.
+pub fn folder() -> Option<PathBuf> {
+    let named = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".config"));
+    Some(named.or_else(home)?.join("olol"))
 }
 
 /// A host as given to `--host`, with a port: an address, `localhost`, or a name that resolves.

@@ -12,6 +12,7 @@ use metrics::{
 use crate::call::Counters;
 use crate::cluster::{Snapshot, State};
 use crate::error::Error;
+use crate::keys::Keys;
 use crate::names::{ModelName, ServerId};
 use crate::route::Route;
 
@@ -22,6 +23,9 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const AUTH: &str = "olol_auth_total";
+const KEYS: &str = "olol_keys";
+const KEYS_READ: &str = "olol_keys_last_read_successful";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -29,7 +33,7 @@ const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 15] = [
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -37,6 +41,9 @@ pub const NAMES: [&str; 12] = [
     ENDED,
     ERRORS,
     RETRIES,
+    AUTH,
+    KEYS,
+    KEYS_READ,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -61,6 +68,9 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_counter!(AUTH, Unit::Count, "Requests by what was found of their keys");
+    describe_gauge!(KEYS, Unit::Count, "Keys that are known");
+    describe_gauge!(KEYS_READ, Unit::Count, "0 if the file of keys has changed and could not be read, else 1");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -74,6 +84,42 @@ pub struct Instruments {
     requests: [[OnceLock<Counter>; CODES.len() + 1]; Route::ALL.len()],
     durations: [OnceLock<Histogram>; Route::ALL.len()],
     ended: [OnceLock<Counter>; 3],
+    knocks: [OnceLock<Counter>; Knock::ALL.len()],
+}
+
+/// What `auth` found of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knock {
+    /// No key, and none is needed.
+    Anonymous,
+    /// A key that allows what is asked.
+    Known,
+    /// No key where one is needed.
+    Missing,
+    /// A key that is not known.
+    Unknown,
+    /// A key whose time is over.
+    Expired,
+    /// A key that does not allow what is asked.
+    Forbidden,
+}
+
+impl Knock {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Anonymous, Self::Known, Self::Missing, Self::Unknown, Self::Expired, Self::Forbidden];
+
+    /// The word for the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Known => "known",
+            Self::Missing => "missing",
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Forbidden => "forbidden",
+        }
+    }
 }
 
 impl Instruments {
@@ -105,6 +151,11 @@ impl Instruments {
     /// The proxy answers with an error of its own.
     pub fn refused(&self, error: &Error) {
         counter!(ERRORS, "reason" => error.kind()).increment(1);
+    }
+
+    /// A request was looked at by `auth`.
+    pub fn knocked(&self, knock: Knock) {
+        self.knocks[knock as usize].get_or_init(|| counter!(AUTH, "result" => knock.as_str())).increment(1);
     }
 
     /// Another attempt is made.
@@ -178,4 +229,11 @@ pub fn observe(snapshot: &Snapshot) {
         gauge!(SERVER_MODELS, label()).set(server.report.models.len() as f64);
         gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
     }
+}
+
+/// The same of the keys of clients.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 keys")]
+pub fn observe_keys(keys: &Keys) {
+    gauge!(KEYS).set(keys.count() as f64);
+    gauge!(KEYS_READ).set(f64::from(u8::from(keys.are_current())));
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
+use crate::keys::Keys;
 use crate::retry::Budget;
 use crate::trace::Ring;
 
@@ -14,6 +15,8 @@ pub struct Shared {
     pub cluster: Arc<Cluster>,
     /// The metrics that belong to no server and no model: everybody's.
     pub instruments: Arc<Instruments>,
+    /// The keys of clients: `auth`'s, and the proxy's own pages'.
+    pub keys: Arc<Keys>,
     /// The last requests and what was decided about them: `trace`'s.
     pub requests: Arc<Ring>,
     /// How many retries are left: `retry`'s.
@@ -23,6 +26,12 @@ pub struct Shared {
 impl Shared {
     /// Fresh state around a cluster.
     pub fn new(cluster: Arc<Cluster>) -> Self {
-        Self { cluster, instruments: Arc::default(), requests: Arc::default(), budget: Arc::default() }
+        Self {
+            cluster,
+            instruments: Arc::default(),
+            keys: Arc::default(),
+            requests: Arc::default(),
+            budget: Arc::default(),
+        }
     }
 }

@@ -7,8 +7,10 @@ use std::task::{Context, Poll, Waker};
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
+use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
+use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
 use crate::retry::RetryLayer;
@@ -92,6 +94,8 @@ pub enum Concern {
     Trace,
     /// [`crate::metrics`]
     Metrics,
+    /// [`crate::auth`]
+    Auth,
     /// [`crate::model_route`]
     ModelRoute,
     /// [`crate::retry`]
@@ -100,13 +104,14 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 4] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 5] = [Self::Trace, Self::Metrics, Self::Auth, Self::ModelRoute, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
+            Self::Auth => "auth",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
         }
@@ -164,6 +169,8 @@ pub struct Config {
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
     pub metrics: crate::metrics::Config,
+    /// The `[auth]` table.
+    pub auth: crate::auth::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
     /// The `[retry]` table.
@@ -219,9 +226,13 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
 
 /// Wraps `leaf` in the configured layers, the innermost first.
 pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
+    // The proxy's own pages are beside the stack, and yet behind the same door.
+    let has_door = config.stack.order.layers().contains(&Concern::Auth);
+    shared.keys.guard(if has_door { config.auth.guard() } else { Guard::Never });
     config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
+        Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))

@@ -7,16 +7,18 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
-use olol_middleware::{Shared, instruments};
+use olol_middleware::{Route, Shared, instruments};
 use tower::ServiceExt;
 
 use super::body::HttpBody;
+use super::response;
 use crate::status::{self, About};
 
 /// The router of our own routes.
 #[derive(Clone, Debug)]
 pub struct Own {
     router: Router,
+    shared: Shared,
 }
 
 #[derive(Clone)]
@@ -34,8 +36,8 @@ impl Own {
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
             .route("/api/status/servers", get(servers))
-            .with_state(Known { shared, about, metrics });
-        Self { router }
+            .with_state(Known { shared: shared.clone(), about, metrics });
+        Self { router, shared }
     }
 
     /// Whether a path is ours.
@@ -47,6 +49,11 @@ impl Own {
 
     /// Answers a request.
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<HttpBody> {
+        if !is_for_anybody(request.uri().path())
+            && let Err(error) = self.shared.keys.admit_admin(request.headers())
+        {
+            return response::refused(Route::Status, &error);
+        }
         match self.router.clone().oneshot(request).await {
             Ok(answer) => answer.map(HttpBody::Axum),
             Err(never) => match never {},
@@ -54,8 +61,14 @@ impl Own {
     }
 }
 
+/// Whether a page needs no key: machines ask for these, and they tell nothing.
+fn is_for_anybody(path: &str) -> bool {
+    matches!(path, "/healthz" | "/readyz")
+}
+
 async fn scrape(State(known): State<Known>) -> impl IntoResponse {
     instruments::observe(&known.shared.cluster.snapshot());
+    instruments::observe_keys(&known.shared.keys);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], known.metrics.render())
 }
 

@@ -22,6 +22,8 @@ pub struct Olol {
     proxy: Proxy,
     agents: Vec<Agent>,
     spool: TempDir,
+    /// Stands for the folder where a user keeps configuration: what the machine of the test has there counts for nothing.
+    _home: TempDir,
 }
 
 impl Olol {
@@ -40,12 +42,15 @@ impl Olol {
 
     /// Starts a proxy for servers that are given as in `--servers`.
     pub async fn at(servers: Vec<String>, toml: &str) -> Self {
-        let spool = tempfile::tempdir().unwrap();
+        let (spool, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config: Config = toml::from_str(toml).unwrap_or_else(|error| panic!("{error}"));
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
-        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool }
+        if config.auth.file.as_os_str().is_empty() {
+            config.auth.file = home.path().join("keys.toml");
+        }
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, _home: home }
     }
 
     /// Where it listens.

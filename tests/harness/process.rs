@@ -108,9 +108,13 @@ fn peak_memory(child: &Child) -> u64 {
 /// The program, without what the environment of the tests may say to it.
 fn olol(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_olol"));
-    for name in ["OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_SERVERS", "OLOL_PORT", "OLOL_CONFIG", "OLOL_LOG_LEVEL"] {
+    for name in
+        ["OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_SERVERS", "OLOL_PORT", "OLOL_CONFIG", "OLOL_KEY", "OLOL_LOG_LEVEL"]
+    {
         command.env_remove(name);
     }
+    // What the user of this machine has configured counts for nothing.
+    command.env("XDG_CONFIG_HOME", "/nowhere");
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }
