@@ -3,9 +3,12 @@
 mod client;
 #[cfg(feature = "engine")]
 mod engine;
+mod keys;
 mod proxy;
 mod server;
 mod up;
+
+use std::io::Write;
 
 use clap::{Parser, Subcommand};
 
@@ -30,6 +33,8 @@ enum Command {
     Server(server::Arguments),
     /// Ask a model and print what it says
     Client(client::Arguments),
+    /// Make, list and remove the keys of clients
+    Keys(keys::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -45,6 +50,7 @@ impl Cli {
             Command::Proxy(arguments) => arguments.run(),
             Command::Server(arguments) => arguments.run(),
             Command::Client(arguments) => arguments.run(),
+            Command::Keys(arguments) => arguments.run(),
             #[cfg(feature = "engine")]
             Command::Engine(arguments) => arguments.run(),
         }
@@ -62,6 +68,21 @@ fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
         builder.worker_threads(threads);
     }
     Ok(builder.enable_all().build()?)
+}
+
+/// Prints a result, or a piece of one. Nobody reading any more is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => Ok(other?),
+    }
+}
+
+/// Says something that is not the result.
+fn say(text: &str) {
+    let mut out = std::io::stderr().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// The signals that ask us to stop. They count from the moment that this exists: one that comes while we start is not lost,

@@ -13,6 +13,7 @@ use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use olol_middleware::stack::Concern;
 use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments, stack};
 use olol_proto::v1::server_server::ServerServer;
 use tokio::net::TcpListener;
@@ -24,6 +25,7 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Origins, Own, Room};
 use crate::config::Config;
+use crate::keys;
 use crate::pool::Pool;
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
@@ -62,6 +64,11 @@ impl Proxy {
             address: address.to_string(),
         };
         let shared = Shared::new(cluster.clone());
+        let keys = if config.stack.order.layers().contains(&Concern::Auth) {
+            keys::start(&config.auth, &shared.keys)?
+        } else {
+            JoinSet::new()
+        };
         let watching = pool.watch(&config.pool);
         let leaf = Scatter::new(pool, cluster.clone(), &config.spool, about.clone());
         let stack = stack::build(&config.layers(), &shared, Stack::new(leaf));
@@ -84,7 +91,7 @@ impl Proxy {
         let stop = CancellationToken::new();
         let grace = Duration::from_secs(config.limits.grace_s);
         let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
-        Ok(Self { address, cluster, stop, running, _tasks: vec![watching, upkeep] })
+        Ok(Self { address, cluster, stop, running, _tasks: vec![watching, upkeep, keys] })
     }
 
     /// Where it listens.
