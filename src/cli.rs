@@ -6,6 +6,7 @@ mod client;
 mod engine;
 mod explain;
 mod flags;
+mod keys;
 mod proxy;
 mod server;
 mod up;
@@ -45,6 +46,8 @@ enum Command {
     Check(check::Arguments),
     /// Ask a running proxy what it would do with a request, or what it did with one
     Explain(explain::Arguments),
+    /// Make, list and remove the keys of clients
+    Keys(keys::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -65,6 +68,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Client(arguments) => arguments.run(),
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
+        Command::Keys(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }
@@ -81,6 +85,21 @@ fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
         builder.worker_threads(threads);
     }
     Ok(builder.enable_all().build()?)
+}
+
+/// Prints a result, or a piece of one. Nobody reading any more is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => Ok(other?),
+    }
+}
+
+/// Says something that is not the result.
+fn say(text: &str) {
+    let mut out = std::io::stderr().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// The signals that ask us to stop. They count from the moment that this exists: one that comes while we start is not lost,
@@ -173,13 +192,4 @@ async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
         };
         anyhow::anyhow!("no Ollama answers at {}: {reason} (is it running? `olol up` starts one)", ollama.endpoint())
     })
-}
-
-/// Prints what was asked for. Nobody reading any more is no error.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => Ok(other?),
-    }
 }

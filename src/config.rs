@@ -13,6 +13,7 @@ mod words;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use olol_middleware::auth;
 use olol_middleware::stack;
 use olol_middleware::units::{Seconds, SomeSeconds, Whole};
 use serde::{Deserialize, Serialize};
@@ -94,6 +95,8 @@ pub struct Config {
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
     pub metrics: olol_middleware::metrics::Config,
+    /// The `auth` layer.
+    pub auth: olol_middleware::auth::Config,
     /// The `queue` layer.
     pub queue: olol_middleware::queue::Config,
     /// The `model-route` layer.
@@ -222,6 +225,7 @@ impl Config {
             limits: other.limits.clone(),
             pool: other.pool.clone(),
             spool: other.spool.clone(),
+            auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()
         }
     }
@@ -233,11 +237,19 @@ impl Config {
             pick: self.pick.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
+            auth: self.auth.clone(),
             queue: self.queue,
             model_route: self.model_route.clone(),
             retry: self.retry.clone(),
         }
     }
+}
+
+/// The user's folder for what OLOL keeps: `$XDG_CONFIG_HOME/olol`, else `~/.config/olol`.
+pub fn folder() -> Option<PathBuf> {
+    let named = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".config"));
+    Some(named.or_else(home)?.join("olol"))
 }
 
 /// A host as given to `--host`, with a port: an address, `localhost`, or a name that resolves.

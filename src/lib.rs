@@ -8,6 +8,8 @@
 //! | [`serve`] | takes connections |
 //! | [`api`] | HTTP to a call, a reply to HTTP |
 //! | [`scatter`] | calls that concern several servers |
+//! | [`keys`] | the file of keys |
+//! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
@@ -21,6 +23,7 @@ pub mod cli;
 pub mod config;
 #[cfg(feature = "engine")]
 pub mod engine;
+pub mod keys;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;

@@ -16,6 +16,7 @@ use http::HeaderValue;
 use http::header;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::Member;
+use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
 use olol_middleware::{Call, Cluster, Error, Payload, Reply, Server, ServerId};
@@ -142,6 +143,13 @@ enum Backend {
 }
 
 impl Backend {
+    fn id(&self) -> &ServerId {
+        match self {
+            Self::Ollama(ollama) => ollama.id(),
+            Self::Agent(agent) => agent.id(),
+        }
+    }
+
     /// Sends a call and returns when the head of the answer is there.
     fn ask(&self, ask: Ask, context: Context) -> Answer {
         match self {
@@ -249,7 +257,7 @@ impl Service<Call> for One {
             Backend::Ollama(_) => Context::default(),
         };
         let loading = linger::loads(&call, self.index);
-        let answer = backend.ask(prepared(call, &self.pool.hop), context);
+        let answer = backend.ask(prepared(call, backend.id(), &self.pool.hop), context);
         match loading {
             Some(model) => Box::pin(linger::Outliving::new(answer, model, backend.clone(), self.pool.linger.clone())),
             None => answer,
@@ -257,10 +265,14 @@ impl Service<Call> for One {
     }
 }
 
-/// A call as its server gets it.
-fn prepared(call: Call, hop: &HeaderValue) -> Ask {
+/// A call as its server gets it: with what its client may show there, and without what it has shown here.
+fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
     headers.insert(HOP, hop.clone());
+    keys::strip(&mut headers);
+    if let Some(credentials) = call.key.get().and_then(|key| key.outbound(server)) {
+        headers.insert(header::AUTHORIZATION, credentials.clone());
+    }
     let mut ask = Ask {
         method: call.method.clone(),
         path: call.path.clone().into(),
@@ -282,6 +294,12 @@ fn edit(ask: &mut Ask, edits: Edits) {
     }
     if let Some(path) = edits.path {
         ask.path = path.into();
+    }
+    for (name, value) in edits.headers {
+        match value {
+            Some(value) => drop(ask.headers.insert(name, value)),
+            None => drop(ask.headers.remove(name)),
+        }
     }
     if !edits.body.is_empty() {
         ask.payload = std::mem::replace(&mut ask.payload, Payload::empty()).edited(&edits.body);

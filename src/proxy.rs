@@ -14,6 +14,7 @@ use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use olol_middleware::stack::Concern;
 use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments};
 use olol_proto::v1::server_server::ServerServer;
 use tokio::net::TcpListener;
@@ -25,6 +26,7 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room};
 use crate::config::{Config, Source};
+use crate::keys;
 use crate::pool::Pool;
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
@@ -68,6 +70,14 @@ impl Proxy {
         let running = Running::new(config.clone());
         let about = About { instance, address: address.to_string(), file, running: running.clone() };
         let shared = Shared::new(cluster.clone());
+        // Also where nobody asks for them yet: a reload may bring `auth`.
+        let keys = match keys::start(&config.auth, &shared.keys) {
+            Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
+                tracing::warn!(%error, "there are no keys");
+                JoinSet::new()
+            }
+            keys => keys?,
+        };
         let watching = pool.watch(&config.pool);
         let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
@@ -83,7 +93,7 @@ impl Proxy {
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
         let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
-        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep] })
+        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
     }
 
     /// Reads its configuration again.

@@ -202,7 +202,7 @@ fn holders(candidates: &Candidates, model: Option<&ModelName>) -> Vec<Arc<Server
     known.installed.iter().filter_map(|index| snapshot.servers.get(index)).cloned().collect()
 }
 
-/// Whether a call only looks.
+/// Whether a call only looks, and no layer wants to see more.
 fn is_head(call: &Call) -> bool {
-    call.method == Method::HEAD
+    call.edits.as_ref().and_then(|edits| edits.method.as_ref()).unwrap_or(&call.method) == Method::HEAD
 }

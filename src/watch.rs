@@ -95,9 +95,10 @@ impl Folders {
     /// Watches the folders of this file, and no others.
     fn follow(&mut self, path: &Path) {
         let Some(watcher) = &mut self.watcher else { return };
-        let folder = |path: &Path| match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-            _ => PathBuf::from("."),
+        // Of a folder that is not there yet, the nearest one that is.
+        let folder = |path: &Path| {
+            let there = path.ancestors().skip(1).find(|folder| folder.is_dir() && !folder.as_os_str().is_empty());
+            there.map_or_else(|| PathBuf::from("."), Path::to_owned)
         };
         let mut wanted = HashSet::from([folder(path)]);
         wanted.extend(path.canonicalize().ok().as_deref().map(folder));

@@ -123,6 +123,8 @@ pub struct Edits {
     pub method: Option<Method>,
     /// Another path.
     pub path: Option<PathAndQuery>,
+    /// Headers with what they are instead; without a value they are left out.
+    pub headers: SmallVec<[(HeaderName, Option<HeaderValue>); 1]>,
     /// Parts of the body with what stands there instead, in any order, none over another.
     pub body: SmallVec<[(Span, Bytes); 1]>,
 }

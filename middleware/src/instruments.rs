@@ -12,6 +12,7 @@ use metrics::{
 use crate::call::Counters;
 use crate::cluster::State;
 use crate::error::Error;
+use crate::keys::Keys;
 use crate::names::{ModelName, ServerId};
 use crate::route::Route;
 use crate::runner::Cause;
@@ -29,6 +30,9 @@ const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
 const QUEUE_DEPTH: &str = "olol_queue_depth";
 const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
 const LOADS: &str = "olol_model_loads_total";
+const AUTH: &str = "olol_auth_total";
+const KEYS: &str = "olol_keys";
+const KEYS_READ: &str = "olol_keys_last_read_successful";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -51,6 +55,9 @@ pub const NAMES: &[&str] = &[
     QUEUE_DEPTH,
     QUEUE_WAIT,
     LOADS,
+    AUTH,
+    KEYS,
+    KEYS_READ,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -86,6 +93,9 @@ pub fn describe() {
     describe_gauge!(QUEUE_DEPTH, Unit::Count, "Calls that wait for a slot");
     describe_histogram!(QUEUE_WAIT, Unit::Seconds, "How long calls waited for a slot, by priority and outcome");
     describe_counter!(LOADS, Unit::Count, "Calls that made a server load a model, by cause (cold, options)");
+    describe_counter!(AUTH, Unit::Count, "Requests by what was found of their keys");
+    describe_gauge!(KEYS, Unit::Count, "Keys that are known");
+    describe_gauge!(KEYS_READ, Unit::Count, "0 if the file of keys has changed and could not be read, else 1");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -102,6 +112,42 @@ pub struct Instruments {
     requests: [[OnceLock<Counter>; CODES.len() + 1]; Route::ALL.len()],
     durations: [OnceLock<Histogram>; Route::ALL.len()],
     ended: [OnceLock<Counter>; 3],
+    knocks: [OnceLock<Counter>; Knock::ALL.len()],
+}
+
+/// What `auth` found of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knock {
+    /// No key, and none is needed.
+    Anonymous,
+    /// A key that allows what is asked.
+    Known,
+    /// No key where one is needed.
+    Missing,
+    /// A key that is not known.
+    Unknown,
+    /// A key whose time is over.
+    Expired,
+    /// A key that does not allow what is asked.
+    Forbidden,
+}
+
+impl Knock {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Anonymous, Self::Known, Self::Missing, Self::Unknown, Self::Expired, Self::Forbidden];
+
+    /// The word for the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Known => "known",
+            Self::Missing => "missing",
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Forbidden => "forbidden",
+        }
+    }
 }
 
 impl Instruments {
@@ -133,6 +179,11 @@ impl Instruments {
     /// The proxy answers with an error of its own.
     pub fn refused(&self, error: &Error) {
         counter!(ERRORS, "reason" => error.kind()).increment(1);
+    }
+
+    /// A request was looked at by `auth`.
+    pub fn knocked(&self, knock: Knock) {
+        self.knocks[knock as usize].get_or_init(|| counter!(AUTH, "result" => knock.as_str())).increment(1);
     }
 
     /// Another attempt is made.
@@ -237,6 +288,7 @@ impl ServerMeters {
 pub fn observe(shared: &Shared) {
     let snapshot = shared.cluster.snapshot();
     gauge!(QUEUE_DEPTH).set(shared.queue.len() as f64);
+    observe_keys(&shared.keys);
     for server in &snapshot.servers {
         let label = || vec![Label::new("server", server.id.shared())];
         gauge!(SERVER_IN_FLIGHT, label()).set(f64::from(server.load.in_flight()));
@@ -257,4 +309,11 @@ pub fn observe_config(is_good: bool, read_at: SystemTime) {
     let since = read_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     gauge!(RELOAD_OK).set(f64::from(u8::from(is_good)));
     gauge!(RELOADED_AT).set(since.as_secs_f64());
+}
+
+/// The same of the keys of clients.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 keys")]
+fn observe_keys(keys: &Keys) {
+    gauge!(KEYS).set(keys.count() as f64);
+    gauge!(KEYS_READ).set(f64::from(u8::from(keys.are_current())));
 }

@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
+//! | `auth` | [`auth`] | finds the client's key, and refuses what it may not do |
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `retry` | [`retry`] | asks another server when one fails before its first byte |
@@ -13,9 +14,11 @@
 //!
 //! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
+pub mod auth;
 pub mod call;
 pub mod cluster;
 pub mod error;
+mod form;
 pub mod instruments;
 pub mod json;
 pub mod keys;
@@ -44,8 +47,9 @@ mod testing;
 pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Reply, RequestId};
 pub use cluster::{Candidates, Cluster, Server, Snapshot};
 pub use error::{BoxError, Error, Phase};
-pub use keys::Key;
+pub use keys::{Key, Keys};
 pub use names::{ModelName, ServerId};
+pub use pattern::Pattern;
 pub use peek::Peek;
 pub use route::{Dialect, Route, Scope};
 pub use shared::Shared;

@@ -27,7 +27,7 @@ use crate::cluster::{Known, Server};
 use crate::error::{Error, Phase};
 use crate::instruments::{self, ModelMeters};
 use crate::names::ModelName;
-use crate::pattern::{ModelPattern, Pattern};
+use crate::pattern::Pattern;
 use crate::place::LoadOptions;
 use crate::runner::{self, Loading, Runner, Seen};
 use crate::slots::Lease;
@@ -49,29 +49,25 @@ pub struct Config {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SlotRule {
     /// On which servers; all if left out.
-    #[serde(default = "everywhere")]
+    #[serde(default = "any")]
     pub servers: Vec<Pattern>,
     /// Of which models; all if left out.
-    #[serde(default = "every_model")]
-    pub models: Vec<ModelPattern>,
+    #[serde(default = "any")]
+    pub models: Vec<Pattern>,
     /// Calls that each of them answers side by side.
     pub slots: NonZeroU32,
 }
 
-fn everywhere() -> Vec<Pattern> {
-    vec![Pattern::from("*".to_owned())]
-}
-
-fn every_model() -> Vec<ModelPattern> {
-    vec![ModelPattern::from("*".to_owned())]
+fn any() -> Vec<Pattern> {
+    Pattern::parse("*").into_iter().collect()
 }
 
 impl Config {
     /// What the operator said of a runner; 0: nothing.
     fn slots(&self, server: &Server, model: &ModelName) -> u32 {
         let fits = |rule: &&SlotRule| {
-            rule.servers.iter().any(|pattern| pattern.fits(server.id.as_str()))
-                && rule.models.iter().any(|pattern| pattern.fits(model))
+            rule.servers.iter().any(|pattern| pattern.matches(server.id.as_str()))
+                && rule.models.iter().any(|pattern| pattern.matches_model(model))
         };
         self.slots.iter().find(fits).map_or(0, |rule| rule.slots.get())
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
+use crate::keys::Keys;
 use crate::pick::Picking;
 use crate::queue::Queue;
 use crate::retry::Budget;
@@ -16,6 +17,8 @@ pub struct Shared {
     pub cluster: Arc<Cluster>,
     /// The metrics that belong to no server and no model: everybody's.
     pub instruments: Arc<Instruments>,
+    /// The keys of clients: `auth`'s, and the proxy's own pages'.
+    pub keys: Arc<Keys>,
     /// The last requests and what was decided about them: `trace`'s.
     pub requests: Arc<Ring>,
     /// How servers are picked: the leaf's.
@@ -32,6 +35,7 @@ impl Shared {
         Self {
             cluster,
             instruments: Arc::default(),
+            keys: Arc::default(),
             requests: Arc::default(),
             picking: Arc::default(),
             queue: Arc::default(),

@@ -7,8 +7,10 @@ use std::task::{Context, Poll, Waker};
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
+use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
+use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
 use crate::queue::QueueLayer;
@@ -93,6 +95,8 @@ pub enum Concern {
     Trace,
     /// [`crate::metrics`]
     Metrics,
+    /// [`crate::auth`]
+    Auth,
     /// [`crate::queue`]
     Queue,
     /// [`crate::model_route`]
@@ -103,13 +107,14 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 5] = [Self::Trace, Self::Metrics, Self::Queue, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 6] = [Self::Trace, Self::Metrics, Self::Auth, Self::Queue, Self::ModelRoute, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
+            Self::Auth => "auth",
             Self::Queue => "queue",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
@@ -190,6 +195,8 @@ pub struct Config {
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
     pub metrics: crate::metrics::Config,
+    /// The `[auth]` table.
+    pub auth: crate::auth::Config,
     /// The `[queue]` table.
     pub queue: crate::queue::Config,
     /// The `[model-route]` table.
@@ -223,7 +230,12 @@ struct Rule {
     why: &'static str,
 }
 
-const RULES: [Rule; 3] = [
+const RULES: &[Rule] = &[
+    Rule {
+        outer: Concern::Auth,
+        inner: Concern::Queue,
+        why: "who may not ask must not wait, and whose turn it is depends on the key",
+    },
     Rule {
         outer: Concern::Queue,
         inner: Concern::ModelRoute,
@@ -243,7 +255,7 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
     if let Some(twice) = order.iter().enumerate().find(|(at, concern)| place(**concern) != Some(*at)) {
         return Err(OrderError::Twice(*twice.1));
     }
-    for Rule { outer, inner, why } in RULES {
+    for &Rule { outer, inner, why } in RULES {
         if let (Some(outer_at), Some(inner_at)) = (place(outer), place(inner))
             && outer_at > inner_at
         {
@@ -256,9 +268,13 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
 /// Wraps `leaf` in the configured layers, the innermost first.
 pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
     shared.picking.configure(config.pick.clone());
+    // The proxy's own pages are beside the stack, and yet behind the same door.
+    let has_door = config.stack.order.layers().contains(&Concern::Auth);
+    shared.keys.guard(if has_door { config.auth.guard() } else { Guard::Never });
     config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
+        Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
         Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {

@@ -9,11 +9,12 @@ use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
-use olol_middleware::{Shared, instruments};
+use olol_middleware::{Route, Shared, instruments};
 use serde_json::json;
 use tower::ServiceExt;
 
 use super::body::HttpBody;
+use super::response;
 use crate::reload::{Reloaded, Reloader, Trigger};
 use crate::status::{self, About};
 
@@ -21,6 +22,7 @@ use crate::status::{self, About};
 #[derive(Clone, Debug)]
 pub struct Own {
     router: Router,
+    shared: Shared,
 }
 
 #[derive(Clone)]
@@ -41,8 +43,8 @@ impl Own {
             .route("/api/status/servers", get(servers))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
-            .with_state(Known { shared, about, metrics, reloader });
-        Self { router }
+            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
+        Self { router, shared }
     }
 
     /// Whether a path is ours.
@@ -54,11 +56,21 @@ impl Own {
 
     /// Answers a request.
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<HttpBody> {
+        if !is_for_anybody(request.uri().path())
+            && let Err(error) = self.shared.keys.admit_admin(request.headers())
+        {
+            return response::refused(Route::Status, &error);
+        }
         match self.router.clone().oneshot(request).await {
             Ok(answer) => answer.map(HttpBody::Axum),
             Err(never) => match never {},
         }
     }
+}
+
+/// Whether a page needs no key: machines ask for these, and they tell nothing.
+fn is_for_anybody(path: &str) -> bool {
+    matches!(path, "/healthz" | "/readyz")
 }
 
 async fn scrape(State(known): State<Known>) -> impl IntoResponse {

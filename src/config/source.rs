@@ -43,6 +43,8 @@ pub enum Set {
     Origins(Vec<String>),
     /// `threads`, wherever it may stand
     Threads(Threads),
+    /// `auth.file`
+    Keys(PathBuf),
 }
 
 /// Where a value comes from.
@@ -126,6 +128,7 @@ impl Set {
             Self::Servers(_) => &["proxy.servers"],
             Self::Origins(_) => &["proxy.origins"],
             Self::Threads(_) => &["threads", "proxy.threads"],
+            Self::Keys(_) => &["auth.file"],
         }
     }
 
@@ -135,6 +138,7 @@ impl Set {
             Self::Port(port) => config.proxy.port = *port,
             Self::Servers(servers) => config.proxy.servers.clone_from(servers),
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
+            Self::Keys(file) => config.auth.file.clone_from(file),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }

@@ -59,6 +59,10 @@ impl Agent {
         Self { id, calls: Line::new(endpoint.clone(), timeout), bulk: Line::new(endpoint, timeout) }
     }
 
+    pub(super) fn id(&self) -> &ServerId {
+        &self.id
+    }
+
     /// Relays a call and returns when the head of the answer is there.
     pub(super) fn relay(
         self: Arc<Self>,

@@ -23,6 +23,8 @@ pub struct Olol {
     proxy: Proxy,
     agents: Vec<Agent>,
     spool: TempDir,
+    /// Stands for the folder where a user keeps configuration: what the machine of the test has there counts for nothing.
+    _home: TempDir,
 }
 
 impl Olol {
@@ -42,23 +44,28 @@ impl Olol {
     /// Starts a proxy with the configuration in a file, which it reads again when that changes.
     pub async fn from_file(cluster: &Cluster, file: &Path) -> Self {
         let (agents, servers) = cluster.reach().await;
-        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers)];
+        let home = tempfile::tempdir().unwrap();
+        let keys = Set::Keys(home.path().join("keys.toml"));
+        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
-        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap() };
+        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap(), _home: home };
         olol.knows(cluster).await;
         olol
     }
 
     /// Starts a proxy for servers that are given as in `--servers`.
     pub async fn at(servers: Vec<String>, toml: &str) -> Self {
-        let spool = tempfile::tempdir().unwrap();
+        let (spool, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config: Config = toml::from_str(toml).unwrap_or_else(|error| panic!("{error}"));
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
-        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool }
+        if config.auth.file.as_os_str().is_empty() {
+            config.auth.file = home.path().join("keys.toml");
+        }
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, _home: home }
     }
 
     /// Where it listens.

@@ -133,6 +133,8 @@ fn olol(arguments: &[&str]) -> Command {
     {
         command.env_remove(name);
     }
+    // What the user of this machine has configured counts for nothing.
+    command.env("XDG_CONFIG_HOME", "/nowhere");
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }
