@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod model_route;
 pub mod names;
 pub mod peek;
+pub mod pattern;
 pub mod pick;
 pub mod rate_limit;
 pub mod retry;
