@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use olol_middleware::stack;
 use serde::Deserialize;
 
+use crate::api::Network;
 use crate::{pool, scatter};
 
 /// The `[limits]` table.
@@ -40,11 +41,20 @@ pub struct Proxy {
     pub threads: usize,
     /// Further origins that may ask from a browser, as in `OLLAMA_ORIGINS`.
     pub origins: Vec<String>,
+    /// Networks of the proxies that are believed what they say in `X-Forwarded-For`.
+    pub trusted_proxies: Vec<Network>,
 }
 
 impl Default for Proxy {
     fn default() -> Self {
-        Self { host: "127.0.0.1".to_owned(), port: 8000, servers: Vec::new(), threads: 0, origins: Vec::new() }
+        Self {
+            host: "127.0.0.1".to_owned(),
+            port: 8000,
+            servers: Vec::new(),
+            threads: 0,
+            origins: Vec::new(),
+            trusted_proxies: Vec::new(),
+        }
     }
 }
 
@@ -176,6 +186,8 @@ mod tests {
         assert!(error("[proxy]\nprot = 1").contains("line 2") && error("[proxy]\nprot = 1").contains("`prot`"));
         assert!(error("[proxy]\nport = \"x\"").contains("line 2"));
         assert!(error("[proxy]\nservers = [\"a:b\"]").contains("'b' is no port"));
+        assert!(error("[proxy]\ntrusted-proxies = [\"10.0.0.0/33\"]").contains("line 2"));
+        assert!(error("[proxy]\ntrusted-proxies = [\"box\"]").contains("'box' is no network: write an address"));
         assert!(error("[stack]\norder = [\"retry\", \"model-route\"]").contains("must come first"));
     }
 }

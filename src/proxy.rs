@@ -22,7 +22,7 @@ use tower::Service;
 use tower_http::body::UnsyncBoxBody;
 use tower_http::catch_panic::CatchPanic;
 
-use crate::api::{Answering, Api, Gate, HttpBody, Origins, Own, Room};
+use crate::api::{Answering, Api, Gate, HttpBody, Origins, Own, Room, Trusted};
 use crate::config::Config;
 use crate::pool::Pool;
 use crate::rpc::{self, Face};
@@ -75,15 +75,16 @@ impl Proxy {
             .filter(|o| !o.is_empty())
             .collect();
         let gate = Gate::new(Origins::new(&listed.join(",")).map_err(anyhow::Error::msg)?, address.ip());
+        let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, Duration::from_secs(config.limits.body_pause_s));
         let metrics = recorder()?;
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         let own = Own::new(shared.clone(), about, metrics);
-        let api = Arc::new(Api::new(stack, shared, gate, room, own, hop));
+        let api = Arc::new(Api::new(stack, shared, gate, trusted, room, own, hop));
         let stop = CancellationToken::new();
         let grace = Duration::from_secs(config.limits.grace_s);
-        let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
+        let running = tokio::spawn(serve::serve(listener, Edge { api }, stop.clone(), grace));
         Ok(Self { address, cluster, stop, running, _tasks: vec![watching, upkeep] })
     }
 
@@ -131,17 +132,17 @@ async fn keep_up(metrics: PrometheusHandle) {
 #[derive(Clone)]
 struct Edge {
     api: Arc<Api>,
-    grpc: ServerServer<Face>,
 }
 
 impl Edge {
-    fn new(api: Arc<Api>) -> Self {
-        let inner = api.clone();
+    /// The gRPC face towards a client.
+    fn grpc(&self, client: SocketAddr) -> ServerServer<Face> {
+        let api = self.api.clone();
         let send: rpc::Send = Arc::new(move |ask| {
-            let api = inner.clone();
-            Box::pin(async move { api.ask(ask).await })
+            let api = api.clone();
+            Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        Self { api, grpc: rpc::service(send, None) }
+        rpc::service(send, None)
     }
 }
 
@@ -177,7 +178,8 @@ impl Service<Request<Incoming>> for Visit {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if Api::is_grpc(&request) {
-            return Box::pin(self.edge.grpc.call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
+            let client = self.edge.api.client(self.client, request.headers());
+            return Box::pin(self.edge.grpc(client).call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
         }
         self.edge.api.clone().handle(request, Some(self.client))
     }
