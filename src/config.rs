@@ -78,6 +78,8 @@ pub struct Config {
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
     pub metrics: olol_middleware::metrics::Config,
+    /// The `rate-limit` layer.
+    pub rate_limit: olol_middleware::rate_limit::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
     /// The `retry` layer.
@@ -150,6 +152,7 @@ impl Config {
             stack: self.stack.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
+            rate_limit: self.rate_limit.clone(),
             model_route: self.model_route.clone(),
             retry: self.retry.clone(),
         }

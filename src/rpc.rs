@@ -290,7 +290,7 @@ fn failure(error: &Error) -> Status {
     let mut status = match error {
         Error::Server { source, .. } => Status::unavailable(source.to_string()),
         Error::NoServer(_) => Status::unavailable(error.to_string()),
-        Error::Busy => Status::resource_exhausted(error.to_string()),
+        Error::Busy | Error::RateLimited { .. } => Status::resource_exhausted(error.to_string()),
         Error::Body(_) => Status::invalid_argument(error.to_string()),
         Error::Loop => Status::failed_precondition(error.to_string()),
         _ => Status::internal(error.to_string()),

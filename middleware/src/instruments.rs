@@ -13,6 +13,7 @@ use crate::call::Counters;
 use crate::cluster::{Snapshot, State};
 use crate::error::Error;
 use crate::names::{ModelName, ServerId};
+use crate::rate_limit;
 use crate::route::Route;
 
 const REQUESTS: &str = "olol_requests_total";
@@ -22,6 +23,8 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const RATE_LIMITED: &str = "olol_rate_limited_total";
+const RATE_LIMIT_ENTRIES: &str = "olol_rate_limit_entries";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -29,7 +32,7 @@ const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 14] = [
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -37,6 +40,8 @@ pub const NAMES: [&str; 12] = [
     ENDED,
     ERRORS,
     RETRIES,
+    RATE_LIMITED,
+    RATE_LIMIT_ENTRIES,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -61,6 +66,12 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_counter!(
+        RATE_LIMITED,
+        Unit::Count,
+        "Requests refused by a limit, by whose it is (key, client, model) and what it limits"
+    );
+    describe_gauge!(RATE_LIMIT_ENTRIES, Unit::Count, "Accounts that limits are reckoned with, by whose they are");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -105,6 +116,11 @@ impl Instruments {
     /// The proxy answers with an error of its own.
     pub fn refused(&self, error: &Error) {
         counter!(ERRORS, "reason" => error.kind()).increment(1);
+    }
+
+    /// A limit was reached: whose (`key`, `client`, `model`), and which.
+    pub fn rate_limited(&self, scope: &'static str, kind: rate_limit::Kind) {
+        counter!(RATE_LIMITED, "scope" => scope, "kind" => kind.as_str()).increment(1);
     }
 
     /// Another attempt is made.
@@ -177,5 +193,13 @@ pub fn observe(snapshot: &Snapshot) {
         gauge!(SERVER_UP, label()).set(f64::from(u8::from(server.state == State::Up)));
         gauge!(SERVER_MODELS, label()).set(server.report.models.len() as f64);
         gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
+    }
+}
+
+/// The same of the accounts of `rate-limit`.
+#[expect(clippy::cast_precision_loss, reason = "their number is bounded far below 2^52")]
+pub fn observe_limits(ledger: &rate_limit::Ledger) {
+    for (scope, accounts) in ledger.accounts() {
+        gauge!(RATE_LIMIT_ENTRIES, "scope" => scope).set(accounts as f64);
     }
 }

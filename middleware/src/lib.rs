@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
+//! | `rate-limit` | [`rate_limit`] | holds clients to what they may use |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `retry` | [`retry`] | asks another server when one fails before its first byte |
 //! | | [`pick`] | the leaf: takes the least loaded of the candidates and a place on it |

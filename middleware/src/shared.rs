@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
+use crate::rate_limit::Ledger;
 use crate::retry::Budget;
 use crate::trace::Ring;
 
@@ -16,6 +17,8 @@ pub struct Shared {
     pub instruments: Arc<Instruments>,
     /// The last requests and what was decided about them: `trace`'s.
     pub requests: Arc<Ring>,
+    /// What everybody has used: `rate-limit`'s.
+    pub limits: Arc<Ledger>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -23,6 +26,12 @@ pub struct Shared {
 impl Shared {
     /// Fresh state around a cluster.
     pub fn new(cluster: Arc<Cluster>) -> Self {
-        Self { cluster, instruments: Arc::default(), requests: Arc::default(), budget: Arc::default() }
+        Self {
+            cluster,
+            instruments: Arc::default(),
+            requests: Arc::default(),
+            limits: Arc::default(),
+            budget: Arc::default(),
+        }
     }
 }

@@ -11,6 +11,7 @@ use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
+use crate::rate_limit::RateLimitLayer;
 use crate::retry::RetryLayer;
 use crate::shared;
 use crate::trace::TraceLayer;
@@ -92,6 +93,8 @@ pub enum Concern {
     Trace,
     /// [`crate::metrics`]
     Metrics,
+    /// [`crate::rate_limit`]
+    RateLimit,
     /// [`crate::model_route`]
     ModelRoute,
     /// [`crate::retry`]
@@ -100,13 +103,14 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 4] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 5] = [Self::Trace, Self::Metrics, Self::RateLimit, Self::ModelRoute, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
+            Self::RateLimit => "rate-limit",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
         }
@@ -164,6 +168,8 @@ pub struct Config {
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
     pub metrics: crate::metrics::Config,
+    /// The `[rate-limit]` table.
+    pub rate_limit: crate::rate_limit::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
     /// The `[retry]` table.
@@ -222,6 +228,9 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
     config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
+        Concern::RateLimit => {
+            push(inner, &RateLimitLayer::new(&config.rate_limit, shared.limits.clone(), shared.instruments.clone()))
+        }
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
