@@ -7,6 +7,7 @@
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
 //! | `auth` | [`auth`] | finds the client's key, and refuses what it may not do |
+//! | `rate-limit` | [`rate_limit`] | holds clients to what they may use |
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `retry` | [`retry`] | asks another server when one fails before its first byte |

@@ -28,6 +28,8 @@ pub struct Peek {
     pub keep_alive: Option<Span>,
     /// `stream`, if it was said.
     pub stream: Option<bool>,
+    /// The most tokens that the answer may have, in the words of OpenAI and Anthropic.
+    pub max_tokens: Option<u64>,
     /// Whether there is something to answer: a prompt or a message.
     pub asks: bool,
     /// Whether `keep_alive` is zero.
@@ -53,6 +55,11 @@ impl Peek {
             Some(String::from_utf8_lossy(value).into_owned())
         });
         Self { model, asks: true, ..Self::default() }
+    }
+
+    /// The most tokens that the answer may have, in whichever words; `None` if that is not said.
+    pub fn most_tokens(&self, pieces: &[Bytes]) -> Option<u64> {
+        self.max_tokens.or_else(|| num_predict(&json::cut(pieces, self.options?)))
     }
 
     /// Whether a generate or chat call only unloads its model.
@@ -122,6 +129,11 @@ impl Members {
                     self.peek.stream = Some(stream);
                 }
             }
+            Key::MaxTokens => {
+                if kind == Kind::Number {
+                    self.peek.max_tokens = number(&json::cut(pieces, span));
+                }
+            }
             Key::Prompt | Key::Messages | Key::Input => {
                 self.peek.asks |= !matches!(kind, Kind::String { empty: true } | Kind::Nested { empty: true });
             }
@@ -178,13 +190,14 @@ enum Key {
     Options,
     KeepAlive,
     Stream,
+    MaxTokens,
     Prompt,
     Messages,
     Input,
 }
 
 impl Key {
-    const ALL: [(&'static str, Self); 13] = [
+    const ALL: [(&'static str, Self); 16] = [
         ("model", Self::Model),
         ("name", Self::Name),
         ("source", Self::Source),
@@ -195,6 +208,9 @@ impl Key {
         ("options", Self::Options),
         ("keep_alive", Self::KeepAlive),
         ("stream", Self::Stream),
+        ("max_tokens", Self::MaxTokens),
+        ("max_completion_tokens", Self::MaxTokens),
+        ("max_output_tokens", Self::MaxTokens),
         ("prompt", Self::Prompt),
         ("messages", Self::Messages),
         ("input", Self::Input),
@@ -222,6 +238,38 @@ impl Key {
 fn is_zero(value: &[u8]) -> bool {
     let text = value.strip_prefix(b"\"").and_then(|text| text.strip_suffix(b"\"")).unwrap_or(value);
     !text.is_empty() && text.contains(&b'0') && !text.iter().any(|b| matches!(b, b'1'..=b'9'))
+}
+
+/// A whole number that is not negative.
+fn number(digits: &[u8]) -> Option<u64> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// The `num_predict` of some options; negative means without a bound. Options are a map to Ollama: their case counts.
+fn num_predict(options: &[u8]) -> Option<u64> {
+    let pieces = [Bytes::copy_from_slice(options)];
+    let mut reader = Reader::new(&pieces);
+    let mut found = None;
+    let mut read = || -> Result<(), Malformed> {
+        if !reader.take(b'{')? {
+            return Ok(());
+        }
+        loop {
+            let key = reader.string()?;
+            if !reader.take(b':')? {
+                return Err(Malformed);
+            }
+            let (_, value) = reader.value()?;
+            if &options[key.start..key.end] == b"num_predict" {
+                found = number(&options[value.start..value.end]);
+            }
+            if !reader.take(b',')? {
+                return Ok(());
+            }
+        }
+    };
+    let _ = read();
+    found
 }
 
 #[cfg(test)]
@@ -273,6 +321,25 @@ mod tests {
         assert!(!peek(r#"{"model":"m","keep_alive":"1m0s"}"#).unloads());
         assert!(!peek(r#"{"model":"m"}"#).unloads());
         assert!(peek(r#"{"model":"m","messages":[],"keep_alive":0}"#).unloads());
+    }
+
+    #[test]
+    fn the_longest_answer_is_known_in_every_dialect() {
+        for (text, wanted) in [
+            (r#"{"max_tokens":7}"#, Some(7)),
+            (r#"{"max_tokens":7,"Max_Completion_Tokens":9}"#, Some(9)),
+            (r#"{"max_output_tokens":8,"options":{"num_predict":1}}"#, Some(8)),
+            (r#"{"options":{"stop":["}"],"num_predict" : 12 ,"seed":1}}"#, Some(12)),
+            (r#"{"options":{"num_predict":-1}}"#, None),
+            (r#"{"options":{"Num_Predict":3,"nested":{"num_predict":4}}}"#, None),
+            (r#"{"options":{}}"#, None),
+            (r#"{"options":[1],"max_tokens":null}"#, None),
+            (r#"{"max_tokens":"7"}"#, None),
+            (r#"{"max_tokens":99999999999999999999}"#, None),
+        ] {
+            let pieces: Vec<Bytes> = text.as_bytes().chunks(3).map(Bytes::copy_from_slice).collect();
+            assert_eq!(peek(text).most_tokens(&pieces), wanted, "{text}");
+        }
     }
 
     #[test]

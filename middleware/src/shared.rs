@@ -7,6 +7,7 @@ use crate::instruments::Instruments;
 use crate::keys::Keys;
 use crate::pick::Picking;
 use crate::queue::Queue;
+use crate::rate_limit::Ledger;
 use crate::retry::Budget;
 use crate::trace::Ring;
 
@@ -25,6 +26,8 @@ pub struct Shared {
     pub picking: Arc<Picking>,
     /// What waits for a slot: `queue`'s.
     pub queue: Arc<Queue>,
+    /// What everybody has used: `rate-limit`'s.
+    pub limits: Arc<Ledger>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -37,6 +40,7 @@ impl Shared {
             instruments: Arc::default(),
             keys: Arc::default(),
             requests: Arc::default(),
+            limits: Arc::default(),
             picking: Arc::default(),
             queue: Arc::default(),
             budget: Arc::default(),

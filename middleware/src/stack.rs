@@ -14,6 +14,7 @@ use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
 use crate::queue::QueueLayer;
+use crate::rate_limit::RateLimitLayer;
 use crate::retry::RetryLayer;
 use crate::shared;
 use crate::trace::TraceLayer;
@@ -97,6 +98,8 @@ pub enum Concern {
     Metrics,
     /// [`crate::auth`]
     Auth,
+    /// [`crate::rate_limit`]
+    RateLimit,
     /// [`crate::queue`]
     Queue,
     /// [`crate::model_route`]
@@ -107,7 +110,8 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 6] = [Self::Trace, Self::Metrics, Self::Auth, Self::Queue, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 7] =
+        [Self::Trace, Self::Metrics, Self::Auth, Self::RateLimit, Self::Queue, Self::ModelRoute, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
@@ -116,6 +120,7 @@ impl Concern {
             Self::Metrics => "metrics",
             Self::Auth => "auth",
             Self::Queue => "queue",
+            Self::RateLimit => "rate-limit",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
         }
@@ -199,6 +204,8 @@ pub struct Config {
     pub auth: crate::auth::Config,
     /// The `[queue]` table.
     pub queue: crate::queue::Config,
+    /// The `[rate-limit]` table.
+    pub rate_limit: crate::rate_limit::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
     /// The `[retry]` table.
@@ -231,6 +238,12 @@ struct Rule {
 }
 
 const RULES: &[Rule] = &[
+    Rule { outer: Concern::Auth, inner: Concern::RateLimit, why: "a key's limits cannot hold before its key is known" },
+    Rule {
+        outer: Concern::RateLimit,
+        inner: Concern::Queue,
+        why: "who may not ask now must not wait in the queue, and a wait must not cost a second request",
+    },
     Rule {
         outer: Concern::Auth,
         inner: Concern::Queue,
@@ -276,6 +289,9 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
         Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
+        Concern::RateLimit => {
+            push(inner, &RateLimitLayer::new(&config.rate_limit, shared.limits.clone(), shared.instruments.clone()))
+        }
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
