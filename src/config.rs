@@ -70,6 +70,8 @@ pub struct Config {
     pub metrics: olol_middleware::metrics::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
+    /// The `affinity` layer.
+    pub affinity: olol_middleware::affinity::Config,
     /// The `retry` layer.
     pub retry: olol_middleware::retry::Config,
 }
@@ -141,6 +143,7 @@ impl Config {
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
             model_route: self.model_route.clone(),
+            affinity: self.affinity.clone(),
             retry: self.retry.clone(),
         }
     }

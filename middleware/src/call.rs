@@ -42,6 +42,8 @@ pub struct Call {
     pub place: Place,
     /// The servers still in question.
     pub candidates: Candidates,
+    /// Those of them where it should rather go, once `affinity` has looked.
+    pub preferred: Option<Box<Preferred>>,
     /// What its server must get otherwise than its client sent it.
     pub edits: Option<Box<Edits>>,
     /// When its client stops waiting.
@@ -108,6 +110,21 @@ pub struct Place {
     pub model: Option<ModelName>,
 }
 
+/// Where a call should rather go, and why. Servers are told by their index; each counts only while it is a candidate.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Preferred {
+    /// Where to go: the first of these that can take it.
+    pub servers: SmallVec<[usize; 4]>,
+    /// Whether that is worth less than a shorter wait: then only one will do that costs about as little as the cheapest.
+    pub yields: bool,
+    /// Who is believed to have the beginning of its prompt in a cache, whether it should go there or not.
+    pub holders: SmallVec<[usize; 4]>,
+    /// How much of the prompt that is, in bytes of the body.
+    pub cached: u32,
+    /// How long the prompt is, in bytes of the body; 0: not known.
+    pub prompt: u32,
+}
+
 /// How what a server gets differs from what the client sent.
 #[derive(Clone, Debug, Default)]
 pub struct Edits {
@@ -124,7 +141,18 @@ impl Call {
     pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
         let head = head.into();
         let place = Place { model: head.model.clone() };
-        Self { head, payload, known: None, place, candidates, edits: None, deadline: None, fresh: false, attempts: 0 }
+        Self {
+            head,
+            payload,
+            known: None,
+            place,
+            candidates,
+            preferred: None,
+            edits: None,
+            deadline: None,
+            fresh: false,
+            attempts: 0,
+        }
     }
 
     /// What its server must get otherwise, to be told more.
@@ -145,6 +173,7 @@ impl Call {
             known: self.known.clone(),
             place: self.place.clone(),
             candidates: self.candidates.clone(),
+            preferred: self.preferred.clone(),
             edits: self.edits.clone(),
             deadline: self.deadline,
             fresh: self.fresh,

@@ -9,6 +9,7 @@ use metrics::{
     Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 
+use crate::affinity::{Placed, Source};
 use crate::call::Counters;
 use crate::cluster::{Snapshot, State};
 use crate::error::Error;
@@ -22,6 +23,8 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const AFFINITY: &str = "olol_affinity_total";
+const AFFINITY_ENTRIES: &str = "olol_affinity_entries";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -29,7 +32,7 @@ const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 14] = [
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -37,6 +40,8 @@ pub const NAMES: [&str; 12] = [
     ENDED,
     ERRORS,
     RETRIES,
+    AFFINITY,
+    AFFINITY_ENTRIES,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -61,6 +66,13 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_counter!(
+        AFFINITY,
+        Unit::Count,
+        "Turns of conversations, by what they were known by (header, body, chain) and what became of them (hit, miss, \
+         spill: its server had enough, repin: its server could not be asked, none: no history)"
+    );
+    describe_gauge!(AFFINITY_ENTRIES, Unit::Count, "Links of conversations that are remembered");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -74,6 +86,7 @@ pub struct Instruments {
     requests: [[OnceLock<Counter>; CODES.len() + 1]; Route::ALL.len()],
     durations: [OnceLock<Histogram>; Route::ALL.len()],
     ended: [OnceLock<Counter>; 3],
+    placed: [[OnceLock<Counter>; Placed::ALL.len()]; Source::ALL.len()],
 }
 
 impl Instruments {
@@ -105,6 +118,13 @@ impl Instruments {
     /// The proxy answers with an error of its own.
     pub fn refused(&self, error: &Error) {
         counter!(ERRORS, "reason" => error.kind()).increment(1);
+    }
+
+    /// A turn of a conversation was answered.
+    pub fn placed(&self, source: Source, placed: Placed) {
+        self.placed[source as usize][placed as usize]
+            .get_or_init(|| counter!(AFFINITY, "source" => source.as_str(), "result" => placed.as_str()))
+            .increment(1);
     }
 
     /// Another attempt is made.
@@ -166,6 +186,12 @@ impl ServerMeters {
         })
         .increment(1);
     }
+}
+
+/// Sets how much is remembered of conversations. Call before a scrape.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 links")]
+pub fn remembered(links: usize) {
+    gauge!(AFFINITY_ENTRIES).set(links as f64);
 }
 
 /// Sets what is read rather than counted. Call before a scrape.

@@ -7,11 +7,13 @@
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
+//! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
 //! | `retry` | [`retry`] | asks another server when one fails before its first byte |
 //! | | [`pick`] | the leaf: takes the least loaded of the candidates and a place on it |
 //!
 //! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
+pub mod affinity;
 pub mod call;
 pub mod cluster;
 pub mod error;
@@ -35,7 +37,7 @@ pub mod trail;
 #[cfg(test)]
 mod testing;
 
-pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Reply, RequestId};
+pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Preferred, Reply, RequestId};
 pub use cluster::{Candidates, Cluster, Server, Snapshot};
 pub use error::{BoxError, Error, Phase};
 pub use keys::Key;

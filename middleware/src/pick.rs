@@ -1,5 +1,7 @@
 //! The leaf of the stack: takes the least loaded of the candidates, a place on it, and sends the call there.
 //!
+//! Where `affinity` would have a call go counts more than the load, as far as that layer says it should.
+//!
 //! Servers that failed or do not answer are skipped while others are left; when nobody else is left they are asked all
 //! the same, since what is believed of them may be old. The place is free again when the reply's body ends.
 
@@ -51,7 +53,9 @@ impl<F: Fleet> Service<Call> for Pick<F> {
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
-        let Some(server) = choose(&call.candidates) else {
+        let preferred = preferred(&call).cloned();
+        let why = if preferred.is_some() { "preferred by affinity" } else { "the least loaded" };
+        let Some(server) = preferred.or_else(|| choose(&call.candidates)) else {
             let why = if call.candidates.snapshot().servers.is_empty() {
                 "the proxy has no servers; name some with --servers"
             } else {
@@ -61,7 +65,7 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             return Box::pin(std::future::ready(Err(Error::NoServer(why.to_owned()))));
         };
         let facts = [("server", Fact::from(&server.id)), ("of", call.candidates.count().into())];
-        call.note("pick", "the least loaded", facts);
+        call.note("pick", why, facts);
         if call.dry {
             let mut reply = Reply::full(StatusCode::OK, HeaderMap::new(), Bytes::new());
             reply.body.outcome_mut().servers.push(server.id.clone());
@@ -78,6 +82,22 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
         }
     }
+}
+
+/// How much busier than the least busy server one may be that is only preferred as long as that costs nothing.
+const NEAR: f64 = 1.2;
+
+/// The best of those that `affinity` prefers, if one is in question still, and well.
+fn preferred(call: &Call) -> Option<&Arc<Server>> {
+    let preferred = call.preferred.as_deref()?;
+    let load = |server: &Server| f64::from(server.load.in_flight() + 1) / f64::from(server.weight.get());
+    let most = if preferred.yields {
+        NEAR * call.candidates.iter().filter(|server| server.is_usable()).map(|server| load(server)).reduce(f64::min)?
+    } else {
+        f64::INFINITY
+    };
+    let mut servers = preferred.servers.iter().filter_map(|index| call.candidates.get(*index));
+    servers.find(|server| server.is_usable() && load(server) <= most)
 }
 
 /// The least loaded usable candidate; of equals the better of two taken at random.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::affinity;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::retry::Budget;
@@ -16,6 +17,8 @@ pub struct Shared {
     pub instruments: Arc<Instruments>,
     /// The last requests and what was decided about them: `trace`'s.
     pub requests: Arc<Ring>,
+    /// Who has which conversations: `affinity`'s.
+    pub affinity: Arc<affinity::Table>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -23,6 +26,12 @@ pub struct Shared {
 impl Shared {
     /// Fresh state around a cluster.
     pub fn new(cluster: Arc<Cluster>) -> Self {
-        Self { cluster, instruments: Arc::default(), requests: Arc::default(), budget: Arc::default() }
+        Self {
+            cluster,
+            instruments: Arc::default(),
+            requests: Arc::default(),
+            affinity: Arc::default(),
+            budget: Arc::default(),
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
+use crate::affinity::AffinityLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
 use crate::metrics::MetricsLayer;
@@ -94,13 +95,15 @@ pub enum Concern {
     Metrics,
     /// [`crate::model_route`]
     ModelRoute,
+    /// [`crate::affinity`]
+    Affinity,
     /// [`crate::retry`]
     Retry,
 }
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 4] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 5] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Affinity, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
@@ -108,6 +111,7 @@ impl Concern {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
             Self::ModelRoute => "model-route",
+            Self::Affinity => "affinity",
             Self::Retry => "retry",
         }
     }
@@ -166,6 +170,8 @@ pub struct Config {
     pub metrics: crate::metrics::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
+    /// The `[affinity]` table.
+    pub affinity: crate::affinity::Config,
     /// The `[retry]` table.
     pub retry: crate::retry::Config,
 }
@@ -195,11 +201,23 @@ struct Rule {
     why: &'static str,
 }
 
-const RULES: [Rule; 1] = [Rule {
-    outer: Concern::ModelRoute,
-    inner: Concern::Retry,
-    why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
-}];
+const RULES: [Rule; 3] = [
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Retry,
+        why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
+    },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Affinity,
+        why: "a conversation can only be kept on a server that has its model",
+    },
+    Rule {
+        outer: Concern::Affinity,
+        inner: Concern::Retry,
+        why: "a retry must keep to the servers that a conversation prefers, and one that failed must not be preferred again",
+    },
+];
 
 /// Whether an order can work.
 fn check(order: &[Concern]) -> Result<(), OrderError> {
@@ -223,6 +241,10 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
+        Concern::Affinity => push(
+            inner,
+            &AffinityLayer::new(config.affinity.clone(), shared.affinity.clone(), shared.instruments.clone()),
+        ),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
         }

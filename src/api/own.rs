@@ -56,6 +56,7 @@ impl Own {
 
 async fn scrape(State(known): State<Known>) -> impl IntoResponse {
     instruments::observe(&known.shared.cluster.snapshot());
+    instruments::remembered(known.shared.affinity.len());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], known.metrics.render())
 }
 
