@@ -29,7 +29,7 @@ use tower::{Layer, Service};
 
 use self::balance::Balance;
 pub use self::balance::Share;
-use self::chain::{Chain, Link};
+use self::chain::{Chain, Clues, Link};
 pub use self::config::{Config, HeaderNames, LoadFactor};
 pub use self::placed::{Placed, Source};
 pub use self::table::Table;
@@ -184,17 +184,14 @@ impl Course {
 impl Rules {
     /// Says where a call should rather go.
     fn look(&self, call: &mut Call) -> Course {
-        let seed = chain::seed(call);
-        let session = self.config.headers.iter().find_map(|name| call.headers.get(name)).cloned();
-        let session = session.filter(|session| !session.is_empty());
-        let (source, chain, person) = match &session {
-            Some(session) => (Source::Header, chain::named(seed, session.as_bytes()), None),
-            None => {
-                let clues = chain::clues(call, seed);
-                (if clues.is_named { Source::Body } else { Source::Chain }, clues.chain, clues.person)
-            }
+        let place = chain::place(call);
+        let mut names = self.config.headers.iter().filter_map(|name| call.headers.get(name));
+        let session = names.find(|name| !name.is_empty()).cloned();
+        let Clues { source, chain, person } = match &session {
+            Some(session) => Clues::named(place, session.as_bytes()),
+            None => Clues::of(call, place),
         };
-        let known = chain.from_the_tip().find_map(|link| Some((link, self.table.seen(link.hash, self.ttl)?)));
+        let known = chain.tip_first().find_map(|link| Some((link, self.table.seen(link.hash, self.ttl)?)));
         let after = known.and_then(|(link, _)| chain.after(link));
         let decided = match (chain.root(), known) {
             (None, _) => Placed::None,
@@ -204,7 +201,7 @@ impl Rules {
             }
             (Some(root), _) => self.begin(call, person.or(after).unwrap_or(root), &chain),
         };
-        self.note(call, source, decided);
+        note(call, source, decided);
         Course {
             snapshot: call.candidates.snapshot().clone(),
             source,
@@ -213,7 +210,7 @@ impl Rules {
             goes_on: after.is_some(),
             news: chain.news(known.map(|(link, _)| link)).collect(),
             session,
-            answers_under: (call.route == Route::Generate).then_some(seed),
+            answers_under: (call.route == Route::Generate).then_some(place),
         }
     }
 
@@ -265,20 +262,6 @@ impl Rules {
         if stays { Placed::Hit } else { decided }
     }
 
-    fn note(&self, call: &Call, source: Source, decided: Placed) {
-        let source = ("known by", Fact::Word(source.as_str()));
-        let preferred = call.preferred.as_deref();
-        let first = preferred.and_then(|preferred| call.candidates.get(*preferred.servers.first()?));
-        match (first, preferred) {
-            (Some(server), Some(preferred)) => {
-                let cached = ("cached", preferred.cached.into());
-                let facts = [source, ("server", Fact::from(&server.id)), cached, ("prompt", preferred.prompt.into())];
-                call.note("affinity", decided.as_str(), facts);
-            }
-            _ => call.note("affinity", decided.as_str(), [source]),
-        }
-    }
-
     /// Remembers who has the history of a conversation now.
     fn learn(&self, course: &Course, server: &Server) {
         if course.decided == Placed::None {
@@ -290,5 +273,20 @@ impl Rules {
         course.news.iter().for_each(|link| self.table.learn(*link, &server.id));
         let turns = self.table.count_turn();
         server.share.count_turn(balance::half_life(turns, course.snapshot.servers.len()));
+    }
+}
+
+/// Says in the call's trail what was decided.
+fn note(call: &Call, source: Source, decided: Placed) {
+    let source = ("known by", Fact::Word(source.as_str()));
+    let preferred = call.preferred.as_deref();
+    let first = preferred.and_then(|preferred| call.candidates.get(*preferred.servers.first()?));
+    match (first, preferred) {
+        (Some(server), Some(preferred)) => {
+            let cached = ("cached", preferred.cached.into());
+            let facts = [source, ("server", Fact::from(&server.id)), cached, ("prompt", preferred.prompt.into())];
+            call.note("affinity", decided.as_str(), facts);
+        }
+        _ => call.note("affinity", decided.as_str(), [source]),
     }
 }

@@ -70,6 +70,12 @@ impl<'a> Reader<'a> {
         reader
     }
 
+    /// The next bytes, if they lie in one piece, as they nearly always do.
+    #[inline]
+    pub fn slice(&self, length: usize) -> Option<&'a [u8]> {
+        self.rest.get(..length)
+    }
+
     /// The next bytes, in the parts in which they lie.
     pub fn parts(&self, length: usize) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let mut left = length;

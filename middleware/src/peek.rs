@@ -50,7 +50,7 @@ pub struct Talk {
     /// What the system says before all: `system`, `instructions`.
     pub system: Option<Span>,
     /// OpenAI's name for a conversation.
-    pub cache_key: Option<Span>,
+    pub session: Option<Span>,
     /// OpenAI's name for a person.
     pub user: Option<Span>,
     /// Anthropic's notes, with their name for a person.
@@ -157,7 +157,7 @@ impl Members {
             Key::Context => self.peek.talk.context = Some(span),
             Key::Images => self.peek.talk.images = Some(span),
             Key::System => self.peek.talk.system = Some(span),
-            Key::CacheKey => self.peek.talk.cache_key = Some(span),
+            Key::Session => self.peek.talk.session = Some(span),
             Key::User => self.peek.talk.user = Some(span),
             Key::Metadata => self.peek.talk.metadata = Some(span),
         }
@@ -219,7 +219,7 @@ enum Key {
     Context,
     Images,
     System,
-    CacheKey,
+    Session,
     User,
     Metadata,
 }
@@ -243,7 +243,7 @@ impl Key {
         ("images", Self::Images),
         ("system", Self::System),
         ("instructions", Self::System),
-        ("prompt_cache_key", Self::CacheKey),
+        ("prompt_cache_key", Self::Session),
         ("user", Self::User),
         ("metadata", Self::Metadata),
     ];

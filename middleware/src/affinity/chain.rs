@@ -12,6 +12,7 @@ use bytes::Bytes;
 use rapidhash::v3::{RapidSecrets, rapidhash_v3_seeded};
 use smallvec::SmallVec;
 
+use super::Source;
 use crate::call::{Call, Payload};
 use crate::json::{Malformed, Reader, Span};
 use crate::peek::Talk;
@@ -61,13 +62,13 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    fn new(seed: u64) -> Self {
-        Self { tip: seed, ..Self::default() }
+    fn new(place: u64) -> Self {
+        Self { tip: place, ..Self::default() }
     }
 
     /// A conversation that is known by a name alone.
-    fn named(seed: u64, name: u64) -> Self {
-        let mut chain = Self::new(seed);
+    fn named(place: u64, name: u64) -> Self {
+        let mut chain = Self::new(place);
         chain.say(join(ID, name), 0);
         chain.link();
         chain
@@ -95,7 +96,7 @@ impl Chain {
     }
 
     /// The last links, the longest first, and then the root.
-    pub(super) fn from_the_tip(&self) -> impl Iterator<Item = Link> + '_ {
+    pub(super) fn tip_first(&self) -> impl Iterator<Item = Link> + '_ {
         let last = self.links.iter().rev().take(KEPT).copied();
         let was_left_out = self.links.len() > KEPT || self.links.first() != self.root.as_ref();
         last.chain(self.root.filter(|_| was_left_out))
@@ -103,7 +104,7 @@ impl Chain {
 
     /// The links that are longer than what is known already, or all of them; the longest first.
     pub(super) fn news(&self, known: Option<Link>) -> impl Iterator<Item = u64> + '_ {
-        self.from_the_tip().take_while(move |link| Some(*link) != known).map(|link| link.hash)
+        self.tip_first().take_while(move |link| Some(*link) != known).map(|link| link.hash)
     }
 
     /// The link that goes on from a known one.
@@ -119,49 +120,54 @@ impl Chain {
 }
 
 /// What a call says of the conversation that it belongs to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Clues {
+    /// What it is known by.
+    pub(super) source: Source,
     /// Its links.
     pub(super) chain: Chain,
-    /// Whether its body names the conversation.
-    pub(super) is_named: bool,
     /// Who asks, if that is said.
     pub(super) person: Option<u64>,
 }
 
-/// Where the conversations of a call's model are told apart from those of others: the model and how it is loaded.
-pub(super) fn seed(call: &Call) -> u64 {
+impl Clues {
+    /// A conversation whose client has named it in a header.
+    pub(super) fn named(place: u64, name: &[u8]) -> Self {
+        // As a text of a body, so that a name is the same wherever it stands.
+        let quoted = [b"\"", name, b"\""].concat();
+        Self { source: Source::Header, chain: Chain::named(place, join(0, hash(&quoted))), person: None }
+    }
+
+    /// What the body of a call tells. One that ends early tells what came before.
+    pub(super) fn of(call: &Call, place: u64) -> Self {
+        let mut chain = Chain::new(place);
+        let Payload::Whole(pieces) = &call.payload else { return Self { source: Source::Chain, chain, person: None } };
+        let talk = &call.peek.talk;
+        if let Some(name) = talk.session.and_then(|span| text(pieces, span)) {
+            return Self { source: Source::Body, chain: Chain::named(place, name), person: None };
+        }
+        let _ = match call.route {
+            Route::Generate | Route::V1Completions => prompt(&mut chain, pieces, talk),
+            Route::V1Responses => messages(&mut chain, pieces, talk.system, talk.input),
+            Route::V1Messages => messages(&mut chain, pieces, talk.system, talk.messages),
+            _ => messages(&mut chain, pieces, None, talk.messages),
+        };
+        if chain.root.is_none() && chain.bytes > 0 {
+            // Only the system spoke.
+            chain.link();
+        }
+        let person = person(pieces, talk).map(|person| join(join(place, PERSON), person));
+        Self { source: Source::Chain, chain, person }
+    }
+}
+
+/// Where the conversations of a call are told apart from those of others: the model, and how it is loaded.
+pub(super) fn place(call: &Call) -> u64 {
     let model = call.place.model.as_ref().map_or(0, |model| hash(model.as_str().as_bytes()));
     match (&call.payload, call.peek.options) {
         (Payload::Whole(pieces), Some(options)) => join(model, load_options(pieces, options).unwrap_or_default()),
         _ => join(model, 0),
     }
-}
-
-/// A conversation whose client has named it in a header.
-pub(super) fn named(seed: u64, name: &[u8]) -> Chain {
-    Chain::named(seed, hash(name))
-}
-
-/// What the body of a call tells. One that ends early tells what came before.
-pub(super) fn clues(call: &Call, seed: u64) -> Clues {
-    let Payload::Whole(pieces) = &call.payload else { return Clues::default() };
-    let talk = &call.peek.talk;
-    if let Some(name) = talk.cache_key.and_then(|span| text(pieces, span)) {
-        return Clues { chain: Chain::named(seed, name), is_named: true, person: None };
-    }
-    let mut chain = Chain::new(seed);
-    let _ = match call.route {
-        Route::Generate | Route::V1Completions => prompt(&mut chain, pieces, talk),
-        Route::V1Responses => messages(&mut chain, pieces, talk.system, talk.input),
-        Route::V1Messages => messages(&mut chain, pieces, talk.system, talk.messages),
-        _ => messages(&mut chain, pieces, None, talk.messages),
-    };
-    if chain.root.is_none() && chain.bytes > 0 {
-        // Only the system spoke.
-        chain.link();
-    }
-    Clues { chain, is_named: false, person: person(pieces, talk).map(|person| join(join(seed, PERSON), person)) }
 }
 
 /// The links of a chat.
@@ -239,7 +245,7 @@ fn person(pieces: &[Bytes], talk: &Talk) -> Option<u64> {
 fn text(pieces: &[Bytes], span: Span) -> Option<u64> {
     let reader = Reader::at(pieces, span.start);
     let is_text = reader.clone().peek() == Ok(b'"') && span.end - span.start > 2;
-    is_text.then(|| hash_parts(reader.parts(span.end - span.start)))
+    is_text.then(|| hash_next(&reader, span.end - span.start))
 }
 
 /// The hash of the options that a runner is started with.
@@ -302,7 +308,7 @@ fn digest(reader: &mut Reader<'_>, depth: usize) -> Result<u64, Malformed> {
         _ => {
             let from = reader.clone();
             let (_, span) = reader.value()?;
-            Ok(hash_parts(from.parts(span.end - span.start)))
+            Ok(hash_next(&from, span.end - span.start))
         }
     }
 }
@@ -326,9 +332,10 @@ fn members<'a>(
     }
     loop {
         reader.peek()?;
+        // The quote before it is cut off again.
         let from = reader.clone();
         let inner = reader.string()?;
-        let key = cut(&from, inner.end - from.offset());
+        let key = cut(&from, inner.end - inner.start + 1);
         if !reader.take(b':')? {
             return Err(Malformed);
         }
@@ -356,12 +363,11 @@ fn items<'a>(
     }
 }
 
-/// Bytes that lie next to each other, or a copy where a piece of the body ends among them.
+/// The next bytes; a copy where a piece of the body ends among them.
 fn cut<'a>(from: &Reader<'a>, length: usize) -> Cow<'a, [u8]> {
-    let mut parts = from.parts(length);
-    match parts.next() {
-        Some(whole) if whole.len() == length => Cow::Borrowed(whole),
-        first => first.into_iter().chain(parts).flatten().copied().collect(),
+    match from.slice(length) {
+        Some(whole) => Cow::Borrowed(whole),
+        None => from.parts(length).flatten().copied().collect(),
     }
 }
 
@@ -371,14 +377,14 @@ struct Blocks {
     chain: Chain,
     /// The beginning of a block that lies in several parts.
     begun: Vec<u8>,
-    blocks: usize,
+    count: usize,
     next_link: usize,
     links: usize,
 }
 
 impl Blocks {
     fn new(chain: Chain) -> Self {
-        Self { chain, begun: Vec::new(), blocks: 0, next_link: 1, links: 0 }
+        Self { chain, begun: Vec::new(), count: 0, next_link: 1, links: 0 }
     }
 
     fn read(&mut self, mut part: &[u8]) {
@@ -399,8 +405,8 @@ impl Blocks {
 
     fn block(&mut self, said: u64) {
         self.chain.say(said, BLOCK);
-        self.blocks += 1;
-        if self.blocks == self.next_link {
+        self.count += 1;
+        if self.count == self.next_link {
             self.chain.link();
             self.links += 1;
             self.next_link += 1 << (self.links / BLOCKS_OF_A_SIZE).min(32);
@@ -412,7 +418,7 @@ impl Blocks {
         if !self.begun.is_empty() {
             self.chain.say(hash(&self.begun), self.begun.len());
             self.chain.link();
-        } else if self.chain.links.last().map(|link| link.hash) != Some(self.chain.tip) && self.blocks > 0 {
+        } else if self.chain.links.last().map(|link| link.hash) != Some(self.chain.tip) && self.count > 0 {
             self.chain.link();
         }
         self.chain
@@ -429,8 +435,8 @@ impl Tokens {
     }
 
     /// Tokens that a server gave to whoever goes on from its answer.
-    pub(super) fn of_an_answer(seed: u64) -> Self {
-        Self::new(Chain::new(seed))
+    pub(super) fn of_an_answer(place: u64) -> Self {
+        Self::new(Chain::new(place))
     }
 
     pub(super) fn read(&mut self, part: &[u8]) {
@@ -443,17 +449,16 @@ impl Tokens {
     }
 }
 
-/// The hash of bytes, wherever they lie.
-fn hash_parts<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> u64 {
-    let (first, second) = (parts.next().unwrap_or_default(), parts.next());
-    let mut blocks = first.chunks_exact(BLOCK);
-    let Some(second) = second else {
+/// The hash of the next bytes, wherever they lie.
+fn hash_next(from: &Reader<'_>, length: usize) -> u64 {
+    if let Some(whole) = from.slice(length) {
+        let mut blocks = whole.chunks_exact(BLOCK);
         let all = blocks.by_ref().fold(0, |all, block| join(all, hash(block)));
         return join(all, hash(blocks.remainder()));
-    };
+    }
     let mut all = 0;
     let mut begun: Vec<u8> = Vec::with_capacity(BLOCK);
-    for mut part in [first, second].into_iter().chain(parts) {
+    for mut part in from.parts(length) {
         while begun.len() + part.len() >= BLOCK {
             let (block, rest) = part.split_at(BLOCK - begun.len());
             begun.extend_from_slice(block);
@@ -499,7 +504,7 @@ mod tests {
         head.peek = Peek::json(&pieces);
         head.model = head.peek.model.as_deref().and_then(ModelName::parse);
         let call = Call::new(head, Payload::Whole(pieces), Arc::new(Snapshot::default()).all());
-        clues(&call, seed(&call))
+        Clues::of(&call, place(&call))
     }
 
     fn clues_of(route: Route, body: &Value) -> Clues {
@@ -596,7 +601,7 @@ mod tests {
 
     #[test]
     fn a_prompt_that_grows_keeps_its_blocks() {
-        let text: String = (0..6000).map(|n| char::from(b'a' + (n % 23) as u8)).collect();
+        let text: String = (b'a'..b'x').cycle().take(6000).map(char::from).collect();
         let of = |length: usize| links(Route::Generate, &json!({"model": "tiny", "prompt": text[..length]}));
         let (short, long) = (of(3000), of(5000));
         assert_eq!((short.len(), long.len()), (3, 5));
@@ -609,8 +614,8 @@ mod tests {
     fn a_long_prompt_has_a_short_chain() {
         let body = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(20 << 20));
         let chain = clues_in(Route::Generate, &body, 10_007).chain;
-        assert!(chain.links.len() <= 2 * KEPT && chain.from_the_tip().count() == KEPT + 1);
-        assert_eq!(chain.from_the_tip().last(), chain.root);
+        assert!(chain.links.len() <= 2 * KEPT && chain.tip_first().count() == KEPT + 1);
+        assert_eq!(chain.tip_first().last(), chain.root);
         assert_eq!(chain, clues_in(Route::Generate, &body, body.len()).chain);
     }
 
@@ -621,7 +626,7 @@ mod tests {
         let of = |list: &str| clues_in(Route::Generate, &format!(r#"{{"context":{list},"prompt":"x"}}"#), 999).chain;
         assert_eq!(of(&dense), of(&dense.replace(',', ", \n")));
         let mut answered = Tokens::of_an_answer(join(0, 0));
-        dense[1..].as_bytes().chunks(7).for_each(|part| answered.read(part));
+        dense.as_bytes()[1..].chunks(7).for_each(|part| answered.read(part));
         assert_eq!(answered.finish(), of(&dense));
     }
 
@@ -631,8 +636,23 @@ mod tests {
             clues_of(Route::V1Chat, &json!({"model": "m", "messages": [user(text)], "prompt_cache_key": key}))
         };
         let (one, same, other) = (with("a", "hi"), with("a", "what"), with("b", "hi"));
-        assert!(one.is_named && one.chain.root() == same.chain.root() && one.chain.root() != other.chain.root());
-        assert!(!with("", "hi").is_named);
+        assert!(
+            one.source == Source::Body
+                && one.chain.root() == same.chain.root()
+                && one.chain.root() != other.chain.root()
+        );
+        assert_eq!(with("", "hi").source, Source::Chain);
+        let call = Call::new(
+            Head::new(Route::Chat, Method::POST, PathAndQuery::from_static("/")),
+            Payload::empty(),
+            Arc::new(Snapshot::default()).all(),
+        );
+        let unnamed_model = clues_of(Route::V1Chat, &json!({"prompt_cache_key": "a"}));
+        assert_eq!(
+            Clues::named(place(&call), b"a").chain.root(),
+            unnamed_model.chain.root(),
+            "the same name in a header"
+        );
     }
 
     #[test]
@@ -650,10 +670,10 @@ mod tests {
         let chain = |count: usize| clues_of(Route::Chat, &chat(&all[..count])).chain;
         let (one, two) = (chain(998), chain(1000));
         assert!(one.links.len() <= 2 * KEPT);
-        let tip = one.from_the_tip().next().unwrap();
-        assert!(two.from_the_tip().any(|link| link == tip));
+        let tip = one.tip_first().next().unwrap();
+        assert!(two.tip_first().any(|link| link == tip));
         assert_eq!(two.news(Some(tip)).count(), 2);
-        assert_eq!(two.after(tip), two.from_the_tip().nth(1).map(|link| link.hash));
+        assert_eq!(two.after(tip), two.tip_first().nth(1).map(|link| link.hash));
     }
 
     #[test]

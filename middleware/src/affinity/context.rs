@@ -15,7 +15,7 @@ const KEY: &[u8] = b"\"context\":[";
 
 /// Reads the tokens in a body.
 pub(super) struct Listener {
-    seed: u64,
+    place: u64,
     table: Arc<Table>,
     server: Arc<Server>,
     state: State,
@@ -31,29 +31,27 @@ enum State {
 }
 
 impl Listener {
-    pub(super) fn new(seed: u64, table: Arc<Table>, server: Arc<Server>) -> Self {
-        Self { seed, table, server, state: State::Before(Vec::new()) }
+    pub(super) fn new(place: u64, table: Arc<Table>, server: Arc<Server>) -> Self {
+        Self { place, table, server, state: State::Before(Vec::new()) }
     }
 
     /// Looks for the beginning of the list; what of the chunk is in it.
-    fn begin<'a>(seed: u64, tail: &mut Vec<u8>, chunk: &'a [u8]) -> Option<(Tokens, &'a [u8])> {
+    fn begin<'a>(place: u64, tail: &mut Vec<u8>, chunk: &'a [u8]) -> Option<(Tokens, &'a [u8])> {
         let found = memchr::memchr_iter(b'[', chunk).find(|at| {
             let before = &chunk[..=*at];
             let kept = KEY.len().saturating_sub(before.len());
             before.ends_with(&KEY[kept..]) && (kept == 0 || tail.ends_with(&KEY[..kept]))
         });
-        match found {
-            Some(at) => Some((Tokens::of_an_answer(seed), &chunk[at + 1..])),
-            None => {
-                if chunk.ends_with(b"\n") {
-                    tail.clear();
-                } else {
-                    tail.extend_from_slice(&chunk[chunk.len().saturating_sub(KEY.len())..]);
-                    tail.drain(..tail.len().saturating_sub(KEY.len()));
-                }
-                None
-            }
+        if let Some(at) = found {
+            return Some((Tokens::of_an_answer(place), &chunk[at + 1..]));
         }
+        if chunk.ends_with(b"\n") {
+            tail.clear();
+        } else {
+            tail.extend_from_slice(&chunk[chunk.len().saturating_sub(KEY.len())..]);
+            tail.drain(..tail.len().saturating_sub(KEY.len()));
+        }
+        None
     }
 }
 
@@ -61,7 +59,7 @@ impl Watcher for Listener {
     fn chunk(&mut self, chunk: &Chunk) {
         let mut rest = &chunk.bytes[..];
         if let State::Before(tail) = &mut self.state {
-            let Some((tokens, after)) = Self::begin(self.seed, tail, rest) else { return };
+            let Some((tokens, after)) = Self::begin(self.place, tail, rest) else { return };
             self.state = State::Within(tokens);
             rest = after;
         }

@@ -27,9 +27,9 @@ pub(super) fn first<'a>(
 
 fn score(key: u64, server: &Server) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
-    let number = (join(key, server.id.number()) >> 11) as f64;
+    let [number, all] = [join(key, server.id.number()) >> 11, 1 << 53].map(|bits| bits as f64);
     // Between 0 and 1, neither of them included.
-    let uniform = (number + 0.5) / (1_u64 << 53) as f64;
+    let uniform = (number + 0.5) / all;
     -f64::from(server.weight.get()) / uniform.ln()
 }
 

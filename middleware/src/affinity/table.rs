@@ -4,7 +4,8 @@ use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use quick_cache::sync::{Cache, EntryAction};
+use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, UnitWeighter};
 use tokio::time::Instant;
 
 use crate::names::ServerId;
@@ -27,7 +28,21 @@ pub struct Table {
 impl Default for Table {
     fn default() -> Self {
         let most = super::Config::default().max_entries.get();
-        Self { links: Cache::new(most as usize), born: Instant::now(), turns: AtomicU64::new(0) }
+        // What counts is how lately a link was of use, not how often: half of the room is for what is new. What has gone is
+        // gone, so nothing is kept of it.
+        let options = OptionsBuilder::new()
+            .estimated_items_capacity(most as usize)
+            .weight_capacity(most.into())
+            .hot_allocation(0.5)
+            .ghost_allocation(0.0)
+            .build();
+        let links = options.map_or_else(
+            |_| Cache::new(most as usize),
+            |options| {
+                Cache::with_options(options, UnitWeighter, DefaultHashBuilder::default(), DefaultLifecycle::default())
+            },
+        );
+        Self { links, born: Instant::now(), turns: AtomicU64::new(0) }
     }
 }
 
@@ -129,6 +144,7 @@ mod tests {
     use super::*;
 
     const TTL: Duration = Duration::from_secs(60);
+    const NEARLY: Duration = Duration::from_secs(59);
 
     fn names(seen: Seen) -> Vec<u32> {
         seen.holders().collect()
@@ -142,10 +158,10 @@ mod tests {
     async fn what_is_old_is_not_known_any_more() {
         let table = Table::default();
         table.learn(7, &server("a"));
-        tokio::time::advance(TTL - Duration::from_secs(1)).await;
+        tokio::time::advance(NEARLY).await;
         assert!(table.seen(7, TTL).is_some());
         table.learn_more(7, &server("a"), true);
-        tokio::time::advance(TTL - Duration::from_secs(1)).await;
+        tokio::time::advance(NEARLY).await;
         assert!(table.seen(7, TTL).is_some(), "a turn makes it young again");
         tokio::time::advance(Duration::from_secs(1)).await;
         assert!(table.seen(7, TTL).is_none());

@@ -284,8 +284,8 @@ async fn what_many_conversations_begin_with_makes_no_hot_spot() {
             let begun = [&beginning[..], &turns(&number.to_string(), 1)].concat();
             let (first, _) = home(&layer, chat(&cluster, &begun)).await;
             counts[first.parse::<usize>().unwrap()] += 1;
-            let later = [&beginning[..], &turns(&number.to_string(), 2)].concat();
-            assert_eq!(home(&layer, chat(&cluster, &later)).await.0, first, "it stays all the same");
+            let second = [&beginning[..], &turns(&number.to_string(), 2)].concat();
+            assert_eq!(home(&layer, chat(&cluster, &second)).await.0, first, "it stays all the same");
         }
         assert!(counts.iter().all(|count| (25..=75).contains(count)), "{counts:?}");
     }
@@ -329,9 +329,9 @@ struct Bench {
     layer: AffinityLayer,
     running: VecDeque<Reply>,
     at_once: usize,
-    answered: Vec<usize>,
-    later: usize,
-    hits: usize,
+    answered: Vec<u32>,
+    later: u32,
+    hits: u32,
 }
 
 impl Bench {
@@ -346,8 +346,8 @@ impl Bench {
             self.running.pop_front();
         }
         let reply = self.layer.layer(Pick::new(Always)).call(call).await.unwrap();
-        self.later += usize::from(decision(&reply) != "affinity-miss");
-        self.hits += usize::from(decision(&reply) == "affinity-hit");
+        self.later += u32::from(decision(&reply) != "affinity-miss");
+        self.hits += u32::from(decision(&reply) == "affinity-hit");
         let server: usize = reply.body.outcome().servers[0].as_str().parse().unwrap();
         self.answered[server] += 1;
         self.running.push_back(reply);
@@ -375,13 +375,13 @@ impl Bench {
     }
 
     fn hit_rate(&self) -> f64 {
-        self.hits as f64 / self.later as f64
+        f64::from(self.hits) / f64::from(self.later)
     }
 
     /// What the busiest server has answered, compared with the mean.
     fn busiest(&self) -> f64 {
-        let (most, all) = (self.answered.iter().max().unwrap(), self.answered.iter().sum::<usize>());
-        (most * self.answered.len()) as f64 / all as f64
+        let (most, all) = (*self.answered.iter().max().unwrap(), self.answered.iter().sum::<u32>());
+        f64::from(most) / f64::from(all) * f64::from(u32::try_from(self.answered.len()).unwrap())
     }
 }
 
@@ -395,7 +395,7 @@ async fn conversations_stay_and_no_server_has_much_more_than_another() {
 #[tokio::test(start_paused = true)]
 async fn a_few_conversations_that_are_much_longer_than_others_change_nothing() {
     let mut random = fastrand::Rng::with_seed(7);
-    let lengths: Vec<usize> = (0..80).map(|_| (3.0 / random.f64()).clamp(2.0, 90.0) as usize).collect();
+    let lengths: Vec<usize> = (0..80).map(|_| (300 / random.usize(1..100)).clamp(2, 90)).collect();
     let mut bench = Bench::of(4, 12).await;
     bench.talks(&lengths).await;
     assert!(bench.hit_rate() >= 0.95 && bench.busiest() <= 1.25, "{} {:?}", bench.hit_rate(), bench.answered);
