@@ -1,10 +1,10 @@
 //! Has a conversation go on where its history is cached: on the server that answered its last turn.
 //!
 //! Reading a long history again takes seconds, going on from it milliseconds. Clients give their conversations no names, so
-//! they are known by the [chain](chain) of their messages; those that a client does name, by the name. A first turn goes
-//! to the first server in an [order](rendezvous) that every proxy finds by itself, unless another would be cheaper by far;
-//! a later one to where the longest known part of it went; and none to a server that has more than its
-//! [share](balance).
+//! they are known by a chain of hashes of their messages (`chain`); those that a client does name, by the name. A first
+//! turn goes to the first server in an order that every proxy finds by itself (`rendezvous`), unless another would be
+//! cheaper by far; a later one to where the longest known part of it went (`table`); and none to a server that has more
+//! than its share (`balance`).
 //!
 //! Belongs inside `model-route`, whose candidates have the model, and outside `retry`, which keeps to the order of servers
 //! that is set here. With a single candidate it does nothing at all.
@@ -156,7 +156,7 @@ async fn follow(
     let Some(server) = server.filter(|_| reply.status.is_success()) else { return Ok(reply) };
     rules.learn(&course, &server);
     Ok(match course.answers_under {
-        Some(seed) => reply.watch(context::Listener::new(seed, rules.table.clone(), server)),
+        Some(place) => reply.watch(context::Listener::new(place, rules.table.clone(), server)),
         None => reply,
     })
 }

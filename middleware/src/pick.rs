@@ -166,6 +166,7 @@ impl Watcher for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call::Preferred;
     use crate::testing;
     use std::collections::HashMap;
 
@@ -199,6 +200,26 @@ mod tests {
         assert_eq!(counts(&cluster, 10)["1"], 10);
         cluster.snapshot().servers[1].health.failed(true);
         assert_eq!(counts(&cluster, 10).len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_preferred_server_is_taken_while_it_can_be() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
+        let servers = cluster.snapshot().servers.clone();
+        let mut call = testing::call_in(&cluster, "tiny");
+        let chosen = |call: &Call| preferred(call).map(|server| server.index);
+        assert_eq!(chosen(&call), None);
+        call.preferred = Some(Box::new(Preferred { servers: smallvec::smallvec![2, 0], ..Preferred::default() }));
+        let busy: Vec<_> = (0..9).map(|_| servers[2].load.lease()).collect();
+        assert_eq!(chosen(&call), Some(2), "however busy");
+        call.preferred.as_mut().unwrap().yields = true;
+        assert_eq!(chosen(&call), Some(0), "a wait is not worth it");
+        drop(busy);
+        assert_eq!(chosen(&call), Some(2));
+        servers[2].health.failed(true);
+        assert_eq!(chosen(&call), Some(0));
+        call.candidates.drop_server(&servers[0].id);
+        assert_eq!(chosen(&call), None);
     }
 
     #[tokio::test]

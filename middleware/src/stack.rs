@@ -276,6 +276,16 @@ mod tests {
     }
 
     #[test]
+    fn affinity_stands_between_who_has_the_model_and_who_is_asked_next() {
+        use Concern::{Affinity, ModelRoute, Retry};
+        assert_eq!(check(&[ModelRoute, Affinity, Retry]), Ok(()));
+        let error = check(&[Affinity, ModelRoute]).unwrap_err().to_string();
+        assert!(error.contains("'model-route' must come first: a conversation can only be kept"), "{error}");
+        let error = check(&[Retry, Affinity]).unwrap_err().to_string();
+        assert!(error.contains("'affinity' must come first: a retry must keep"), "{error}");
+    }
+
+    #[test]
     fn a_harmful_order_is_shown_where_it_stands() {
         let error = toml::from_str::<Config>("[stack]\norder = [\"retry\", \"model-route\"]").unwrap_err().to_string();
         assert!(error.contains("line 2") && error.contains("must come first: a retry must choose"), "{error}");

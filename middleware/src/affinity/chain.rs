@@ -178,8 +178,10 @@ fn messages(chain: &mut Chain, pieces: &[Bytes], system: Option<Span>, list: Opt
     let Some(span) = list else { return Ok(()) };
     let mut reader = Reader::at(pieces, span.start);
     if reader.peek()? != b'[' {
-        // All in one text, as `/v1/responses` takes it.
-        chain.say(digest(&mut reader, 0)?, span.end - span.start);
+        // All in one text, as `/v1/responses` takes it: the same as one message of a user.
+        let said = join(hash(b"content"), digest(&mut reader, 0)?)
+            .wrapping_add(join(hash(b"role"), join(0, hash(b"\"user\""))));
+        chain.say(OBJECT.wrapping_add(said), span.end - span.start);
         chain.link();
         return Ok(());
     }
@@ -547,6 +549,8 @@ mod tests {
         }
         let responses = json!({"model": "tiny", "input": next});
         assert_eq!(links(Route::V1Responses, &responses), two);
+        let (text, list) = (json!({"model": "tiny", "input": "hi"}), json!({"model": "tiny", "input": [user("hi")]}));
+        assert_eq!(links(Route::V1Responses, &text), links(Route::V1Responses, &list));
     }
 
     #[test]
