@@ -106,6 +106,8 @@ pub struct Config {
     pub queue: olol_middleware::queue::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
+    /// The `affinity` layer.
+    pub affinity: olol_middleware::affinity::Config,
     /// The `retry` layer.
     pub retry: olol_middleware::retry::Config,
 }
@@ -246,6 +248,7 @@ impl Config {
             rate_limit: self.rate_limit.clone(),
             queue: self.queue,
             model_route: self.model_route.clone(),
+            affinity: self.affinity.clone(),
             retry: self.retry.clone(),
         }
     }

@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use crate::affinity::Share;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
 use crate::runner::Runners;
@@ -129,6 +130,8 @@ pub struct Server {
     pub load: Arc<Load>,
     /// Live: how the last calls went.
     pub health: Arc<Health>,
+    /// Live: how much of the conversations it has.
+    pub share: Arc<Share>,
     /// Its metrics.
     pub meters: Arc<ServerMeters>,
 }
@@ -338,6 +341,11 @@ impl Candidates {
         self.bits.count()
     }
 
+    /// One of them, if it is left.
+    pub fn get(&self, index: usize) -> Option<&Arc<Server>> {
+        self.snapshot.servers.get(index).filter(|_| self.bits.contains(index))
+    }
+
     /// Those that are left.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Server>> {
         self.bits.iter().filter_map(|index| self.snapshot.servers.get(index))
@@ -382,6 +390,7 @@ struct Entry {
     report: Arc<Report>,
     load: Arc<Load>,
     health: Arc<Health>,
+    share: Arc<Share>,
     meters: Arc<ServerMeters>,
     /// What calls have changed there, until a report that was begun later.
     changes: Vec<Change>,
@@ -438,6 +447,7 @@ impl Cluster {
                 report: Arc::default(),
                 load: Arc::default(),
                 health: Arc::default(),
+                share: Arc::default(),
             })
             .collect();
         let book = Book { entries, models: HashMap::new(), rebuilt: None, scheduled: false };
@@ -664,6 +674,7 @@ impl Cluster {
                     report: entry.report.clone(),
                     load: entry.load.clone(),
                     health: entry.health.clone(),
+                    share: entry.share.clone(),
                     meters: entry.meters.clone(),
                 })
             })

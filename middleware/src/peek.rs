@@ -34,6 +34,31 @@ pub struct Peek {
     pub asks: bool,
     /// Whether `keep_alive` is zero.
     pub keeps_not: bool,
+    /// What is said.
+    pub talk: Talk,
+}
+
+/// Where what is said stands, and by whom: what tells one conversation from another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Talk {
+    /// The messages of a chat.
+    pub messages: Option<Span>,
+    /// The prompt of a generate or completion.
+    pub prompt: Option<Span>,
+    /// The tokens before that prompt.
+    pub context: Option<Span>,
+    /// The pictures beside that prompt.
+    pub images: Option<Span>,
+    /// The messages of a `/v1/responses`.
+    pub input: Option<Span>,
+    /// What the system says before all: `system`, `instructions`.
+    pub system: Option<Span>,
+    /// OpenAI's name for a conversation.
+    pub session: Option<Span>,
+    /// OpenAI's name for a person.
+    pub user: Option<Span>,
+    /// Anthropic's notes, with their name for a person.
+    pub metadata: Option<Span>,
 }
 
 impl Peek {
@@ -136,7 +161,18 @@ impl Members {
             }
             Key::Prompt | Key::Messages | Key::Input => {
                 self.peek.asks |= !matches!(kind, Kind::String { empty: true } | Kind::Nested { empty: true });
+                match key {
+                    Key::Prompt => self.peek.talk.prompt = Some(span),
+                    Key::Messages => self.peek.talk.messages = Some(span),
+                    _ => self.peek.talk.input = Some(span),
+                }
             }
+            Key::Context => self.peek.talk.context = Some(span),
+            Key::Images => self.peek.talk.images = Some(span),
+            Key::System => self.peek.talk.system = Some(span),
+            Key::Session => self.peek.talk.session = Some(span),
+            Key::User => self.peek.talk.user = Some(span),
+            Key::Metadata => self.peek.talk.metadata = Some(span),
         }
         Ok(())
     }
@@ -194,10 +230,16 @@ enum Key {
     Prompt,
     Messages,
     Input,
+    Context,
+    Images,
+    System,
+    Session,
+    User,
+    Metadata,
 }
 
 impl Key {
-    const ALL: [(&'static str, Self); 16] = [
+    const ALL: [(&'static str, Self); 23] = [
         ("model", Self::Model),
         ("name", Self::Name),
         ("source", Self::Source),
@@ -214,6 +256,13 @@ impl Key {
         ("prompt", Self::Prompt),
         ("messages", Self::Messages),
         ("input", Self::Input),
+        ("context", Self::Context),
+        ("images", Self::Images),
+        ("system", Self::System),
+        ("instructions", Self::System),
+        ("prompt_cache_key", Self::Session),
+        ("user", Self::User),
+        ("metadata", Self::Metadata),
     ];
 
     /// Finds a key as Go compares it: in any case, and with the two letters outside ASCII that fold into it.

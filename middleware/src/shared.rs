@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::affinity;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::keys::Keys;
@@ -28,6 +29,8 @@ pub struct Shared {
     pub queue: Arc<Queue>,
     /// What everybody has used: `rate-limit`'s.
     pub limits: Arc<Ledger>,
+    /// Who has which conversations: `affinity`'s.
+    pub affinity: Arc<affinity::Table>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -43,6 +46,7 @@ impl Shared {
             limits: Arc::default(),
             picking: Arc::default(),
             queue: Arc::default(),
+            affinity: Arc::default(),
             budget: Arc::default(),
         }
     }

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
+use crate::affinity::AffinityLayer;
 use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
@@ -104,14 +105,24 @@ pub enum Concern {
     Queue,
     /// [`crate::model_route`]
     ModelRoute,
+    /// [`crate::affinity`]
+    Affinity,
     /// [`crate::retry`]
     Retry,
 }
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 7] =
-        [Self::Trace, Self::Metrics, Self::Auth, Self::RateLimit, Self::Queue, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 8] = [
+        Self::Trace,
+        Self::Metrics,
+        Self::Auth,
+        Self::RateLimit,
+        Self::Queue,
+        Self::ModelRoute,
+        Self::Affinity,
+        Self::Retry,
+    ];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
@@ -122,6 +133,7 @@ impl Concern {
             Self::Queue => "queue",
             Self::RateLimit => "rate-limit",
             Self::ModelRoute => "model-route",
+            Self::Affinity => "affinity",
             Self::Retry => "retry",
         }
     }
@@ -208,6 +220,8 @@ pub struct Config {
     pub rate_limit: crate::rate_limit::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
+    /// The `[affinity]` table.
+    pub affinity: crate::affinity::Config,
     /// The `[retry]` table.
     pub retry: crate::retry::Config,
 }
@@ -260,6 +274,16 @@ const RULES: &[Rule] = &[
         inner: Concern::Retry,
         why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
     },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Affinity,
+        why: "a conversation can only be kept on a server that has its model",
+    },
+    Rule {
+        outer: Concern::Affinity,
+        inner: Concern::Retry,
+        why: "a retry must keep to the servers that a conversation prefers, and one that failed must not be preferred again",
+    },
 ];
 
 /// Whether an order can work.
@@ -293,6 +317,10 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
             push(inner, &RateLimitLayer::new(&config.rate_limit, shared.limits.clone(), shared.instruments.clone()))
         }
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
+        Concern::Affinity => push(
+            inner,
+            &AffinityLayer::new(config.affinity.clone(), shared.affinity.clone(), shared.instruments.clone()),
+        ),
         Concern::Retry => {
             push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
         }
@@ -326,6 +354,16 @@ mod tests {
         let error = check(&[Concern::Retry, Concern::ModelRoute]).unwrap_err();
         assert!(error.to_string().contains("'model-route' must come first: a retry must choose"), "{error}");
         assert_eq!(check(&[Concern::Retry, Concern::Retry]), Err(OrderError::Twice(Concern::Retry)));
+    }
+
+    #[test]
+    fn affinity_stands_between_who_has_the_model_and_who_is_asked_next() {
+        use Concern::{Affinity, ModelRoute, Retry};
+        assert_eq!(check(&[ModelRoute, Affinity, Retry]), Ok(()));
+        let error = check(&[Affinity, ModelRoute]).unwrap_err().to_string();
+        assert!(error.contains("'model-route' must come first: a conversation can only be kept"), "{error}");
+        let error = check(&[Retry, Affinity]).unwrap_err().to_string();
+        assert!(error.contains("'affinity' must come first: a retry must keep"), "{error}");
     }
 
     #[test]
