@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -14,16 +14,13 @@ use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
 use crate::slots::Load;
 
 /// Shortest time between two snapshots.
 const REBUILD_PAUSE: Duration = Duration::from_millis(50);
-/// A server that failed is left alone this long, or until a check finds it well.
-const EJECTION: Duration = Duration::from_secs(10);
-/// Calls in a row that must fail before a server that can be reached is left alone.
-const FAILURES_TO_EJECT: u32 = 2;
 
 /// A server as the operator configured it.
 #[derive(Clone, Debug)]
@@ -126,8 +123,8 @@ pub struct Server {
     pub report: Arc<Report>,
     /// Live: what it is doing for us.
     pub load: Arc<Load>,
-    /// Live: how the last calls went.
-    pub health: Arc<Health>,
+    /// Live: whether it is left alone, after how the last calls went.
+    pub circuits: Arc<Circuits>,
     /// Its metrics.
     pub meters: Arc<ServerMeters>,
 }
@@ -135,49 +132,7 @@ pub struct Server {
 impl Server {
     /// Whether calls should go there while others can take them.
     pub fn is_usable(&self) -> bool {
-        self.state != State::Down && !self.health.is_ejected()
-    }
-}
-
-/// How the last calls at a server went, seen from the calls themselves.
-#[derive(Debug)]
-pub struct Health {
-    born: Instant,
-    failures: AtomicU32,
-    /// Milliseconds since `born` until which the server is left alone; 0: it is not.
-    ejected_until: AtomicU64,
-}
-
-impl Default for Health {
-    fn default() -> Self {
-        Self { born: Instant::now(), failures: AtomicU32::new(0), ejected_until: AtomicU64::new(0) }
-    }
-}
-
-impl Health {
-    /// A call was answered.
-    pub fn succeeded(&self) {
-        // Reading first keeps the line shared between cores while all is well.
-        if self.failures.load(Ordering::Relaxed) != 0 {
-            self.failures.store(0, Ordering::Relaxed);
-        }
-        if self.ejected_until.load(Ordering::Relaxed) != 0 {
-            self.ejected_until.store(0, Ordering::Relaxed);
-        }
-    }
-
-    /// A call failed; one that could not even connect counts in full.
-    pub fn failed(&self, unreachable: bool) {
-        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
-        if unreachable || failures >= FAILURES_TO_EJECT {
-            let until = self.born.elapsed() + EJECTION;
-            self.ejected_until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        }
-    }
-
-    fn is_ejected(&self) -> bool {
-        let until = self.ejected_until.load(Ordering::Relaxed);
-        until != 0 && self.born.elapsed() < Duration::from_millis(until)
+        self.state != State::Down && !self.circuits.is_server_open()
     }
 }
 
@@ -212,7 +167,7 @@ impl Snapshot {
 
     /// Every server.
     pub fn all(self: &Arc<Self>) -> Candidates {
-        Candidates { bits: self.every.clone(), snapshot: self.clone() }
+        Candidates { bits: self.every.clone(), reserve: Bits::default(), snapshot: self.clone() }
     }
 }
 
@@ -263,6 +218,14 @@ impl Bits {
         self.0.iter().map(|word| word.count_ones() as usize).sum()
     }
 
+    /// Adds those of another set.
+    pub fn add(&mut self, other: &Self) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word |= other);
+    }
+
     /// Keeps only those that are in another set too.
     pub fn keep(&mut self, other: &Self) {
         self.0.truncate(other.0.len());
@@ -289,6 +252,8 @@ impl Bits {
 pub struct Candidates {
     snapshot: Arc<Snapshot>,
     bits: Bits,
+    /// Those that are in question when nobody else is left.
+    reserve: Bits,
 }
 
 impl Candidates {
@@ -300,19 +265,55 @@ impl Candidates {
     /// Keeps only those that are in a set.
     pub fn keep(&mut self, bits: &Bits) {
         self.bits.keep(bits);
+        self.reserve.keep(bits);
+    }
+
+    /// Goes on with those that are in a set, if any are: the others are in reserve.
+    pub fn prefer(&mut self, bits: &Bits) {
+        let mut preferred = self.bits.clone();
+        preferred.keep(bits);
+        if !preferred.is_empty() {
+            self.reserve.add(&std::mem::replace(&mut self.bits, preferred));
+        }
+    }
+
+    /// Brings those in reserve into question.
+    pub fn widen(&mut self) {
+        self.bits.add(&std::mem::take(&mut self.reserve));
     }
 
     /// Keeps only one, which may have been out before.
     pub fn only(&mut self, index: usize) {
         self.bits = Bits::default();
         self.bits.insert(index);
+        self.reserve = Bits::default();
     }
 
-    /// Takes a server out by its name.
-    pub fn drop_server(&mut self, id: &ServerId) {
-        if let Some(server) = self.snapshot.servers.iter().find(|server| server.id == *id) {
-            self.bits.remove(server.index);
+    /// Takes a server out. When nobody is left, those in reserve come into question.
+    pub fn drop_index(&mut self, index: usize) {
+        self.bits.remove(index);
+        self.reserve.remove(index);
+        if self.bits.is_empty() {
+            self.widen();
         }
+    }
+
+    /// Takes a server out by its name, as [`Candidates::drop_index`] does.
+    pub fn drop_server(&mut self, id: &ServerId) {
+        if let Some(index) = self.index_of(id) {
+            self.drop_index(index);
+        }
+    }
+
+    /// Where a server stands in the snapshot.
+    pub fn index_of(&self, id: &ServerId) -> Option<usize> {
+        self.snapshot.servers.iter().find(|server| server.id == *id).map(|server| server.index)
+    }
+
+    /// Whether anybody but this server may still be asked.
+    pub fn has_other_than(&self, id: &ServerId) -> bool {
+        let index = self.index_of(id);
+        self.bits.iter().chain(self.reserve.iter()).any(|other| Some(other) != index)
     }
 
     /// Whether nobody is left.
@@ -358,7 +359,7 @@ struct Entry {
     failures: u32,
     report: Arc<Report>,
     load: Arc<Load>,
-    health: Arc<Health>,
+    circuits: Arc<Circuits>,
     meters: Arc<ServerMeters>,
     /// What calls have changed there, until a report that was begun later.
     changes: Vec<Change>,
@@ -405,16 +406,19 @@ impl Cluster {
             .collect();
         let entries = members
             .into_iter()
-            .map(|member| Entry {
-                meters: Arc::new(ServerMeters::new(&member.id)),
-                changes: Vec::new(),
-                member,
-                state: State::Unknown,
-                reason: String::new(),
-                failures: 0,
-                report: Arc::default(),
-                load: Arc::default(),
-                health: Arc::default(),
+            .map(|member| {
+                let meters = Arc::new(ServerMeters::new(&member.id));
+                Entry {
+                    circuits: Arc::new(Circuits::new(member.id.clone(), meters.clone())),
+                    meters,
+                    changes: Vec::new(),
+                    member,
+                    state: State::Unknown,
+                    reason: String::new(),
+                    failures: 0,
+                    report: Arc::default(),
+                    load: Arc::default(),
+                }
             })
             .collect();
         let book = Book { entries, models: HashMap::new(), rebuilt: None, scheduled: false };
@@ -445,7 +449,7 @@ impl Cluster {
         entry.changes.retain(|change| change.at >= since);
         entry.changes.iter().for_each(|change| change.apply(&mut report));
         entry.failures = 0;
-        entry.health.succeeded();
+        entry.circuits.seen_well();
         let same = entry.state == State::Up && *entry.report == report;
         if same {
             return;
@@ -659,7 +663,7 @@ impl Cluster {
                     reason: entry.reason.clone(),
                     report: entry.report.clone(),
                     load: entry.load.clone(),
-                    health: entry.health.clone(),
+                    circuits: entry.circuits.clone(),
                     meters: entry.meters.clone(),
                 })
             })
@@ -724,21 +728,6 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_server_that_fails_is_left_alone_for_a_while() {
-        let health = Health::default();
-        health.failed(false);
-        assert!(!health.is_ejected());
-        health.failed(false);
-        assert!(health.is_ejected());
-        tokio::time::advance(EJECTION).await;
-        assert!(!health.is_ejected());
-        health.failed(true);
-        assert!(health.is_ejected());
-        health.succeeded();
-        assert!(!health.is_ejected());
-    }
-
-    #[tokio::test(start_paused = true)]
     async fn news_that_were_asked_for_are_waited_for() {
         let cluster = testing::cluster(&[&["tiny"]]).await;
         let asking = tokio::spawn({
@@ -753,6 +742,28 @@ mod tests {
         cluster.round_ends(0, round);
         asking.await.unwrap();
         assert!(cluster.snapshot().known(&ModelName::parse("new").unwrap()).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_in_reserve_come_into_question_when_nobody_else_is_left() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
+        let left = |candidates: &Candidates| candidates.iter().map(|server| server.index).collect::<Vec<_>>();
+        let set = |indices: &[usize]| {
+            let mut bits = Bits::default();
+            indices.iter().for_each(|index| bits.insert(*index));
+            bits
+        };
+        let mut candidates = cluster.snapshot().all();
+        candidates.prefer(&set(&[]));
+        assert_eq!(left(&candidates), [0, 1, 2], "nobody is no preference");
+        candidates.prefer(&set(&[1]));
+        assert_eq!(left(&candidates), [1]);
+        assert!(candidates.has_other_than(&ServerId::new("1")));
+        candidates.keep(&set(&[1, 2]));
+        candidates.drop_server(&ServerId::new("1"));
+        assert_eq!(left(&candidates), [2]);
+        candidates.drop_server(&ServerId::new("2"));
+        assert!(candidates.is_empty());
     }
 
     #[test]

@@ -27,9 +27,12 @@ const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
 const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
+const RESUMES: &str = "olol_resumes_total";
+const CIRCUIT_STATE: &str = "olol_server_circuit_state";
+const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
 
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 15] = [
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -42,6 +45,9 @@ pub const NAMES: [&str; 12] = [
     SERVER_UP,
     SERVER_MODELS,
     SERVER_LOADED,
+    RESUMES,
+    CIRCUIT_STATE,
+    CIRCUIT_OPENED,
 ];
 
 /// Upper bounds of the buckets of every histogram, seconds: from a cache hit to a model that loads for minutes.
@@ -66,6 +72,13 @@ pub fn describe() {
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
     describe_gauge!(SERVER_MODELS, Unit::Count, "Models on the server's disk");
     describe_gauge!(SERVER_LOADED, Unit::Count, "Models in the server's memory");
+    describe_counter!(
+        RESUMES,
+        Unit::Count,
+        "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed)"
+    );
+    describe_gauge!(CIRCUIT_STATE, Unit::Count, "Circuit of a server: 0 closed, 1 open (left alone), 2 half-open");
+    describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.
@@ -110,6 +123,11 @@ impl Instruments {
     /// Another attempt is made.
     pub fn retried(&self, cause: &'static str) {
         counter!(RETRIES, "cause" => cause).increment(1);
+    }
+
+    /// A stream broke off; what came of it.
+    pub fn resumed(&self, result: &'static str) {
+        counter!(RESUMES, "result" => result).increment(1);
     }
 }
 
@@ -168,6 +186,13 @@ impl ServerMeters {
     }
 }
 
+impl ServerMeters {
+    /// A circuit has opened: that of the server, or that of one of its models.
+    pub fn opened(&self, scope: &'static str) {
+        counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)]).increment(1);
+    }
+}
+
 /// Sets what is read rather than counted. Call before a scrape.
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
 pub fn observe(snapshot: &Snapshot) {
@@ -177,5 +202,6 @@ pub fn observe(snapshot: &Snapshot) {
         gauge!(SERVER_UP, label()).set(f64::from(u8::from(server.state == State::Up)));
         gauge!(SERVER_MODELS, label()).set(server.report.models.len() as f64);
         gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
+        gauge!(CIRCUIT_STATE, label()).set(f64::from(server.circuits.server_state()));
     }
 }

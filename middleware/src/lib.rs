@@ -13,6 +13,7 @@
 //! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
 pub mod call;
+pub mod circuit;
 pub mod cluster;
 pub mod error;
 pub mod instruments;

@@ -147,7 +147,10 @@ impl Router {
         let loaded_has_room = known.loaded.iter().filter_map(|index| snapshot.servers.get(index)).any(|server| {
             server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get())
         });
-        call.candidates.keep(if loaded_has_room { &known.loaded } else { &known.installed });
+        call.candidates.keep(&known.installed);
+        if loaded_has_room {
+            call.candidates.prefer(&known.loaded);
+        }
         let decision = if loaded_has_room { "those that have it loaded" } else { "those that have it" };
         let candidates = call.candidates.count().into();
         call.note("model-route", decision, [("model", Fact::from(&known.name)), ("candidates", candidates)]);

@@ -12,8 +12,9 @@ use smallvec::SmallVec;
 use tower::Service;
 
 use crate::call::{Answer, Call, End, Outcome, Reply, Watcher};
+use crate::circuit::Trial;
 use crate::cluster::{Candidates, Server};
-use crate::error::{Error, Phase};
+use crate::error::Error;
 use crate::instruments::ModelMeters;
 use crate::slots::Lease;
 use crate::stack;
@@ -70,10 +71,11 @@ impl<F: Fleet> Service<Call> for Pick<F> {
         match self.fleet.service(&server) {
             Some(service) => {
                 let lease = server.load.lease();
+                let trial = Trial::of(&call, &server);
                 let attempts = call.attempts + 1;
                 let model = call.known.as_ref().map(|known| known.meters.clone());
                 let answer = stack::send(service, call);
-                Box::pin(follow(server, lease, attempts, model, answer))
+                Box::pin(follow(server, Place { lease, trial }, attempts, model, answer))
             }
             None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
         }
@@ -96,10 +98,10 @@ fn choose(candidates: &Candidates) -> Option<Arc<Server>> {
     Some(if is_less(other, one) { other } else { one }.clone())
 }
 
-/// Judges a server by its answer, and keeps the place on it for as long as that lasts.
+/// Keeps the place on a server for as long as its answer lasts, and tells how that goes.
 async fn follow(
     server: Arc<Server>,
-    lease: Lease,
+    mut place: Place,
     attempts: u32,
     model: Option<Arc<ModelMeters>>,
     answer: Answer,
@@ -107,19 +109,19 @@ async fn follow(
     match answer.await {
         Ok(mut reply) => {
             server.meters.attempt(true);
+            if let Some(trial) = &mut place.trial {
+                trial.answered(reply.status);
+            }
             let outcome = reply.body.outcome_mut();
             outcome.servers.push(server.id.clone());
             outcome.attempts = attempts;
             outcome.model = model;
-            Ok(reply.watch(Place { server, lease: Some(lease) }))
+            Ok(reply.watch(Some(place)))
         }
         Err(error) => {
             server.meters.attempt(false);
-            if let Error::Server { phase, reused, .. } = &error
-                // A pooled connection that had died says nothing about its server.
-                && !reused
-            {
-                server.health.failed(*phase == Phase::Connecting);
+            if let Some(trial) = place.trial {
+                trial.failed(&error);
             }
             Err(error)
         }
@@ -128,18 +130,16 @@ async fn follow(
 
 /// A place at a server while its answer lasts; then the server is judged by how that ended, and the place is free.
 struct Place {
-    server: Arc<Server>,
-    lease: Option<Lease>,
+    #[expect(dead_code, reason = "held, not read")]
+    lease: Lease,
+    trial: Option<Trial>,
 }
 
-impl Watcher for Place {
+impl Watcher for Option<Place> {
     fn end(&mut self, end: End, _outcome: &Outcome) {
-        match end {
-            End::Whole => self.server.health.succeeded(),
-            End::Broken(_) => self.server.health.failed(false),
-            End::Dropped => {}
+        if let Some(Place { trial: Some(mut trial), .. }) = self.take() {
+            trial.ended(end);
         }
-        self.lease = None;
     }
 }
 
@@ -172,12 +172,16 @@ mod tests {
         assert_eq!(counts(&cluster, 40)["1"], 30);
     }
 
-    #[tokio::test]
-    async fn a_failing_server_is_skipped_while_another_is_left() {
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_down_is_skipped_while_another_is_left() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        cluster.snapshot().servers[0].health.failed(true);
+        let falls = async |index| {
+            cluster.check_failed(index, "no answer".into(), 1);
+            tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        };
+        falls(0).await;
         assert_eq!(counts(&cluster, 10)["1"], 10);
-        cluster.snapshot().servers[1].health.failed(true);
+        falls(1).await;
         assert_eq!(counts(&cluster, 10).len(), 2);
     }
 
