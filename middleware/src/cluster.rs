@@ -310,6 +310,16 @@ impl Candidates {
         self.snapshot.servers.iter().find(|server| server.id == *id).map(|server| server.index)
     }
 
+    /// Whether there are servers in reserve.
+    pub fn has_reserve(&self) -> bool {
+        !self.reserve.is_empty()
+    }
+
+    /// Whether a server is in question, or in reserve.
+    pub fn may_ask(&self, id: &ServerId) -> bool {
+        self.index_of(id).is_some_and(|index| self.bits.contains(index) || self.reserve.contains(index))
+    }
+
     /// Whether anybody but this server may still be asked.
     pub fn has_other_than(&self, id: &ServerId) -> bool {
         let index = self.index_of(id);

@@ -1,38 +1,103 @@
-//! Tries again when a server fails before the first byte of its answer: on another server, or once on a fresh connection
-//! to the only one.
+//! Asks another server when one fails: before the first byte with the same call, after it from the text already sent.
 //!
-//! Belongs inside `model-route`. What reached a client is never begun again here. A budget keeps retries to a share of the
-//! traffic, so that servers in trouble are not buried under second tries.
+//! Belongs inside `model-route`, so that it chooses among the servers that have the model. Before the first byte of an
+//! answer a call is simply sent again: to another server, or once on a fresh connection to the only one. A stream that
+//! breaks off later goes on elsewhere where that can be done faithfully ([`resume`]). Servers whose circuit is open are left
+//! alone while there are others ([`narrow`], [`crate::circuit`]). A budget keeps second tries to a share of the traffic, so that
+//! servers in trouble are not buried under them.
 
+mod ask;
+mod border;
+mod delivered;
+mod failure;
+mod mould;
+mod narrow;
+mod openai;
+mod request;
+mod resume;
+mod whole;
+
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Reply};
-use crate::error::{Error, Phase};
+use crate::circuit::Limits;
+use crate::cluster::Cluster;
+use crate::error::Error;
 use crate::instruments::Instruments;
+use crate::names::ServerId;
 use crate::route::Scope;
 use crate::trail::Fact;
+
+use failure::Failure;
 
 /// The `[retry]` table.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Attempts that one call may take, the first included.
+    /// Attempts that one call may take, the first included. A stream that breaks off may take as many again.
     pub attempts: u32,
     /// Retries per request that the budget gains; 0.2 keeps retries to a fifth of the traffic.
     pub budget: f64,
     /// Retries that are always there for quiet times, and the most that the budget saves up.
     pub reserve: u32,
+    /// Whether a stream whose server dies goes on elsewhere from the text already sent.
+    pub resume: Resume,
+    /// Failures in a row after which a server, or one model on it, is left alone for a while.
+    pub breaker_failures: NonZeroU32,
+    /// Milliseconds for which it is left alone at first; twice as long after each try that fails.
+    pub breaker_open_ms: u64,
+    /// The longest that it is left alone, milliseconds.
+    pub breaker_max_open_ms: u64,
+    /// Seconds after which a server that is well again has its full share of calls.
+    pub ramp_s: u64,
+    /// Seconds for which a loaded model may be silent towards everybody who asks for a stream, before it has failed.
+    pub hang_s: u64,
+}
+
+/// When a stream goes on elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resume {
+    /// Whenever its text is the same as if nothing had happened.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { attempts: 3, budget: 0.2, reserve: 100 }
+        Self {
+            attempts: 3,
+            budget: 0.2,
+            reserve: 100,
+            resume: Resume::Auto,
+            breaker_failures: NonZeroU32::MIN.saturating_add(2),
+            breaker_open_ms: 1000,
+            breaker_max_open_ms: 60_000,
+            ramp_s: 10,
+            hang_s: 60,
+        }
+    }
+}
+
+impl Config {
+    /// By which rules servers are judged.
+    fn limits(&self) -> Limits {
+        Limits {
+            failures: self.breaker_failures.get(),
+            open: Duration::from_millis(self.breaker_open_ms),
+            longest: Duration::from_millis(self.breaker_max_open_ms),
+            ramp: Duration::from_secs(self.ramp_s),
+            hang: Duration::from_secs(self.hang_s),
+        }
     }
 }
 
@@ -74,14 +139,17 @@ pub struct RetryLayer {
 #[derive(Debug)]
 struct Rules {
     config: Config,
+    limits: Arc<Limits>,
     budget: Arc<Budget>,
+    cluster: Arc<Cluster>,
     instruments: Arc<Instruments>,
 }
 
 impl RetryLayer {
-    /// Retries within a budget that outlives this stack.
-    pub fn new(config: Config, budget: Arc<Budget>, instruments: Arc<Instruments>) -> Self {
-        Self { rules: Arc::new(Rules { config, budget, instruments }) }
+    /// Retries within a budget, and among servers, that outlive this stack.
+    pub fn new(config: Config, budget: Arc<Budget>, cluster: Arc<Cluster>, instruments: Arc<Instruments>) -> Self {
+        let limits = Arc::new(config.limits());
+        Self { rules: Arc::new(Rules { config, limits, budget, cluster, instruments }) }
     }
 }
 
@@ -93,7 +161,7 @@ impl<S> Layer<S> for RetryLayer {
     }
 }
 
-/// Tries calls again.
+/// Tries calls again, and goes on with streams.
 #[derive(Clone, Debug)]
 pub struct Retry<S> {
     inner: S,
@@ -114,14 +182,24 @@ where
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
+        let mut call = call;
+        call.limits = Some(self.rules.limits.clone());
         // Calls to several servers at once are retried server by server, where they are sent.
-        if call.dry || !matches!(call.route.scope(), Scope::One | Scope::Same) {
+        if !matches!(call.route.scope(), Scope::One | Scope::Same) {
+            return Box::pin(self.inner.call(call));
+        }
+        if call.dry {
+            self.rules.leave_alone(&mut call, false);
             return Box::pin(self.inner.call(call));
         }
         self.rules.budget.deposit(&self.rules.config);
-        let Some(spare) = call.again() else { return Box::pin(self.inner.call(call)) };
+        let spare = call.again();
+        let probed = self.rules.leave_alone(&mut call, spare.is_some());
         let answer = self.inner.call(call);
-        Box::pin(attempt(self.rules.clone(), self.inner.clone(), spare, answer))
+        match spare {
+            Some(spare) => Box::pin(attempt(self.rules.clone(), self.inner.clone(), spare, probed, answer)),
+            None => Box::pin(answer),
+        }
     }
 }
 
@@ -129,27 +207,54 @@ async fn attempt<S>(
     rules: Arc<Rules>,
     service: S,
     spare: Call,
+    probed: Option<ServerId>,
     answer: impl Future<Output = Result<Reply, Error>>,
 ) -> Result<Reply, Error>
 where
-    S: Service<Call, Response = Reply, Error = Error>,
+    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+    S::Future: Send + 'static,
 {
-    let answer = answer.await;
-    if !has_failed(&answer) {
-        return answer;
+    let answer = match probed {
+        None => answer.await,
+        Some(server) => rules.probe(server, answer).await,
+    };
+    match answer {
+        Ok(reply) if reply.status.is_success() && (whole::is_stream(&reply) || !spare.route.infers()) => {
+            Ok(resume::follow(rules, service, spare, reply))
+        }
+        // Boxed: seldom, or an answer in one piece, and larger than all the rest.
+        answer => Box::pin(rules.go_on(service, spare, answer)).await,
     }
-    // Boxed: seldom, and larger than all the rest.
-    Box::pin(rules.go_on(service, spare, answer)).await
 }
 
 impl Rules {
+    /// Waits for a call that finds out about a server; no longer than it may be silent, since there are others.
+    async fn probe(
+        &self,
+        server: ServerId,
+        answer: impl Future<Output = Result<Reply, Error>>,
+    ) -> Result<Reply, Error> {
+        tokio::time::timeout(self.limits.hang, answer).await.unwrap_or_else(|_| Err(failure::silent(server, &self.limits)))
+    }
+
     /// Tries again for as long as that may help.
-    async fn go_on<S>(&self, mut service: S, mut spare: Call, mut answer: Result<Reply, Error>) -> Result<Reply, Error>
+    async fn go_on<S>(
+        self: Arc<Self>,
+        mut service: S,
+        mut spare: Call,
+        mut answer: Result<Reply, Error>,
+    ) -> Result<Reply, Error>
     where
-        S: Service<Call, Response = Reply, Error = Error>,
+        S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+        S::Future: Send + 'static,
     {
         loop {
-            let Some((call, cause)) = self.next(&mut spare, &answer) else { return answer };
+            let failure;
+            (answer, failure) = self.look(answer, &mut spare).await;
+            let Some(failure) = failure else {
+                return answer.map(|reply| resume::follow(self, service, spare, reply));
+            };
+            let Some((mut call, cause)) = self.next(&mut spare, &failure) else { return answer };
             if !self.budget.withdraw() {
                 spare.note("retry", "the budget is spent", [("cause", Fact::Word(cause))]);
                 return answer;
@@ -157,30 +262,17 @@ impl Rules {
             self.instruments.retried(cause);
             spare.note("retry", "again", [("cause", Fact::Word(cause)), ("attempts", spare.attempts.into())]);
             tracing::debug!(id = %spare.id, cause, attempt = spare.attempts + 1, "trying again");
+            self.leave_alone(&mut call, false);
             answer = service.ready().await?.call(call).await;
         }
     }
 
     /// The next attempt, and why it is needed; `None` if the answer stands. The spare call keeps who may be asked after it.
-    fn next(&self, spare: &mut Call, answer: &Result<Reply, Error>) -> Option<(Call, &'static str)> {
-        let (failed, may_be_reached, reused, cause) = match answer {
-            Ok(reply) if is_elsewhere(reply.status) => {
-                (reply.body.outcome().servers.last()?.clone(), false, false, "busy")
-            }
-            Err(error @ Error::Server { server, phase, reused, .. }) if error.is_retryable() => {
-                let reached = *phase == Phase::Waiting;
-                // What may have been done already is done again only if that does no harm.
-                if reached && !reused && !spare.route.is_idempotent() {
-                    return None;
-                }
-                (server.clone(), *phase == Phase::Connecting || *reused, *reused, error.kind())
-            }
-            _ => return None,
-        };
+    fn next(&self, spare: &mut Call, failure: &Failure) -> Option<(Call, &'static str)> {
         // A pooled connection that had died was no attempt: the server has not been asked yet.
-        if reused && !spare.fresh {
+        if failure.reused && !spare.fresh {
             spare.fresh = true;
-            let index = spare.candidates.snapshot().servers.iter().find(|server| server.id == failed)?.index;
+            let index = spare.candidates.index_of(&failure.server)?;
             let mut again = spare.again()?;
             again.candidates.only(index);
             return Some((again, "stale-connection"));
@@ -189,39 +281,26 @@ impl Rules {
         if spare.attempts >= self.config.attempts {
             return None;
         }
-        let only_one = spare.candidates.iter().count() <= 1;
-        if only_one && (!may_be_reached || spare.fresh) {
-            return None;
-        }
-        if only_one {
+        if spare.candidates.has_other_than(&failure.server) {
+            spare.candidates.drop_server(&failure.server);
+        } else if failure.may_be_reached && !spare.fresh {
             spare.fresh = true;
         } else {
-            spare.candidates.drop_server(&failed);
+            return None;
         }
-        Some((spare.again()?, cause))
+        Some((spare.again()?, failure.cause))
     }
-}
-
-/// Whether another attempt could be of use at all.
-fn has_failed(answer: &Result<Reply, Error>) -> bool {
-    match answer {
-        Ok(reply) => is_elsewhere(reply.status),
-        Err(error) => error.is_retryable(),
-    }
-}
-
-/// Whether a status says that another server may do better. What a server says of the request itself stands.
-fn is_elsewhere(status: StatusCode) -> bool {
-    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Phase;
     use crate::testing::{self, ask, failure};
+    use http::StatusCode;
 
-    fn layer(config: Config) -> RetryLayer {
-        RetryLayer::new(config, Arc::default(), Arc::default())
+    fn layer(config: Config, cluster: &Arc<Cluster>) -> RetryLayer {
+        RetryLayer::new(config, Arc::default(), cluster.clone(), Arc::default())
     }
 
     fn names(call: &Call) -> Vec<String> {
@@ -231,7 +310,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_failed_is_not_asked_again() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, false));
         let (call, respond) = inner.next_request().await.unwrap();
@@ -243,7 +322,7 @@ mod tests {
     #[tokio::test]
     async fn a_dead_pooled_connection_is_replaced_on_the_same_server() {
         let cluster = testing::cluster(&[&["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, true));
         let (call, respond) = inner.next_request().await.unwrap();
@@ -255,7 +334,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_fails_on_a_fresh_connection_too_is_left_for_another() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, true));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, false));
@@ -268,7 +347,7 @@ mod tests {
     #[tokio::test]
     async fn a_broken_stream_is_not_begun_again() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Streaming, false));
         assert!(answer.await.is_err());
@@ -277,7 +356,7 @@ mod tests {
     #[tokio::test]
     async fn a_busy_server_hands_over_to_the_next_and_the_last_word_stands() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config::default()));
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_response(testing::busy("0"));
         inner.next_request().await.unwrap().1.send_response(testing::busy("1"));
@@ -287,7 +366,8 @@ mod tests {
     #[tokio::test]
     async fn a_spent_budget_ends_the_tries() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (mut service, mut inner) = testing::spawn(&layer(Config { budget: 0.0, reserve: 0, ..Config::default() }));
+        let config = Config { budget: 0.0, reserve: 0, ..Config::default() };
+        let (mut service, mut inner) = testing::spawn(&layer(config, &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Connecting, false));
         assert!(answer.await.is_err());

@@ -224,7 +224,8 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
-            push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
+            let (budget, cluster) = (shared.budget.clone(), shared.cluster.clone());
+            push(inner, &RetryLayer::new(config.retry.clone(), budget, cluster, shared.instruments.clone()))
         }
     })
 }
