@@ -232,9 +232,13 @@ async fn a_server_killed_under_load_ends_no_stream() {
         gate.open();
         for mut stream in streams {
             let (lines, ending) = stream.rest().await;
-            let lines: Vec<serde_json::Value> = lines.iter().map(|line| serde_json::from_slice(line).unwrap()).collect();
+            let lines: Vec<serde_json::Value> =
+                lines.iter().map(|line| serde_json::from_slice(line).unwrap()).collect();
             assert_eq!((ending, lines.len()), (Ending::LastChunk, 2), "{way:?}: {lines:?}");
-            assert_eq!((lines[0]["message"]["content"].as_str(), lines[1]["done"].as_bool()), (Some(" world"), Some(true)));
+            assert_eq!(
+                (lines[0]["message"]["content"].as_str(), lines[1]["done"].as_bool()),
+                (Some(" world"), Some(true))
+            );
             assert_eq!((&lines[1]["prompt_eval_count"], &lines[1]["eval_count"]), (&5.into(), &2.into()), "{way:?}");
         }
         for _ in 0..6 {

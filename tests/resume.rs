@@ -46,7 +46,8 @@ fn assert_like(answer: &Answer, unbroken: &Answer, what: &str) {
     assert_eq!(ends(answer), ends(unbroken), "{what}: {}", answer.text());
     let (mut last, mut wanted) = (answer.lines().pop().unwrap(), unbroken.lines().pop().unwrap());
     for end in [&mut last, &mut wanted] {
-        for key in ["total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "context", "created_at"] {
+        for key in ["total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "context", "created_at"]
+        {
             end.as_object_mut().unwrap().remove(key);
         }
     }
@@ -62,7 +63,8 @@ async fn at_every_byte(way: Way, request: &Request) {
     let olol = Olol::start(&cluster, PATIENT).await;
     let unbroken = olol.ask(request).await;
     assert_eq!((unbroken.said(), unbroken.server()), (WORDS.concat(), "0"));
-    let bytes: usize = unbroken.chunks.iter().map(|chunk| format!("{:x}\r\n\r\n", chunk.len()).len() + chunk.len()).sum();
+    let bytes: usize =
+        unbroken.chunks.iter().map(|chunk| format!("{:x}\r\n\r\n", chunk.len()).len() + chunk.len()).sum();
     for at in 0..bytes + 5 {
         cluster.server(0).dies_after_bytes(at);
         let answer = olol.ask(request).await;
@@ -96,7 +98,11 @@ async fn a_chat_of_openai_goes_on_wherever_it_is_cut() {
 
 #[tokio::test]
 async fn what_goes_on_is_written_as_what_came_before() {
-    for (request, path) in [(chat("tiny", "hi"), "/api/chat"), (generate("hi"), "/api/generate"), (v1_chat("tiny", "hi"), "/v1/chat/completions")] {
+    for (request, path) in [
+        (chat("tiny", "hi"), "/api/chat"),
+        (generate("hi"), "/api/generate"),
+        (v1_chat("tiny", "hi"), "/v1/chat/completions"),
+    ] {
         let cluster = cluster(2, Way::Http).await;
         for server in cluster.servers() {
             server.says(WORDS);
@@ -118,7 +124,10 @@ async fn the_server_that_goes_on_is_asked_for_the_same_and_no_more() {
     let olol = Olol::start(&cluster, "").await;
     let options = json!({"num_predict": 3, "seed": 7, "num_ctx": 1024, "temperature": 0.5});
     let answer = olol.ask(&chat_with(json!({"options": options, "keep_alive": "9m", "shift": false}))).await;
-    assert_eq!((answer.said().as_str(), answer.lines().pop().unwrap()["done_reason"].as_str()), ("Hello big wide", Some("length")));
+    assert_eq!(
+        (answer.said().as_str(), answer.lines().pop().unwrap()["done_reason"].as_str()),
+        ("Hello big wide", Some("length"))
+    );
     let rendered = &cluster.server(1).seen("/api/chat")[0].json();
     assert_eq!((&rendered["_debug_render_only"], &rendered["stream"]), (&json!(true), &json!(false)));
     assert_eq!((&rendered["options"], &rendered["messages"][0]["content"]), (&options, &json!("hi")));
@@ -148,8 +157,17 @@ async fn a_model_that_bounds_its_answers_itself_does_so_on_the_whole() {
 async fn an_answer_that_had_its_last_token_is_over_and_nobody_is_asked() {
     for (request, path) in [
         (chat_with(json!({"options": {"num_predict": 2}})), "/api/chat"),
-        (Request::post("/api/generate", json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 2}})), "/api/generate"),
-        (Request::post("/v1/chat/completions", json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": true, "max_tokens": 2})), "/v1/chat/completions"),
+        (
+            Request::post("/api/generate", json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 2}})),
+            "/api/generate",
+        ),
+        (
+            Request::post(
+                "/v1/chat/completions",
+                json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": true, "max_tokens": 2}),
+            ),
+            "/v1/chat/completions",
+        ),
     ] {
         let cluster = cluster(2, Way::Http).await;
         for server in cluster.servers() {
@@ -162,7 +180,13 @@ async fn an_answer_that_had_its_last_token_is_over_and_nobody_is_asked() {
         assert_eq!((answer.said(), answer.ending), (unbroken.said(), Ending::LastChunk), "{path}");
         let last = |answer: &Answer| {
             let last = answer.lines().pop().unwrap();
-            (last["done"].clone(), last["done_reason"].clone(), last["model"].clone(), last["eval_count"].clone(), last["choices"].clone())
+            (
+                last["done"].clone(),
+                last["done_reason"].clone(),
+                last["model"].clone(),
+                last["eval_count"].clone(),
+                last["choices"].clone(),
+            )
         };
         assert_eq!(last(&answer), last(&unbroken), "{path}: {}", answer.text());
         assert_eq!(cluster.server(1).work(), 0, "{path}");
@@ -178,10 +202,18 @@ async fn half_a_stop_word_that_was_delivered_is_the_last_of_the_text() {
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.ask(&chat_with(json!({"options": {"stop": ["STOP"]}}))).await;
         let last = answer.lines().pop().unwrap();
-        assert_eq!((answer.said().as_str(), &last["done_reason"], answer.ending), ("Hello ST", &json!("stop"), Ending::LastChunk), "{way:?}");
+        assert_eq!(
+            (answer.said().as_str(), &last["done_reason"], answer.ending),
+            ("Hello ST", &json!("stop"), Ending::LastChunk),
+            "{way:?}"
+        );
         cluster.server(1).saw_cancel().await;
         cluster.server(1).says(["Hello", " ST", "ONE", " wall"]);
-        assert_eq!(olol.ask(&chat_with(json!({"options": {"stop": ["STOP"]}}))).await.said(), "Hello STONE wall", "{way:?}");
+        assert_eq!(
+            olol.ask(&chat_with(json!({"options": {"stop": ["STOP"]}}))).await.said(),
+            "Hello STONE wall",
+            "{way:?}"
+        );
     }
 }
 
@@ -209,11 +241,19 @@ async fn a_runner_that_dies_under_its_ollama_is_no_end_either() {
         cluster.server(0).breaks_after(["Hello"], BROKEN);
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!((answer.said().as_str(), answer.error().as_str(), answer.ending), ("Hello world", "", Ending::LastChunk), "{way:?}");
+        assert_eq!(
+            (answer.said().as_str(), answer.error().as_str(), answer.ending),
+            ("Hello world", "", Ending::LastChunk),
+            "{way:?}"
+        );
         // Without anybody else its own words stand.
         cluster.server(1).renders_not();
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!((answer.said().as_str(), answer.error().as_str(), answer.ending), ("Hello", BROKEN, Ending::LastChunk), "{way:?}");
+        assert_eq!(
+            (answer.said().as_str(), answer.error().as_str(), answer.ending),
+            ("Hello", BROKEN, Ending::LastChunk),
+            "{way:?}"
+        );
     }
 }
 
@@ -240,13 +280,18 @@ async fn where_it_would_not_be_the_same_answer_nobody_goes_on() {
         ("suffix", suffix),
     ] {
         let answer = olol.ask(&request).await;
-        assert_eq!((answer.said().as_str(), answer.error().as_str(), answer.ending), ("Hel", BROKEN, Ending::LastChunk), "{what}");
+        assert_eq!(
+            (answer.said().as_str(), answer.error().as_str(), answer.ending),
+            ("Hel", BROKEN, Ending::LastChunk),
+            "{what}"
+        );
         assert_eq!(cluster.server(1).work(), 0, "{what}");
     }
     let images = chat_with(json!({"messages": [{"role": "user", "content": "hi", "images": ["aGk="]}]}));
     assert_eq!(olol.ask(&images).await.error(), BROKEN, "images are seen by who finishes the prompt");
     assert_eq!(cluster.server(1).seen("/api/generate").len(), 0);
-    let openai = Request::post("/v1/chat/completions", json!({"model": "tiny", "messages": [], "stream": true, "tools": [{}]}));
+    let openai =
+        Request::post("/v1/chat/completions", json!({"model": "tiny", "messages": [], "stream": true, "tools": [{}]}));
     assert_eq!(olol.ask(&openai).await.ending, Ending::Cut);
 }
 
@@ -267,7 +312,11 @@ async fn a_server_that_cannot_go_on_faithfully_is_not_asked_to() {
         cluster.server(0).dies_after(["Hel"]);
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!((answer.said().as_str(), answer.error().as_str(), answer.ending), ("Hel", BROKEN, Ending::LastChunk), "{what}");
+        assert_eq!(
+            (answer.said().as_str(), answer.error().as_str(), answer.ending),
+            ("Hel", BROKEN, Ending::LastChunk),
+            "{what}"
+        );
     }
 }
 
@@ -294,7 +343,7 @@ async fn who_has_the_model_only_on_disk_goes_on_too() {
 
 #[tokio::test]
 async fn resuming_can_be_switched_off_and_has_a_budget() {
-    for toml in ["[retry]\nresume = \"off\"", "[retry]\nbudget = 0.0\nreserve = 0"] {
+    for toml in ["[retry]\nresume = \"off\"", "[retry]\nbudget = 0.0\nper-second = 0\nreserve = 0"] {
         let cluster = cluster(2, Way::Http).await;
         cluster.server(0).dies_after(["Hel"]);
         let olol = Olol::start(&cluster, toml).await;
@@ -311,9 +360,14 @@ async fn before_the_first_line_any_stream_is_simply_begun_again() {
         let olol = Olol::start(&cluster, "").await;
         let tools = chat_with(json!({"tools": [{"type": "function"}]}));
         assert_eq!(olol.ask(&tools).await.said(), "Hello world", "{way:?}");
-        let anthropic = Request::post("/v1/messages", json!({"model": "tiny", "max_tokens": 9, "stream": true, "messages": []}));
+        let anthropic =
+            Request::post("/v1/messages", json!({"model": "tiny", "max_tokens": 9, "stream": true, "messages": []}));
         let answer = olol.ask(&anthropic).await;
-        assert!(answer.text().contains("message_stop") && answer.ending == Ending::LastChunk, "{way:?}: {}", answer.text());
+        assert!(
+            answer.text().contains("message_stop") && answer.ending == Ending::LastChunk,
+            "{way:?}: {}",
+            answer.text()
+        );
     }
 }
 
@@ -324,7 +378,11 @@ async fn an_answer_in_one_piece_is_asked_for_again() {
         cluster.server(0).dies_after(["Hel"]);
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.ask(&chat_at_once("tiny", "hi")).await;
-        assert_eq!((answer.said().as_str(), answer.server(), answer.ending), ("Hello world", "1", Ending::Length), "{way:?}");
+        assert_eq!(
+            (answer.said().as_str(), answer.server(), answer.ending),
+            ("Hello world", "1", Ending::Length),
+            "{way:?}"
+        );
     }
 }
 
@@ -339,6 +397,23 @@ async fn a_client_that_leaves_a_resumed_stream_ends_the_work() {
         client.head().await;
         assert_eq!(client.line().await["message"]["content"], "Hello");
         assert_eq!(client.line().await["message"]["content"], " world", "{way:?}");
+        drop(client);
+        cluster.server(1).saw_cancel().await;
+        harness::until("the books are empty", || olol.in_flight(0) + olol.in_flight(1) == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_somebody_is_asked_to_go_on_ends_the_asking() {
+    for way in Way::BOTH {
+        let cluster = cluster(2, way).await;
+        cluster.server(0).dies_after(["Hello"]);
+        cluster.server(1).stalls_before_head();
+        let olol = Olol::start(&cluster, "").await;
+        let mut client = olol.begin(&chat("tiny", "hi")).await;
+        client.head().await;
+        client.line().await;
+        cluster.server(1).asked(1).await;
         drop(client);
         cluster.server(1).saw_cancel().await;
         harness::until("the books are empty", || olol.in_flight(0) + olol.in_flight(1) == 0).await;

@@ -127,7 +127,18 @@ impl Call {
     pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
         let head = head.into();
         let place = Place { model: head.model.clone() };
-        Self { head, payload, known: None, place, candidates, edits: None, deadline: None, fresh: false, attempts: 0, limits: None }
+        Self {
+            head,
+            payload,
+            known: None,
+            place,
+            candidates,
+            edits: None,
+            deadline: None,
+            fresh: false,
+            attempts: 0,
+            limits: None,
+        }
     }
 
     /// What its server must get otherwise, to be told more.

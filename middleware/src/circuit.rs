@@ -392,8 +392,7 @@ impl Trial {
         let limits = call.limits.clone()?;
         let infers = call.route.infers();
         let known = call.known.as_ref().filter(|_| infers);
-        let model =
-            known.and_then(|known| Some((known.name.clone(), server.circuits.model(&known.name)?)));
+        let model = known.and_then(|known| Some((known.name.clone(), server.circuits.model(&known.name)?)));
         let streams = call.peek.stream.unwrap_or(call.route.dialect() == Dialect::Ollama) && call.route.streams();
         let is_loaded = known.is_some_and(|known| known.loaded.contains(server.index));
         let heard = model.as_ref().filter(|_| streams && is_loaded);

@@ -760,7 +760,9 @@ mod tests {
         let left = |candidates: &Candidates| candidates.iter().map(|server| server.index).collect::<Vec<_>>();
         let set = |indices: &[usize]| {
             let mut bits = Bits::default();
-            indices.iter().for_each(|index| bits.insert(*index));
+            for index in indices {
+                bits.insert(*index);
+            }
             bits
         };
         let mut candidates = cluster.snapshot().all();

@@ -189,7 +189,8 @@ impl ServerMeters {
 impl ServerMeters {
     /// A circuit has opened: that of the server, or that of one of its models.
     pub fn opened(&self, scope: &'static str) {
-        counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)]).increment(1);
+        counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)])
+            .increment(1);
     }
 }
 

@@ -339,7 +339,8 @@ mod tests {
         for size in 1..text.len() {
             let pieces = pieces(text, size);
             let mut seen = Vec::new();
-            let end = members(&pieces, |key, _, span| seen.push((key.to_vec(), cut(&pieces, span).into_owned()))).unwrap();
+            let end =
+                members(&pieces, |key, _, span| seen.push((key.to_vec(), cut(&pieces, span).into_owned()))).unwrap();
             let wanted = [("a", r#""x""#), ("b", r#"{"c":1}"#), ("d", "null")];
             assert_eq!(seen, wanted.map(|(key, value)| (key.as_bytes().to_vec(), value.as_bytes().to_vec())));
             assert_eq!(&text[end..], "} rest");

@@ -7,10 +7,10 @@
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
-//! | `retry` | [`retry`] | asks another server when one fails before its first byte |
+//! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
 //! | | [`pick`] | the leaf: takes the least loaded of the candidates and a place on it |
 //!
-//! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
+//! Layers narrow, pick chooses; [`circuit`] tells whom to leave alone. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
 pub mod call;
 pub mod circuit;

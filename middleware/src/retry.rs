@@ -19,14 +19,15 @@ mod whole;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tower::{Layer, Service, ServiceExt};
 
-use crate::call::{Answer, Call, Reply};
+use crate::call::{Answer, Call, Payload, Reply};
 use crate::circuit::Limits;
 use crate::cluster::Cluster;
 use crate::error::Error;
@@ -45,7 +46,9 @@ pub struct Config {
     pub attempts: u32,
     /// Retries per request that the budget gains; 0.2 keeps retries to a fifth of the traffic.
     pub budget: f64,
-    /// Retries that are always there for quiet times, and the most that the budget saves up.
+    /// Retries that the budget gains each second besides: a server that dies takes a third of a small cluster's calls with it.
+    pub per_second: u32,
+    /// Retries that are there from the beginning, and the most that the budget saves up.
     pub reserve: u32,
     /// Whether a stream whose server dies goes on elsewhere from the text already sent.
     pub resume: Resume,
@@ -77,6 +80,7 @@ impl Default for Config {
         Self {
             attempts: 3,
             budget: 0.2,
+            per_second: 10,
             reserve: 100,
             resume: Resume::Auto,
             breaker_failures: NonZeroU32::MIN.saturating_add(2),
@@ -101,32 +105,45 @@ impl Config {
     }
 }
 
-/// How many retries are left, in thousandths. Every request adds a share of one, every retry takes a whole one.
+/// How many retries are left, in thousandths. Every request adds a share of one, every second some, every retry takes one.
 ///
-/// tower's own budget takes a lock at every request; this one is an atomic.
+/// tower's own budget takes a lock at every request; this one is an atomic, and looks at the clock only for a retry.
 #[derive(Debug)]
-pub struct Budget(AtomicI64);
+pub struct Budget {
+    left: AtomicI64,
+    born: Instant,
+    /// Milliseconds since `born` for which what time adds has been added.
+    paid: AtomicU64,
+}
 
 impl Default for Budget {
     fn default() -> Self {
-        Self(AtomicI64::new(i64::MAX))
+        Self { left: AtomicI64::new(i64::MAX), born: Instant::now(), paid: AtomicU64::new(0) }
     }
 }
 
 impl Budget {
     fn deposit(&self, config: &Config) {
+        #[expect(clippy::cast_possible_truncation, reason = "between 0 and 1000")]
+        let share = (config.budget.clamp(0.0, 1.0) * 1000.0) as i64;
+        self.add(share, config);
+    }
+
+    fn add(&self, thousandths: i64, config: &Config) {
         let full = i64::from(config.reserve) * 1000;
-        let now = self.0.load(Ordering::Relaxed);
+        let now = self.left.load(Ordering::Relaxed);
         if now != full {
-            #[expect(clippy::cast_possible_truncation, reason = "between 0 and 1000")]
-            let share = (config.budget.clamp(0.0, 1.0) * 1000.0) as i64;
             // Two deposits at once may count as one: a budget is no ledger.
-            self.0.store(now.saturating_add(share).min(full), Ordering::Relaxed);
+            self.left.store(now.saturating_add(thousandths).min(full), Ordering::Relaxed);
         }
     }
 
-    fn withdraw(&self) -> bool {
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| (left >= 1000).then(|| left - 1000)).is_ok()
+    fn withdraw(&self, config: &Config) -> bool {
+        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let passed = now.saturating_sub(self.paid.swap(now, Ordering::Relaxed));
+        self.add(i64::try_from(passed.saturating_mul(config.per_second.into())).unwrap_or(i64::MAX), config);
+        let take = |left: i64| (left >= 1000).then(|| left - 1000);
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 }
 
@@ -189,7 +206,8 @@ where
             return Box::pin(self.inner.call(call));
         }
         if call.dry {
-            self.rules.leave_alone(&mut call, false);
+            let may_probe = matches!(call.payload, Payload::Whole(_));
+            self.rules.leave_alone(&mut call, may_probe);
             return Box::pin(self.inner.call(call));
         }
         self.rules.budget.deposit(&self.rules.config);
@@ -234,7 +252,9 @@ impl Rules {
         server: ServerId,
         answer: impl Future<Output = Result<Reply, Error>>,
     ) -> Result<Reply, Error> {
-        tokio::time::timeout(self.limits.hang, answer).await.unwrap_or_else(|_| Err(failure::silent(server, &self.limits)))
+        tokio::time::timeout(self.limits.hang, answer)
+            .await
+            .unwrap_or_else(|_| Err(failure::silent(server, &self.limits)))
     }
 
     /// Tries again for as long as that may help.
@@ -255,7 +275,7 @@ impl Rules {
                 return answer.map(|reply| resume::follow(self, service, spare, reply));
             };
             let Some((mut call, cause)) = self.next(&mut spare, &failure) else { return answer };
-            if !self.budget.withdraw() {
+            if !self.budget.withdraw(&self.config) {
                 spare.note("retry", "the budget is spent", [("cause", Fact::Word(cause))]);
                 return answer;
             }
@@ -296,7 +316,7 @@ impl Rules {
 mod tests {
     use super::*;
     use crate::error::Phase;
-    use crate::testing::{self, ask, failure};
+    use crate::testing::{self, ask};
     use http::StatusCode;
 
     fn layer(config: Config, cluster: &Arc<Cluster>) -> RetryLayer {
@@ -312,7 +332,7 @@ mod tests {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
         let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
-        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, false));
+        inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Waiting, false));
         let (call, respond) = inner.next_request().await.unwrap();
         assert_eq!((names(&call), call.attempts), (vec!["1".to_owned()], 1));
         respond.send_response(testing::reply("hi"));
@@ -324,10 +344,10 @@ mod tests {
         let cluster = testing::cluster(&[&["tiny"]]).await;
         let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
-        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, true));
+        inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Waiting, true));
         let (call, respond) = inner.next_request().await.unwrap();
         assert!(call.fresh && names(&call) == ["0"]);
-        respond.send_error(failure("0", Phase::Waiting, false));
+        respond.send_error(testing::failure("0", Phase::Waiting, false));
         assert!(answer.await.is_err());
     }
 
@@ -336,8 +356,8 @@ mod tests {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
         let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
-        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, true));
-        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Waiting, false));
+        inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Waiting, true));
+        inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Waiting, false));
         let (call, respond) = inner.next_request().await.unwrap();
         assert_eq!((names(&call), call.attempts), (vec!["1".to_owned()], 1));
         respond.send_response(testing::reply("hi"));
@@ -349,7 +369,7 @@ mod tests {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
         let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
-        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Streaming, false));
+        inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Streaming, false));
         assert!(answer.await.is_err());
     }
 
@@ -366,10 +386,126 @@ mod tests {
     #[tokio::test]
     async fn a_spent_budget_ends_the_tries() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let config = Config { budget: 0.0, reserve: 0, ..Config::default() };
+        let config = Config { budget: 0.0, per_second: 0, reserve: 0, ..Config::default() };
         let (mut service, mut inner) = testing::spawn(&layer(config, &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
-        inner.next_request().await.unwrap().1.send_error(failure("0", Phase::Connecting, false));
+        inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Connecting, false));
         assert!(answer.await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_budget_grows_with_traffic_and_with_time() {
+        let config = Config { budget: 0.5, per_second: 2, reserve: 3, ..Config::default() };
+        let budget = Budget::default();
+        budget.deposit(&config);
+        let spent = |budget: &Budget| (0..9).filter(|_| budget.withdraw(&config)).count();
+        assert_eq!(spent(&budget), 3, "no more than the reserve is saved up");
+        (0..4).for_each(|_| budget.deposit(&config));
+        assert_eq!(spent(&budget), 2);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(spent(&budget), 2);
+        tokio::time::advance(Duration::from_secs(600)).await;
+        assert_eq!(spent(&budget), 3);
+    }
+
+    /// A cluster whose first server has failed a model so often that it is left alone with it.
+    async fn troubled() -> Arc<Cluster> {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        fail(&cluster, 0);
+        cluster
+    }
+
+    fn fail(cluster: &Arc<Cluster>, server: usize) {
+        let call = known_call(cluster);
+        let (circuits, limits) = (cluster.snapshot().servers[server].circuits.clone(), Config::default().limits());
+        (0..3).for_each(|_| circuits.failed(failure::model(&call), &limits));
+    }
+
+    /// A call that has been through `model-route`.
+    fn known_call(cluster: &Arc<Cluster>) -> Call {
+        let mut call = testing::call_in(cluster, "tiny");
+        call.known = call.place.model.as_ref().and_then(|model| cluster.snapshot().known(model).cloned());
+        call
+    }
+
+    async fn asked(cluster: &Arc<Cluster>, call: Call) -> Vec<String> {
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), cluster));
+        let answer = ask(&mut service, call);
+        let (call, respond) = inner.next_request().await.unwrap();
+        respond.send_response(testing::reply("hi"));
+        answer.await.unwrap();
+        names(&call)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_fails_a_model_is_left_alone_with_it_while_there_are_others() {
+        let cluster = troubled().await;
+        assert_eq!(asked(&cluster, known_call(&cluster)).await, ["1"]);
+        let mut only = known_call(&cluster);
+        only.candidates.only(0);
+        assert_eq!(asked(&cluster, only).await, ["0"], "nobody else is left");
+        fail(&cluster, 1);
+        assert_eq!(asked(&cluster, known_call(&cluster)).await, ["0", "1"], "all are asked all the same");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_in_reserve_are_asked_before_one_that_is_left_alone() {
+        let cluster = troubled().await;
+        let mut call = known_call(&cluster);
+        let mut loaded = crate::cluster::Bits::default();
+        loaded.insert(0);
+        call.candidates.prefer(&loaded);
+        assert_eq!(asked(&cluster, call).await, ["1"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_call_finds_out_and_is_sent_elsewhere_if_it_fails() {
+        let cluster = troubled().await;
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let mut dry = known_call(&cluster);
+        Arc::get_mut(&mut dry.head).unwrap().dry = true;
+        assert_eq!(asked(&cluster, dry).await, ["0"], "whoever asks what would be done is told, and takes no turn");
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
+        let probe = ask(&mut service, known_call(&cluster));
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!(names(&call), ["0"]);
+        assert_eq!(asked(&cluster, known_call(&cluster)).await, ["1"], "one is enough");
+        respond.send_error(testing::failure("0", Phase::Waiting, false));
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!(names(&call), ["1"]);
+        respond.send_response(testing::reply("hi"));
+        assert!(probe.await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_silent_when_asked_to_show_that_it_is_well_is_not_waited_for() {
+        let cluster = troubled().await;
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
+        let probe = ask(&mut service, known_call(&cluster));
+        let _silent = inner.next_request().await.unwrap();
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!(names(&call), ["1"]);
+        respond.send_response(testing::reply("hi"));
+        assert!(probe.await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_says_its_runner_died_hands_over_and_the_request_that_is_wrong_does_not() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        for (text, asked) in
+            [("llama-server process has terminated: exit status 1", 2), ("template: unclosed action", 1)]
+        {
+            let (mut service, mut inner) = testing::spawn(&layer(Config::default(), &cluster));
+            let answer = ask(&mut service, known_call(&cluster));
+            let mut reply = testing::json("0", text);
+            reply.status = StatusCode::INTERNAL_SERVER_ERROR;
+            inner.next_request().await.unwrap().1.send_response(reply);
+            if asked == 2 {
+                inner.next_request().await.unwrap().1.send_response(testing::reply("hi"));
+            }
+            let wanted = if asked == 2 { "hi" } else { text };
+            assert_eq!(answer.await.unwrap().body.collect(99).await.unwrap(), wanted);
+        }
     }
 }

@@ -237,12 +237,7 @@ impl Route {
     pub fn streams(self) -> bool {
         matches!(
             self,
-            Self::Generate
-                | Self::Chat
-                | Self::V1Chat
-                | Self::V1Completions
-                | Self::V1Responses
-                | Self::V1Messages
+            Self::Generate | Self::Chat | Self::V1Chat | Self::V1Completions | Self::V1Responses | Self::V1Messages
         )
     }
 

@@ -249,7 +249,8 @@ struct Speech {
 fn speech(state: &State, request: &Seen) -> Result<Speech, String> {
     let body = request.json();
     let asked = body["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
-    let words = if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() };
+    let words =
+        if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() };
     let prompt = request.text("prompt");
     let before = if body["raw"] == true { prompt.rsplit(ASSISTANT).next().unwrap_or_default() } else { "" };
     let (mut pieces, mut spoken) = (Vec::new(), 0);

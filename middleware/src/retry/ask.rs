@@ -31,8 +31,13 @@ use crate::names::ServerId;
 const LONGEST: usize = 64 << 20;
 
 /// The BOS texts of Ollama's built-in renderers, but for `<bos>`, which Ollama takes away itself.
-const RENDERED_BOS: [&str; 5] =
-    ["<|startoftext|>", "<|begin_of_text|>", "<BOS_TOKEN>", "<\u{ff5c}begin\u{2581}of\u{2581}sentence\u{ff5c}>", "\u{3008}|EOS|\u{3009}"];
+const RENDERED_BOS: [&str; 5] = [
+    "<|startoftext|>",
+    "<|begin_of_text|>",
+    "<BOS_TOKEN>",
+    "<\u{ff5c}begin\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "\u{3008}|EOS|\u{3009}",
+];
 
 /// The version that first renders without generating, for Ollama's own API and for OpenAI's.
 const RENDERS: [[u32; 3]; 2] = [[0, 11, 5], [0, 12, 0]];
@@ -148,7 +153,9 @@ where
         let edits = self.instead("/api/generate", self.request.raw(prompt, Some(1), thinks, false));
         let (server, body) = self.read(edits, "it could not count tokens").await?;
         let counted: Result<Counted, _> = serde_json::from_slice(&body);
-        counted.map(|counted| counted.prompt_eval_count).map_err(|_| No::Server(Some(server), "it did not count tokens"))
+        counted
+            .map(|counted| counted.prompt_eval_count)
+            .map_err(|_| No::Server(Some(server), "it did not count tokens"))
     }
 
     /// Asks for what follows.
@@ -206,7 +213,11 @@ where
 
     /// What was edited of the client's call besides its body.
     fn client_edits(&self) -> Edits {
-        self.spare.edits.as_ref().map(|edits| Edits { body: SmallVec::new(), ..Edits::clone(edits) }).unwrap_or_default()
+        self.spare
+            .edits
+            .as_ref()
+            .map(|edits| Edits { body: SmallVec::new(), ..Edits::clone(edits) })
+            .unwrap_or_default()
     }
 
     /// Another request instead of the client's.

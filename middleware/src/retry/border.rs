@@ -76,7 +76,10 @@ mod tests {
     fn the_other_half_of_a_stop_word_ends_the_answer() {
         assert_eq!(border("Hello ST").unwrap().follow("OP and more"), Verdict::Stop);
         let mut border = border("a <").unwrap();
-        assert_eq!([border.follow("|"), border.follow("end"), border.follow("|>x")], [Verdict::Wait, Verdict::Wait, Verdict::Stop]);
+        assert_eq!(
+            [border.follow("|"), border.follow("end"), border.follow("|>x")],
+            [Verdict::Wait, Verdict::Wait, Verdict::Stop]
+        );
     }
 
     #[test]

@@ -231,7 +231,8 @@ fn fast(form: Form, piece: &[u8]) -> Option<Range<usize>> {
     let (before, behind) = form.frame();
     let start = before.find(piece)? + before.needle().len();
     let end = start + string_end(&piece[start..])?;
-    (piece[end..] == *behind).then_some(start..end)
+    // Without a text it is worth a second look.
+    (piece[end..] == *behind && start < end).then_some(start..end)
 }
 
 /// Where a JSON string ends whose opening quote is just before.
@@ -307,7 +308,9 @@ fn line(form: Form, piece: Bytes) -> Piece {
 
 /// An event of OpenAI's chat.
 fn event(piece: &Bytes) -> Piece {
-    let Some(data) = piece.strip_prefix(b"data: ") else { return Piece::Unfit("an event of the answer cannot be read") };
+    let Some(data) = piece.strip_prefix(b"data: ") else {
+        return Piece::Unfit("an event of the answer cannot be read");
+    };
     if data.trim_ascii() == b"[DONE]" {
         return Piece::Done;
     }
@@ -398,11 +401,16 @@ mod tests {
 
     #[test]
     fn what_going_on_would_lose_is_seen() {
-        let chat = |message: &str| format!("{{\"model\":\"m\",\"message\":{{\"role\":\"assistant\",{message}}},\"done\":false}}\n");
+        let chat = |message: &str| {
+            format!("{{\"model\":\"m\",\"message\":{{\"role\":\"assistant\",{message}}},\"done\":false}}\n")
+        };
         for (line, why) in [
             (chat("\"content\":\"\",\"thinking\":\"hm\""), "the answer thinks"),
             (chat("\"content\":\"\",\"tool_calls\":[{}]"), "the answer calls tools"),
-            ("{\"message\":{\"content\":\"a\"},\"done\":false,\"logprobs\":[1]}\n".to_owned(), "the answer tells probabilities"),
+            (
+                "{\"message\":{\"content\":\"a\"},\"done\":false,\"logprobs\":[1]}\n".to_owned(),
+                "the answer tells probabilities",
+            ),
             ("{\"error\":\"template\"}\n".to_owned(), "the answer ends in an error"),
             ("{\"message\":".to_owned(), "a piece of the answer has no end"),
             ("garbage\n".to_owned(), "a line of the answer cannot be read"),
@@ -420,6 +428,8 @@ mod tests {
         let chunk = Bytes::from([CHAT, died].concat());
         assert_eq!(delivered.see(&chunk), Some(CHAT.len()));
         assert_eq!(delivered.pieces(), 1);
+        let orphan = "data: {\"id\":\"chatcmpl-93\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"\",\"system_fingerprint\":\"fp_ollama\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"\"},\"finish_reason\":null}]}\n\n";
+        assert_eq!(Delivered::new(Route::V1Chat).see(&Bytes::from_static(orphan.as_bytes())), Some(0));
     }
 
     #[test]

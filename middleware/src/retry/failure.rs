@@ -12,12 +12,15 @@ use crate::names::{ModelName, ServerId};
 
 /// What Ollama says with status 500, or in a stream, when it is not the request that is wrong but its own runner, its
 /// memory or its file: `llm/llama_server.go`, `llm/server.go`, and in the last two llama.cpp.
-const TROUBLE: [&str; 10] = [
+const TROUBLE: [&str; 13] = [
     "an error was encountered while running the model",
     "model runner has unexpectedly stopped",
     "llama-server process has terminated",
+    "llama-server process no longer running",
     "llama runner process has terminated",
     "error reading llama-server",
+    "llama-server reported out-of-memory",
+    "unexpected server status",
     "timed out waiting for llama",
     "model requires more system memory",
     "cudaMalloc failed",
@@ -130,7 +133,11 @@ mod tests {
 
     #[test]
     fn what_the_request_itself_got_wrong_is_no_trouble_of_the_server() {
-        for text in ["option \"num_predict\" must be of type integer", "template: :1: unclosed action", "tools param requires --jinja flag"] {
+        for text in [
+            "option \"num_predict\" must be of type integer",
+            "template: :1: unclosed action",
+            "tools param requires --jinja flag",
+        ] {
             assert!(!is_trouble(text.as_bytes()), "{text}");
         }
         let died = "{\"error\":\"an error was encountered while running the model: unexpected EOF\"}\n";

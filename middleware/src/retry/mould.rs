@@ -76,7 +76,13 @@ struct Line {
 
 impl Mould {
     /// For a client that has been given this much.
-    pub(super) fn new(form: Form, delivered: &Delivered, stops: Vec<String>, tells_usage: bool, account: Account) -> Option<Self> {
+    pub(super) fn new(
+        form: Form,
+        delivered: &Delivered,
+        stops: Vec<String>,
+        tells_usage: bool,
+        account: Account,
+    ) -> Option<Self> {
         let head = match form {
             Form::Generate | Form::Chat => Vec::new(),
             Form::OpenAi => openai::head(delivered.first())?,
@@ -87,7 +93,10 @@ impl Mould {
 
     /// Makes pieces of lines.
     pub(super) fn take(&mut self, chunk: Chunk, delivered: &mut Delivered) -> Made {
-        if self.form == Form::Generate && self.border.is_none() && memchr::memchr(b'\n', &chunk.bytes) == chunk.bytes.len().checked_sub(1) {
+        if self.form == Form::Generate
+            && self.border.is_none()
+            && memchr::memchr(b'\n', &chunk.bytes) == chunk.bytes.len().checked_sub(1)
+        {
             // A line as it has to be.
             if let Some(text) = plain(&chunk.bytes) {
                 delivered.add(&chunk.bytes[text.start..text.end]);
@@ -294,7 +303,9 @@ fn read(line: &Bytes) -> Option<Line> {
             (b"done", Kind::Bool(done)) => read.done = done,
             (b"done_reason", Kind::String { empty: false }) => read.reason = Some(value()),
             (b"error", _) => is_strange = true,
-            (b"thinking", Kind::String { empty: false }) | (b"tool_calls", Kind::Nested { empty: false }) => is_strange = true,
+            (b"thinking", Kind::String { empty: false }) | (b"tool_calls", Kind::Nested { empty: false }) => {
+                is_strange = true;
+            }
             (_, Kind::Number) => {
                 if let (Some(place), Some(number)) = (read.numbers.place(key), request::number(&value())) {
                     *place = u64::try_from(number).unwrap_or(0);

@@ -149,8 +149,10 @@ pub(super) fn last(out: &mut Vec<u8>, head: &[u8], reason: &[u8], usage: Option<
         let (prompt, made) = (numbers.prompt_eval_count, numbers.eval_count);
         let total = prompt + made;
         out.extend_from_slice(
-            format!("],\"usage\":{{\"prompt_tokens\":{prompt},\"completion_tokens\":{made},\"total_tokens\":{total}}}}}\n\n")
-                .as_bytes(),
+            format!(
+                "],\"usage\":{{\"prompt_tokens\":{prompt},\"completion_tokens\":{made},\"total_tokens\":{total}}}}}\n\n"
+            )
+            .as_bytes(),
         );
     }
     out.extend_from_slice(b"data: [DONE]\n\n");

@@ -249,7 +249,10 @@ mod tests {
     #[test]
     fn bounds_are_read() {
         let bounds = |options: &str| read(&format!(r#"{{"model":"m","options":{options}}}"#)).unwrap().bounds();
-        assert_eq!(bounds(r#"{"num_predict":12,"stop":["a","b"]}"#), Bounds { num_predict: Some(12), stops: Some(vec!["a".into(), "b".into()]) });
+        assert_eq!(
+            bounds(r#"{"num_predict":12,"stop":["a","b"]}"#),
+            Bounds { num_predict: Some(12), stops: Some(vec!["a".into(), "b".into()]) }
+        );
         assert_eq!(bounds(r#"{"num_predict":1e2}"#).num_predict, Some(100));
         assert_eq!(bounds(r#"{"num_predict":null}"#), Bounds::default());
     }

@@ -79,11 +79,14 @@ struct Following<S> {
 enum Course<S> {
     Flowing(Box<Flow<S>>),
     /// It broke off, and somebody is asked to go on.
-    Broken(BoxFuture<'static, (Box<Flow<S>>, Result<Step, Cut>)>),
+    Broken(Search<S>),
     /// This, and no more.
     Last(Cut),
     Over,
 }
+
+/// Looks for somebody who goes on, and returns the stream with what came of that.
+type Search<S> = BoxFuture<'static, (Box<Flow<S>>, Result<Step, Cut>)>;
 
 /// How a stream broke off: what its client gets if nobody goes on.
 type Cut = Result<Chunk, Error>;
@@ -255,7 +258,11 @@ impl<S> Flow<S> {
             Err(Halt::Failed(why)) => ("failed", why),
         };
         self.rules.instruments.resumed(result);
-        self.spare.note("retry", "nobody goes on with the stream", [("why", Fact::Word(why)), ("pieces", pieces.into())]);
+        self.spare.note(
+            "retry",
+            "nobody goes on with the stream",
+            [("why", Fact::Word(why)), ("pieces", pieces.into())],
+        );
         tracing::info!(%id, why, pieces, "a stream broke off, and nobody goes on");
         Err(cut)
     }
@@ -423,7 +430,7 @@ where
         if bits.is_empty() {
             return Err(halt("no other server can go on"));
         }
-        if !self.rules.budget.withdraw() {
+        if !self.rules.budget.withdraw(&self.rules.config) {
             return Err(halt("the budget is spent"));
         }
         self.tries += 1;
@@ -447,4 +454,118 @@ fn digest_of<'a>(server: &'a Server, model: Option<&ModelName>) -> Option<&'a St
     let mut models = server.report.models.iter();
     let found = models.find(|held| ModelName::parse(&held.name).as_ref() == model)?;
     Some(&found.digest).filter(|digest| !digest.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Cluster;
+    use crate::call::{End, Payload, Watcher};
+    use crate::cluster::{Model, Report};
+    use crate::retry::{Config, RetryLayer};
+    use crate::testing::{self, ask};
+    use std::sync::Mutex;
+
+    const HELLO: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\"Hello\",\"done\":false}\n";
+    const WORLD: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\" world\",\"done\":false}\n";
+    const DONE: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\"\",\"done\":true,\"done_reason\":\"stop\",\"total_duration\":9,\"prompt_eval_count\":6,\"eval_count\":2,\"eval_duration\":4}\n";
+
+    /// Servers with the same model, but for the last, which has another under its name.
+    async fn cluster(count: usize) -> Arc<Cluster> {
+        let cluster = testing::cluster(&vec![&["tiny"][..]; count]).await;
+        for index in 0..count {
+            let digest = if index + 1 == count { "other" } else { "same" };
+            let model = Model { name: "tiny".into(), digest: digest.into(), ..Model::default() };
+            cluster.report(index, Report { version: "0.33.0".into(), models: vec![model], ..Report::default() });
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        cluster
+    }
+
+    fn generate(cluster: &Arc<Cluster>) -> Call {
+        let call = testing::call_in(cluster, "tiny");
+        let mut head = crate::Head::new(
+            crate::Route::Generate,
+            http::Method::POST,
+            http::uri::PathAndQuery::from_static("/api/generate"),
+        );
+        head.model.clone_from(&call.model);
+        Call::new(head, Payload::from_bytes(r#"{"model":"tiny","prompt":"hi"}"#), call.candidates)
+    }
+
+    fn layer(cluster: &Arc<Cluster>) -> RetryLayer {
+        RetryLayer::new(Config::default(), Arc::default(), cluster.clone(), Arc::default())
+    }
+
+    /// Answers the questions that come before a stream goes on; returns whom the first may go to.
+    async fn prepares(inner: &mut tower_test::mock::Handle<Call, Reply>, server: &str) -> Vec<String> {
+        let (call, respond) = inner.next_request().await.unwrap();
+        respond.send_response(testing::json(server, r#"{"_debug_info":{"rendered_template":"<hi>"}}"#));
+        inner.next_request().await.unwrap().1.send_response(testing::json(server, "{}"));
+        call.candidates.iter().map(|server| server.id.to_string()).collect()
+    }
+
+    struct Ends(Arc<Mutex<Vec<(End, Outcome)>>>);
+
+    impl Watcher for Ends {
+        fn end(&mut self, end: End, outcome: &Outcome) {
+            self.0.lock().unwrap().push((end, outcome.clone()));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_goes_on_has_the_same_model_and_the_whole_is_told() {
+        let cluster = cluster(3).await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let call = generate(&cluster);
+        let head = call.head.clone();
+        let answer = ask(&mut service, call);
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let ends: Arc<Mutex<Vec<_>>> = Arc::default();
+        let reply = answer.await.unwrap().watch(Ends(ends.clone()));
+        let reading = tokio::spawn(reply.body.collect(9999));
+        assert_eq!(prepares(&mut inner, "1").await, ["1"], "the third has another model");
+        let (call, respond) = inner.next_request().await.unwrap();
+        let edits = call.edits.unwrap();
+        assert_eq!(edits.path.unwrap(), "/api/generate");
+        let wanted = r#"{"model":"tiny","prompt":"<hi>Hello","raw":true,"stream":true}"#;
+        assert_eq!(edits.body[0].1, wanted);
+        respond.send_response(testing::stream("1", &[WORLD, DONE], false));
+        let text = reading.await.unwrap().unwrap();
+        let text = std::str::from_utf8(&text).unwrap();
+        assert!(text.starts_with(&[HELLO, WORLD].concat()), "{text}");
+        let (end, outcome) = ends.lock().unwrap().pop().unwrap();
+        let servers: Vec<_> = outcome.servers.iter().map(ToString::to_string).collect();
+        assert_eq!((end, servers, outcome.attempts), (End::Whole, vec!["0".to_owned(), "1".to_owned()], 2));
+        let counters = outcome.counters.unwrap();
+        assert_eq!((counters.prompt_tokens, counters.output_tokens), (5, 3));
+        let said: Vec<_> = head.trail.take().iter().map(|note| note.decision).collect();
+        assert_eq!(said, ["the answer will have no context", "another server goes on with the stream"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_nobody_can_go_on_with_ends_as_it_broke() {
+        let cluster = cluster(2).await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let call = generate(&cluster);
+        let head = call.head.clone();
+        let answer = ask(&mut service, call);
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let mut body = answer.await.unwrap().body;
+        assert_eq!(body.next().await.unwrap().unwrap().bytes, HELLO);
+        assert!(matches!(body.next().await, Some(Err(Error::Server { phase: Phase::Streaming, .. }))));
+        assert!(body.next().await.is_none());
+        let note = serde_json::to_value(head.trail.take()).unwrap();
+        assert_eq!(note[0]["facts"]["why"], "no other server can go on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_breaks_behind_the_end_breaks_nothing() {
+        let cluster = cluster(3).await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let answer = ask(&mut service, generate(&cluster));
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO, DONE], true));
+        let text = answer.await.unwrap().body.collect(9999).await.unwrap();
+        assert_eq!(text, [HELLO, DONE].concat());
+    }
 }

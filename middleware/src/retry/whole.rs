@@ -44,7 +44,8 @@ pub(super) async fn begin(mut reply: Reply) -> Begun {
     let first = chunks.first().and_then(|chunk| Some(chunk.as_ref().ok()?.bytes.clone())).unwrap_or_default();
     let outcome = reply.body.outcome().clone();
     let chunks = futures_util::stream::iter(chunks);
-    let mut body = if broken.is_some() { Body::new(chunks) } else { Body::new(chunks.chain(reply.body)) }.with_length(length);
+    let mut body =
+        if broken.is_some() { Body::new(chunks) } else { Body::new(chunks.chain(reply.body)) }.with_length(length);
     *body.outcome_mut() = outcome;
     Begun { reply: Reply { body, ..reply }, first, broken }
 }
