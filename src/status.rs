@@ -41,11 +41,17 @@ pub fn servers(snapshot: &Snapshot, about: &About) -> Value {
 
 fn one(server: &Server) -> Value {
     let report = &server.report;
+    let circuit = match server.circuits.server_state() {
+        0 => "closed",
+        1 => "open",
+        _ => "half-open",
+    };
     json!({
         "server": server.id.as_str(),
         "state": server.state.as_str(),
         "online": server.state == State::Up,
         "usable": server.is_usable(),
+        "circuit": circuit,
         "reason": server.reason,
         "weight": server.weight.get(),
         "in_flight": server.load.in_flight(),

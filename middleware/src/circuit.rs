@@ -183,6 +183,11 @@ impl Circuits {
         }
     }
 
+    /// Whether the server is left alone because it could not be reached.
+    pub fn is_server_unreachable(&self) -> bool {
+        self.is_server_open() && self.server.lock().is_unreachable
+    }
+
     /// The circuit of the server for its metric: 0 closed, 1 open, 2 half-open.
     pub fn server_state(&self) -> u8 {
         match self.server.mood() {
@@ -571,7 +576,7 @@ mod tests {
             }
         }
         let circuits = circuits(&cluster);
-        assert!(circuits.is_server_open());
+        assert!(circuits.is_server_open() && !circuits.is_server_unreachable());
         // That it tells how it is changes nothing.
         circuits.seen_well();
         assert!(circuits.is_server_open());

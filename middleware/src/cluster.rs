@@ -134,6 +134,11 @@ impl Server {
     pub fn is_usable(&self) -> bool {
         self.state != State::Down && !self.circuits.is_server_open()
     }
+
+    /// Whether it answers at all, as far as is known. One whose models fail can still list them.
+    pub fn is_reachable(&self) -> bool {
+        self.state != State::Down && !self.circuits.is_server_unreachable()
+    }
 }
 
 /// Where a model is.

@@ -26,6 +26,7 @@ pub struct Server {
 
 /// All that is known of a server; whoever waits for something watches it.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a trait of its own")]
 pub(super) struct State {
     pub(super) store: Store,
     pub(super) behaviour: Behaviour,

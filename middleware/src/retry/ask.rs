@@ -78,8 +78,10 @@ pub(super) struct Rendered {
 pub(super) struct Shown {
     pub(super) bounds: Bounds,
     pub(super) thinks: bool,
-    is_rendered: bool,
-    adds_bos: bool,
+    /// Whether a built-in parser makes answers of what it says, whatever the request wants.
+    is_parsed: bool,
+    /// Whether a built-in renderer writes its prompts, and its tokenizer begins them with a BOS besides.
+    strips_bos: bool,
 }
 
 #[derive(Deserialize)]
@@ -104,7 +106,15 @@ struct ShownBody {
     #[serde(default)]
     capabilities: Vec<String>,
     #[serde(default)]
+    details: Details,
+    #[serde(default)]
     model_info: Option<Map<String, Value>>,
+}
+
+#[derive(Default, Deserialize)]
+struct Details {
+    #[serde(default)]
+    family: String,
 }
 
 #[derive(Deserialize)]
@@ -145,6 +155,9 @@ where
         if shown.thinks && !self.request.thinks_not {
             return Err(No::Nobody("the model thinks"));
         }
+        if shown.is_parsed && !self.request.is_raw {
+            return Err(No::Nobody("what the model says is not its answer"));
+        }
         Ok(shown)
     }
 
@@ -171,7 +184,7 @@ where
     /// The prompt as it has to be sent raw to become what it was.
     pub(super) fn raw_prompt(&self, rendered: &Rendered, shown: &Shown) -> String {
         let version = self.candidates.iter().next().map(|server| &*server.report.version).unwrap_or_default();
-        let strips = shown.is_rendered && shown.adds_bos && !self.request.is_raw && is_at_least(version, STRIPS);
+        let strips = shown.strips_bos && !self.request.is_raw && is_at_least(version, STRIPS);
         let prompt = rendered.prompt.as_str();
         let stripped = RENDERED_BOS.iter().filter(|_| strips).find_map(|bos| prompt.strip_prefix(bos));
         stripped.unwrap_or(prompt).to_owned()
@@ -251,11 +264,17 @@ impl Shown {
                 _ => {}
             }
         }
+        let command = |name: &str| body.modelfile.lines().filter_map(|line| line.strip_prefix(name)).next_back();
+        let parser = command("PARSER ").unwrap_or_default();
+        // Other parsers only take tools and thinking out, of which there are none here. OpenAI's open models always speak in
+        // channels (`shouldUseHarmony` in Ollama's server/routes.go), and some others always think.
+        let thinks_anyway = parser.contains("think") && !parser.contains("no-think");
+        let is_harmony = parser == "harmony" || matches!(body.details.family.as_str(), "gptoss" | "gpt-oss");
         Self {
             bounds,
+            is_parsed: is_harmony || thinks_anyway,
             thinks: body.capabilities.iter().any(|can| can == "thinking"),
-            is_rendered: body.modelfile.lines().any(|line| line.starts_with("RENDERER ")),
-            adds_bos,
+            strips_bos: command("RENDERER ").is_some() && adds_bos,
         }
     }
 }
@@ -309,8 +328,17 @@ mod tests {
         });
         let shown = Shown::of(&serde_json::from_value(body).unwrap());
         assert_eq!(shown.bounds, Bounds { num_predict: Some(64), stops: Some(vec!["<|end|>".into(), "a\nb".into()]) });
-        assert!(shown.thinks && shown.is_rendered && shown.adds_bos);
+        assert!(shown.thinks && shown.strips_bos);
+        for (body, is_parsed) in [
+            (r#"{"modelfile":"PARSER harmony\n"}"#, true),
+            (r#"{"details":{"family":"gptoss"}}"#, true),
+            (r#"{"modelfile":"PARSER olmo3-think\n"}"#, true),
+            (r#"{"modelfile":"PARSER gemma4-no-thinking\n"}"#, false),
+            (r#"{"modelfile":"PARSER qwen3-coder\n"}"#, false),
+        ] {
+            assert_eq!(Shown::of(&serde_json::from_str(body).unwrap()).is_parsed, is_parsed, "{body}");
+        }
         let plain = Shown::of(&serde_json::from_str("{}").unwrap());
-        assert!(!plain.thinks && !plain.is_rendered && !plain.adds_bos);
+        assert!(!plain.thinks && !plain.strips_bos);
     }
 }

@@ -12,6 +12,9 @@ use crate::cluster::{Server, State};
 use crate::names::ServerId;
 use crate::trail::Fact;
 
+/// The most servers that a note names.
+const MOST_NAMES: usize = 8;
+
 impl Rules {
     /// Takes the servers out that are left alone now, unless nobody else is left. If it is time to find out about one of
     /// them, and the call may be sent again, it goes there; the server is returned then.
@@ -39,9 +42,9 @@ impl Rules {
                 call.note("retry", "every circuit is open: asks all the same", []);
                 return None;
             }
-            for server in probes.iter().chain(&closed) {
-                call.note("retry", "left alone: its circuit is open", [("server", Fact::from(&server.id))]);
-            }
+            let names = probes.iter().chain(&closed).take(MOST_NAMES).map(|server| Fact::from(&server.id)).collect();
+            let facts = [("servers", Fact::List(names)), ("count", (probes.len() + closed.len()).into())];
+            call.note("retry", "left alone: their circuits are open", facts);
         }
     }
 

@@ -145,7 +145,8 @@ impl Request {
         let options = self.options(most);
         let parts = [
             (&b",\"options\":"[..], options.as_deref()),
-            (b",\"keep_alive\":", self.parts.keep_alive.as_deref()),
+            // What only prepares must not end in the model's removal.
+            (b",\"keep_alive\":", self.parts.keep_alive.as_deref().filter(|_| streams)),
             (b",\"shift\":", self.parts.shift.as_deref()),
             (b",\"truncate\":", self.parts.truncate.as_deref()),
         ];
