@@ -6,6 +6,7 @@
 
 mod body;
 mod error;
+mod explain;
 mod gate;
 mod own;
 mod path;
@@ -16,6 +17,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use http::header::{self, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
@@ -44,7 +46,7 @@ pub type Answering = BoxFuture<'static, Result<Response<HttpBody>, Infallible>>;
 
 /// Everything that answers requests.
 pub struct Api {
-    stack: Stack,
+    stack: Arc<ArcSwap<Stack>>,
     shared: Shared,
     gate: Gate,
     room: Arc<Room>,
@@ -53,8 +55,15 @@ pub struct Api {
 }
 
 impl Api {
-    /// An API in front of a stack. `hop` is how this proxy marks its requests.
-    pub fn new(stack: Stack, shared: Shared, gate: Gate, room: Arc<Room>, own: Own, hop: HeaderValue) -> Self {
+    /// An API in front of a stack that may be exchanged. `hop` is how this proxy marks its requests.
+    pub fn new(
+        stack: Arc<ArcSwap<Stack>>,
+        shared: Shared,
+        gate: Gate,
+        room: Arc<Room>,
+        own: Own,
+        hop: HeaderValue,
+    ) -> Self {
         Self { stack, shared, gate, room, own, hop }
     }
 
@@ -84,7 +93,10 @@ impl Api {
                 Box::pin(self.relay(head, incoming, pass, manner))
             }
             Ok((None, _, pass)) => Box::pin(async move {
-                let answer = self.own.answer(request).await;
+                let answer = match request.uri().path() {
+                    explain::PATH => self.explain(request, client).await,
+                    _ => self.own.answer(request).await,
+                };
                 Ok(manner.applied(pass.marked(answer)).await)
             }),
             Err(answer) => Box::pin(async move { Ok(manner.applied(self.refuse(request, *answer).await).await) }),
@@ -153,7 +165,7 @@ impl Api {
     }
 
     fn send(&self, head: Arc<Head>, payload: Payload) -> Answer {
-        self.stack.send(Call::new(head, payload, self.shared.cluster.snapshot().all()))
+        self.stack.load().send(Call::new(head, payload, self.shared.cluster.snapshot().all()))
     }
 
     /// Sends a call that came as messages down the stack: the same way as one that came as HTTP.

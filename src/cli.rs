@@ -1,18 +1,30 @@
 //! The command line.
 
+mod check;
 mod client;
 #[cfg(feature = "engine")]
 mod engine;
+mod explain;
+mod flags;
+mod keys;
 mod proxy;
 mod server;
 mod up;
 
-use clap::{Parser, Subcommand};
+use std::io::Write;
+use std::time::Duration;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use olol_middleware::{Reply, ServerId};
+
+use crate::ollama::{Ask, Endpoint, Ollama};
+use crate::proxy::Proxy;
+use crate::reload::Trigger;
 
 /// Many Ollama servers behind one address that behaves exactly like one.
 #[derive(Debug, Parser)]
 #[command(name = "olol", version, about, propagate_version = true, disable_help_subcommand = true)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
     /// What is logged: error, warn, info, debug, trace, or a filter such as olol=debug,olol::access=off
@@ -30,24 +42,35 @@ enum Command {
     Server(server::Arguments),
     /// Ask a model and print what it says
     Client(client::Arguments),
+    /// Check a configuration, and print the stack, every value, and where it comes from
+    Check(check::Arguments),
+    /// Ask a running proxy what it would do with a request, or what it did with one
+    Explain(explain::Arguments),
+    /// Make, list and remove the keys of clients
+    Keys(keys::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
     Engine(engine::Arguments),
 }
 
-impl Cli {
-    /// Runs the command.
-    pub fn run(self) -> anyhow::Result<()> {
-        crate::telemetry::start(&self.log_level)?;
-        match self.command {
-            Command::Up(arguments) => arguments.run(),
-            Command::Proxy(arguments) => arguments.run(),
-            Command::Server(arguments) => arguments.run(),
-            Command::Client(arguments) => arguments.run(),
-            #[cfg(feature = "engine")]
-            Command::Engine(arguments) => arguments.run(),
-        }
+/// Runs the command that the arguments of this process say.
+pub fn run() -> anyhow::Result<()> {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    crate::telemetry::start(&cli.log_level)?;
+    // What each flag was set by.
+    let given = matches.subcommand().map_or(&matches, |(_, given)| given);
+    match cli.command {
+        Command::Up(arguments) => arguments.run(given),
+        Command::Proxy(arguments) => arguments.run(given),
+        Command::Server(arguments) => arguments.run(),
+        Command::Client(arguments) => arguments.run(),
+        Command::Check(arguments) => arguments.run(given),
+        Command::Explain(arguments) => arguments.run(),
+        Command::Keys(arguments) => arguments.run(),
+        #[cfg(feature = "engine")]
+        Command::Engine(arguments) => arguments.run(),
     }
 }
 
@@ -62,6 +85,21 @@ fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
         builder.worker_threads(threads);
     }
     Ok(builder.enable_all().build()?)
+}
+
+/// Prints a result, or a piece of one. Nobody reading any more is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => Ok(other?),
+    }
+}
+
+/// Says something that is not the result.
+fn say(text: &str) {
+    let mut out = std::io::stderr().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// The signals that ask us to stop. They count from the moment that this exists: one that comes while we start is not lost,
@@ -110,4 +148,48 @@ impl Stop {
         tracing::info!("stopping: answers may finish, nothing new is taken; asked once more, all ends at once");
         self.unless_asked(ending).await
     }
+}
+
+/// The signal that asks to read the configuration again. It counts from the moment that this exists, and kills no more.
+struct Hangups(#[cfg(unix)] tokio::signal::unix::Signal);
+
+impl Hangups {
+    fn listen() -> anyhow::Result<Self> {
+        #[cfg(unix)]
+        {
+            use tokio::signal::unix::{SignalKind, signal};
+            Ok(Self(signal(SignalKind::hangup())?))
+        }
+        #[cfg(windows)]
+        Ok(Self())
+    }
+
+    /// Reloads a proxy whenever it is asked to; for ever.
+    async fn reload(&mut self, proxy: &Proxy) {
+        #[cfg(unix)]
+        while self.0.recv().await.is_some() {
+            // What is wrong stands in the log.
+            let _ = proxy.reload(Trigger::Signal).await;
+        }
+        std::future::pending::<()>().await;
+    }
+}
+
+/// An Ollama, or a proxy, at a host and a port.
+fn ollama_at(host: &str, port: u16) -> anyhow::Result<Ollama> {
+    let is_bare_v6 = host.contains(':') && !host.starts_with('[') && !host.contains("://");
+    let address = if is_bare_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+    let endpoint = Endpoint::parse(&address, port)?;
+    Ok(Ollama::new(ServerId::new(&address), endpoint, Duration::from_secs(5)))
+}
+
+/// Sends a call to it, which may be answered in whichever way.
+async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
+    ollama.send(ask).await.map_err(|error| {
+        let reason = match error {
+            olol_middleware::Error::Server { source, .. } => source.to_string(),
+            other => other.to_string(),
+        };
+        anyhow::anyhow!("no Ollama answers at {}: {reason} (is it running? `olol up` starts one)", ollama.endpoint())
+    })
 }

@@ -1,33 +1,52 @@
 //! The configuration of a proxy: a file, then the environment, then flags.
+//!
+//! What is wrong with it is said with its place (`document`) and in words that its author knows (`words`); where each value
+//! comes from is told by `source`.
+
+mod document;
+mod key;
+mod source;
+#[cfg(test)]
+mod tests;
+mod words;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use olol_middleware::auth;
 use olol_middleware::stack;
-use serde::Deserialize;
+use olol_middleware::units::{Seconds, SomeSeconds, Whole};
+use serde::{Deserialize, Serialize};
 
+use crate::api::Origins;
 use crate::{pool, scatter};
 
+pub use document::Complaint;
+use document::Document;
+pub use key::Key;
+pub(crate) use key::differences;
+pub use source::{Effective, Origin, Override, Set, Setting, Source};
+
 /// The `[limits]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Limits {
     /// Bytes of request bodies that are held for all requests together. What is beyond is streamed, and tried once.
     pub body_memory: u64,
     /// Seconds between two pieces of a request body after which its sender counts as gone.
-    pub body_pause_s: u64,
+    pub body_pause_s: SomeSeconds,
     /// Seconds that running answers may take after a stop was asked for.
-    pub grace_s: u64,
+    pub grace_s: Seconds,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_memory: 1 << 30, body_pause_s: 60, grace_s: 30 }
+        Self { body_memory: 1 << 30, body_pause_s: SomeSeconds::new(60), grace_s: Seconds::new(30) }
     }
 }
 
 /// The `[proxy]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Proxy {
     /// Address to listen on.
@@ -37,23 +56,29 @@ pub struct Proxy {
     /// The servers, each as in `--servers`.
     pub servers: Vec<String>,
     /// Worker threads; 0: one a processor.
-    pub threads: usize,
+    pub threads: Threads,
     /// Further origins that may ask from a browser, as in `OLLAMA_ORIGINS`.
     pub origins: Vec<String>,
 }
 
 impl Default for Proxy {
     fn default() -> Self {
-        Self { host: "127.0.0.1".to_owned(), port: 8000, servers: Vec::new(), threads: 0, origins: Vec::new() }
+        Self {
+            host: "127.0.0.1".to_owned(),
+            port: 8000,
+            servers: Vec::new(),
+            threads: Threads::new(0),
+            origins: Vec::new(),
+        }
     }
 }
 
 /// The whole file.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Worker threads; 0: one a processor. Stands before the tables.
-    pub threads: usize,
+    pub threads: Threads,
     /// Where to listen, and the servers.
     pub proxy: Proxy,
     /// Limits of every request.
@@ -64,15 +89,24 @@ pub struct Config {
     pub spool: scatter::Config,
     /// Which layers are on.
     pub stack: stack::Table,
+    /// How one of the candidates is picked.
+    pub pick: olol_middleware::pick::Config,
     /// The `trace` layer.
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
     pub metrics: olol_middleware::metrics::Config,
+    /// The `auth` layer.
+    pub auth: olol_middleware::auth::Config,
+    /// The `queue` layer.
+    pub queue: olol_middleware::queue::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
     /// The `retry` layer.
     pub retry: olol_middleware::retry::Config,
 }
+
+/// Worker threads; 0: one a processor.
+pub type Threads = Whole<0, 1024>;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -86,64 +120,136 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not what it should be: place and reason.
-    #[error("{path}: {message}", path = path.display())]
-    Syntax {
-        /// The file.
-        path: PathBuf,
-        /// Line, column and what is wrong.
-        message: String,
-    },
-    /// The values do not fit together.
+    #[error("{0}")]
+    Wrong(Box<Complaint>),
+    /// A value from elsewhere is not what it should be.
     #[error("{0}")]
     Invalid(String),
 }
 
+impl ConfigError {
+    /// The error with what it comes from.
+    pub fn told(&self) -> String {
+        match self {
+            Self::File { source, .. } => format!("{self}: {source}"),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// A value that is of the right type and wrong all the same.
+#[derive(Debug)]
+struct Wrong {
+    key: Key,
+    what: String,
+}
+
+impl Wrong {
+    /// The error of a configuration that comes from no file.
+    fn alone(self) -> ConfigError {
+        ConfigError::Invalid(format!("{}: {}", self.key, self.what))
+    }
+}
+
 impl Config {
-    /// Reads a file.
+    /// Reads a file, as it is: [`Source`] reads it with what goes before it.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
-        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Syntax {
-            path: path.to_owned(),
-            message: error.to_string().trim_end().to_owned(),
-        })?;
-        config.validate()?;
+        let document = Document::read(path)?;
+        let config = document.config()?;
+        config.check().map_err(|wrong| document.blames(&wrong))?;
         Ok(config)
     }
 
-    /// Checks what spans several tables.
+    /// Checks what no type can hold.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        self.servers()?;
-        self.address()?;
+        self.check().map_err(Wrong::alone)
+    }
+
+    fn check(&self) -> Result<(), Wrong> {
+        self.resolved_servers()?;
+        self.checked_origins()?;
+        self.resolved_address()?;
         Ok(())
     }
 
     /// Address to listen on.
     pub fn address(&self) -> Result<SocketAddr, ConfigError> {
-        listen_address(&self.proxy.host, self.proxy.port).map_err(ConfigError::Invalid)
+        self.resolved_address().map_err(Wrong::alone)
+    }
+
+    fn resolved_address(&self) -> Result<SocketAddr, Wrong> {
+        listen_address(&self.proxy.host, self.proxy.port)
+            .map_err(|what| Wrong { key: Key::of(["proxy", "host"]), what })
     }
 
     /// The servers.
     pub fn servers(&self) -> Result<Vec<pool::ServerSpec>, ConfigError> {
-        let list = self.proxy.servers.join(",");
-        pool::ServerSpec::parse_list(&list).map_err(|error| ConfigError::Invalid(format!("servers: {error}")))
+        self.resolved_servers().map_err(Wrong::alone)
+    }
+
+    fn resolved_servers(&self) -> Result<Vec<pool::ServerSpec>, Wrong> {
+        let mut servers = Vec::new();
+        for (at, text) in self.proxy.servers.iter().enumerate() {
+            pool::ServerSpec::parse_onto(&mut servers, text)
+                .map_err(|error| Wrong { key: Key::of(["proxy", "servers"]).at(at), what: error.to_string() })?;
+        }
+        Ok(servers)
+    }
+
+    /// The origins of web pages that may ask.
+    pub fn origins(&self) -> Result<Origins, ConfigError> {
+        self.checked_origins().map_err(Wrong::alone)
+    }
+
+    fn checked_origins(&self) -> Result<Origins, Wrong> {
+        for (at, origin) in self.proxy.origins.iter().enumerate() {
+            Origins::new(origin).map_err(|what| Wrong { key: Key::of(["proxy", "origins"]).at(at), what })?;
+        }
+        let origins: Vec<&str> = self.proxy.origins.iter().map(String::as_str).filter(|o| !o.is_empty()).collect();
+        Origins::new(&origins.join(",")).map_err(|what| Wrong { key: Key::of(["proxy", "origins"]), what })
     }
 
     /// Worker threads; 0: one a processor.
     pub fn worker_threads(&self) -> usize {
-        self.threads.max(self.proxy.threads)
+        let threads = if self.threads == Threads::default() { self.proxy.threads } else { self.threads };
+        usize::try_from(threads.get()).unwrap_or(0)
+    }
+
+    /// This configuration with the values of another where only a restart can change them.
+    #[must_use]
+    pub(crate) fn restarting_as(&self, other: &Self) -> Self {
+        let proxy = Proxy { origins: self.proxy.origins.clone(), ..other.proxy.clone() };
+        Self {
+            threads: other.threads,
+            proxy,
+            limits: other.limits.clone(),
+            pool: other.pool.clone(),
+            spool: other.spool.clone(),
+            auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
+            ..self.clone()
+        }
     }
 
     /// The tables of the layers.
     pub fn layers(&self) -> stack::Config {
         stack::Config {
             stack: self.stack.clone(),
+            pick: self.pick.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
+            auth: self.auth.clone(),
+            queue: self.queue,
             model_route: self.model_route.clone(),
             retry: self.retry.clone(),
         }
     }
+}
+
+/// The user's folder for what OLOL keeps: `$XDG_CONFIG_HOME/olol`, else `~/.config/olol`.
+pub fn folder() -> Option<PathBuf> {
+    let named = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".config"));
+    Some(named.or_else(home)?.join("olol"))
 }
 
 /// A host as given to `--host`, with a port: an address, `localhost`, or a name that resolves.
@@ -153,29 +259,4 @@ pub fn listen_address(host: &str, port: u16) -> Result<SocketAddr, String> {
     let mut addresses =
         (bare, port).to_socket_addrs().map_err(|error| format!("cannot listen on '{host}': {error}"))?;
     addresses.next().ok_or_else(|| format!("cannot listen on '{host}': it has no address"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn error(text: &str) -> String {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), text).unwrap();
-        Config::read(file.path()).unwrap_err().to_string()
-    }
-
-    #[test]
-    fn the_documented_file_holds_every_default() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/olol.toml");
-        assert_eq!(Config::read(&path).unwrap(), Config::default());
-    }
-
-    #[test]
-    fn what_is_wrong_is_said_with_its_place() {
-        assert!(error("[proxy]\nprot = 1").contains("line 2") && error("[proxy]\nprot = 1").contains("`prot`"));
-        assert!(error("[proxy]\nport = \"x\"").contains("line 2"));
-        assert!(error("[proxy]\nservers = [\"a:b\"]").contains("'b' is no port"));
-        assert!(error("[stack]\norder = [\"retry\", \"model-route\"]").contains("must come first"));
-    }
 }

@@ -8,9 +8,13 @@
 //! | [`serve`] | takes connections |
 //! | [`api`] | HTTP to a call, a reply to HTTP |
 //! | [`scatter`] | calls that concern several servers |
+//! | [`keys`] | the file of keys |
+//! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
+//! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
+//! | [`reload`] | a new configuration without a restart |
 //! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
 
 pub mod agent;
@@ -19,11 +23,14 @@ pub mod cli;
 pub mod config;
 #[cfg(feature = "engine")]
 pub mod engine;
+pub mod keys;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;
+pub mod reload;
 pub mod rpc;
 pub mod scatter;
 pub mod serve;
 pub mod status;
 pub mod telemetry;
+pub mod watch;

@@ -2,10 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    match olol::cli::Cli::parse().run() {
+    match olol::cli::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let mut out = std::io::stderr().lock();

@@ -106,6 +106,11 @@ impl Ollama {
         Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host }))
     }
 
+    /// Its name.
+    pub fn id(&self) -> &ServerId {
+        &self.0.id
+    }
+
     /// Where it is.
     pub fn endpoint(&self) -> &Endpoint {
         self.0.links.endpoint()

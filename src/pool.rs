@@ -10,16 +10,17 @@ mod linger;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::task::{self, Poll};
-use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::HeaderValue;
 use http::header;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::Member;
+use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
+use olol_middleware::units::{Seconds, SomeMs};
 use olol_middleware::{Call, Cluster, Error, Payload, Reply, Server, ServerId};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tower::Service;
@@ -35,19 +36,19 @@ pub const AGENT_PORT: u16 = 50051;
 pub const OLLAMA_PORT: u16 = 11434;
 
 /// The `[pool]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Milliseconds after which a server that takes no connection counts as failed.
-    pub connect_timeout_ms: u64,
+    pub connect_timeout_ms: SomeMs,
     /// Milliseconds between two checks of a bare Ollama (jittered by a tenth), and the longest silence of an agent.
-    pub check_interval_ms: u64,
+    pub check_interval_ms: SomeMs,
     /// Milliseconds after which a check without an answer counts as failed.
-    pub check_timeout_ms: u64,
+    pub check_timeout_ms: SomeMs,
     /// Failed checks in a row after which a server is down.
-    pub check_failures: u32,
+    pub check_failures: NonZeroU32,
     /// Seconds that a load goes on after its client has left.
-    pub load_linger_s: u64,
+    pub load_linger_s: Seconds,
     /// Loads without a client that may go on at one server at the same time.
     pub load_linger_max: u32,
 }
@@ -55,11 +56,11 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            connect_timeout_ms: 3000,
-            check_interval_ms: 5000,
-            check_timeout_ms: 3000,
-            check_failures: 2,
-            load_linger_s: 600,
+            connect_timeout_ms: SomeMs::new(3000),
+            check_interval_ms: SomeMs::new(5000),
+            check_timeout_ms: SomeMs::new(3000),
+            check_failures: NonZeroU32::MIN.saturating_add(1),
+            load_linger_s: Seconds::new(600),
             load_linger_max: 4,
         }
     }
@@ -116,7 +117,13 @@ impl ServerSpec {
 
     /// Reads a list with commas between the servers. Names and addresses must differ.
     pub fn parse_list(text: &str) -> Result<Vec<Self>, EndpointError> {
-        let mut servers: Vec<Self> = Vec::new();
+        let mut servers = Vec::new();
+        Self::parse_onto(&mut servers, text)?;
+        Ok(servers)
+    }
+
+    /// Reads more of a list.
+    pub fn parse_onto(servers: &mut Vec<Self>, text: &str) -> Result<(), EndpointError> {
         for part in text.split(',').filter(|part| !part.trim().is_empty()) {
             let server = Self::parse(part)?;
             if let Some(twin) = servers.iter().find(|other| other.id == server.id || other.way == server.way) {
@@ -124,7 +131,7 @@ impl ServerSpec {
             }
             servers.push(server);
         }
-        Ok(servers)
+        Ok(())
     }
 }
 
@@ -136,6 +143,13 @@ enum Backend {
 }
 
 impl Backend {
+    fn id(&self) -> &ServerId {
+        match self {
+            Self::Ollama(ollama) => ollama.id(),
+            Self::Agent(agent) => agent.id(),
+        }
+    }
+
     /// Sends a call and returns when the head of the answer is there.
     fn ask(&self, ask: Ask, context: Context) -> Answer {
         match self {
@@ -185,7 +199,7 @@ impl Pool {
     pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue) -> Self {
         let members = servers.iter().map(|server| Member { id: server.id.clone(), weight: server.weight }).collect();
         let cluster = Cluster::new(members);
-        let connect = Duration::from_millis(config.connect_timeout_ms);
+        let connect = config.connect_timeout_ms.time();
         let backend = |server: &ServerSpec| match &server.way {
             Way::Agent(endpoint) => {
                 Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)))
@@ -193,7 +207,7 @@ impl Pool {
             Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
         };
         let backends = servers.iter().map(|server| Arc::new(backend(server))).collect();
-        let linger = Arc::new(Linger::new(Duration::from_secs(config.load_linger_s), config.load_linger_max));
+        let linger = Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max));
         Self(Arc::new(Inner { backends, cluster, linger, hop: hop.clone() }))
     }
 
@@ -243,7 +257,7 @@ impl Service<Call> for One {
             Backend::Ollama(_) => Context::default(),
         };
         let loading = linger::loads(&call, self.index);
-        let answer = backend.ask(prepared(call, &self.pool.hop), context);
+        let answer = backend.ask(prepared(call, backend.id(), &self.pool.hop), context);
         match loading {
             Some(model) => Box::pin(linger::Outliving::new(answer, model, backend.clone(), self.pool.linger.clone())),
             None => answer,
@@ -251,10 +265,14 @@ impl Service<Call> for One {
     }
 }
 
-/// A call as its server gets it.
-fn prepared(call: Call, hop: &HeaderValue) -> Ask {
+/// A call as its server gets it: with what its client may show there, and without what it has shown here.
+fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
     headers.insert(HOP, hop.clone());
+    keys::strip(&mut headers);
+    if let Some(credentials) = call.key.get().and_then(|key| key.outbound(server)) {
+        headers.insert(header::AUTHORIZATION, credentials.clone());
+    }
     let mut ask = Ask {
         method: call.method.clone(),
         path: call.path.clone().into(),
@@ -276,6 +294,12 @@ fn edit(ask: &mut Ask, edits: Edits) {
     }
     if let Some(path) = edits.path {
         ask.path = path.into();
+    }
+    for (name, value) in edits.headers {
+        match value {
+            Some(value) => drop(ask.headers.insert(name, value)),
+            None => drop(ask.headers.remove(name)),
+        }
     }
     if !edits.body.is_empty() {
         ask.payload = std::mem::replace(&mut ask.payload, Payload::empty()).edited(&edits.body);

@@ -7,13 +7,15 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures_util::TryFutureExt;
 use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments, stack};
+use olol_middleware::stack::Concern;
+use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments};
 use olol_proto::v1::server_server::ServerServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -22,9 +24,11 @@ use tower::Service;
 use tower_http::body::UnsyncBoxBody;
 use tower_http::catch_panic::CatchPanic;
 
-use crate::api::{Answering, Api, Gate, HttpBody, Origins, Own, Room};
-use crate::config::Config;
+use crate::api::{Answering, Api, Gate, HttpBody, Own, Room};
+use crate::config::{Config, Source};
+use crate::keys;
 use crate::pool::Pool;
+use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
 use crate::serve::{self, Answers};
@@ -37,7 +41,8 @@ const UPKEEP: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
-    cluster: Arc<Cluster>,
+    shared: Shared,
+    reloader: Arc<Reloader>,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
@@ -45,8 +50,13 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts a proxy.
+    /// Starts a proxy whose configuration stays as it is.
     pub async fn start(config: &Config) -> anyhow::Result<Self> {
+        Self::start_from(config, None).await
+    }
+
+    /// Starts a proxy with a configuration that was read from `source`, and is read again when that changes.
+    pub async fn start_from(config: &Config, source: Option<Source>) -> anyhow::Result<Self> {
         config.validate()?;
         let wanted = config.address()?;
         let listener =
@@ -56,35 +66,39 @@ impl Proxy {
         let hop = HeaderValue::from_str(&instance)?;
         let pool = Pool::new(&config.servers()?, &config.pool, &hop);
         let cluster = pool.cluster().clone();
-        let about = About {
-            instance,
-            stack: config.stack.order.layers().iter().map(ToString::to_string).collect(),
-            address: address.to_string(),
-        };
+        let file = source.as_ref().and_then(|source| source.file.clone());
+        let running = Running::new(config.clone());
+        let about = About { instance, address: address.to_string(), file, running: running.clone() };
         let shared = Shared::new(cluster.clone());
+        // Also where nobody asks for them yet: a reload may bring `auth`.
+        let keys = match keys::start(&config.auth, &shared.keys) {
+            Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
+                tracing::warn!(%error, "there are no keys");
+                JoinSet::new()
+            }
+            keys => keys?,
+        };
         let watching = pool.watch(&config.pool);
-        let leaf = Scatter::new(pool, cluster.clone(), &config.spool, about.clone());
-        let stack = stack::build(&config.layers(), &shared, Stack::new(leaf));
-        let origins = std::env::var("OLLAMA_ORIGINS").unwrap_or_default();
-        let listed: Vec<&str> = config
-            .proxy
-            .origins
-            .iter()
-            .map(String::as_str)
-            .chain([origins.as_str()])
-            .filter(|o| !o.is_empty())
-            .collect();
-        let gate = Gate::new(Origins::new(&listed.join(",")).map_err(anyhow::Error::msg)?, address.ip());
-        let room = Room::new(config.limits.body_memory, Duration::from_secs(config.limits.body_pause_s));
+        let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
+        let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
+        let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
+        let gate = Gate::new(origins, address.ip());
+        let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
         let metrics = recorder()?;
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
-        let own = Own::new(shared.clone(), about, metrics);
-        let api = Arc::new(Api::new(stack, shared, gate, room, own, hop));
+        upkeep.spawn(reloader.clone().follow_file());
+        let own = Own::new(shared.clone(), about, metrics, reloader.clone());
+        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, room, own, hop));
         let stop = CancellationToken::new();
-        let grace = Duration::from_secs(config.limits.grace_s);
+        let grace = config.limits.grace_s.time();
         let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
-        Ok(Self { address, cluster, stop, running, _tasks: vec![watching, upkeep] })
+        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
+    }
+
+    /// Reads its configuration again.
+    pub async fn reload(&self, trigger: Trigger) -> Result<Reloaded, ReloadError> {
+        self.reloader.reload(trigger).await
     }
 
     /// Where it listens.
@@ -94,7 +108,12 @@ impl Proxy {
 
     /// What it knows of its servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
-        &self.cluster
+        &self.shared.cluster
+    }
+
+    /// The state of its layers.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// Takes nothing new, lets answers finish, and returns whether all of them did in time.

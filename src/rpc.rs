@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Stream, StreamExt};
 use olol_middleware::call::{Body, Pieces};
-use olol_middleware::{Chunk, Error, Payload, Reply, Route};
+use olol_middleware::{Chunk, Error, Payload, Reply, Route, keys};
 use olol_proto::v1::server_server::{Server, ServerServer};
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse,
@@ -23,6 +23,7 @@ use olol_proto::v1::{
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::ollama::Ask;
@@ -70,7 +71,7 @@ impl Server for Face {
     type ChatMessageStream = Answers<ChatResponse>;
 
     async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
-        let mut messages = request.into_inner();
+        let (metadata, _, mut messages) = request.into_parts();
         let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("the call has no message"))?;
         let head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
         let deadline = Duration::from_millis(head.deadline_ms);
@@ -81,7 +82,7 @@ impl Server for Face {
             Some(length) if length <= LARGEST_HELD && !is_upload => held(first.body, messages).await?,
             _ => streamed(first.body, messages, length),
         };
-        let sending = (self.send)(ask(head, payload)?);
+        let sending = (self.send)(self.showing(&metadata, ask(head, payload)?));
         let reply = if deadline.is_zero() {
             sending.await
         } else {
@@ -134,34 +135,39 @@ impl Server for Face {
     }
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let ask = typed::generate(request.into_inner())?;
+        let (metadata, _, request) = request.into_parts();
+        let ask = self.showing(&metadata, typed::generate(request)?);
         Ok(Response::new(typed::lines(self.good(ask).await?, typed::generated)))
     }
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<Self::ChatStream>, Status> {
-        let ask = typed::chat(request.into_inner())?;
+        let (metadata, _, request) = request.into_parts();
+        let ask = self.showing(&metadata, typed::chat(request)?);
         Ok(Response::new(typed::lines(self.good(ask).await?, typed::chatted)))
     }
 
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
-        let ask = typed::embed(request.into_inner())?;
+        let (metadata, _, request) = request.into_parts();
+        let ask = self.showing(&metadata, typed::embed(request)?);
         Ok(Response::new(typed::embedded(&typed::object(self.good(ask).await?).await?)))
     }
 
-    async fn list_models(&self, _request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
-        let (tags, ps) = tokio::try_join!(self.good(Ask::get("/api/tags")), self.good(Ask::get("/api/ps")))?;
+    async fn list_models(&self, request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        let list = |path| self.good(self.showing(request.metadata(), Ask::get(path)));
+        let (tags, ps) = tokio::try_join!(list("/api/tags"), list("/api/ps"))?;
         let (tags, ps) = tokio::try_join!(typed::object(tags), typed::object(ps))?;
         Ok(Response::new(typed::listed(&tags, &ps)))
     }
 
     async fn show_model(&self, request: Request<ShowModelRequest>) -> Result<Response<ShowModelResponse>, Status> {
-        let request = request.into_inner();
-        let shown = typed::object(self.good(typed::show(&request)).await?).await?;
+        let (metadata, _, request) = request.into_parts();
+        let shown = typed::object(self.good(self.showing(&metadata, typed::show(&request))).await?).await?;
         Ok(Response::new(typed::shown(&request.model, &shown)))
     }
 
     async fn pull_model(&self, request: Request<PullModelRequest>) -> Result<Response<Self::PullModelStream>, Status> {
-        let ask = typed::pull(&request.into_inner());
+        let (metadata, _, request) = request.into_parts();
+        let ask = self.showing(&metadata, typed::pull(&request));
         Ok(Response::new(typed::lines(self.good(ask).await?, typed::pulled)))
     }
 
@@ -185,6 +191,18 @@ impl Face {
     fn about(&self) -> Result<&SelfDescription, Status> {
         let reason = "an agent describes itself; the state of the proxy is at GET /api/status";
         self.about.as_ref().ok_or_else(|| Status::unimplemented(reason))
+    }
+
+    /// A call with the key that its caller shows. Keys are the proxy's: what an agent is shown is not for the Ollama beside it.
+    fn showing(&self, metadata: &MetadataMap, mut ask: Ask) -> Ask {
+        if self.about.is_none() {
+            for name in &keys::HEADERS {
+                for value in metadata.as_ref().get_all(name) {
+                    ask.headers.append(name, value.clone());
+                }
+            }
+        }
+        ask
     }
 
     /// Sends a typed call and returns its answer if it is a good one; else the error as a status.
@@ -279,6 +297,7 @@ fn piece(chunk: Chunk) -> RelayResponse {
     let counters = chunk.end.map(|end| RelayCounters {
         prompt_tokens: end.prompt_tokens,
         output_tokens: end.output_tokens,
+        prompt_duration_ns: nanos(end.prompt_duration),
         eval_duration_ns: nanos(end.eval_duration),
         load_duration_ns: nanos(end.load_duration),
     });
@@ -290,9 +309,13 @@ fn failure(error: &Error) -> Status {
     let mut status = match error {
         Error::Server { source, .. } => Status::unavailable(source.to_string()),
         Error::NoServer(_) => Status::unavailable(error.to_string()),
-        Error::Busy => Status::resource_exhausted(error.to_string()),
+        Error::Busy { .. } | Error::RateLimited { .. } => Status::resource_exhausted(error.to_string()),
         Error::Body(_) => Status::invalid_argument(error.to_string()),
         Error::Loop => Status::failed_precondition(error.to_string()),
+        Error::Unauthorized(_) => Status::unauthenticated(error.to_string()),
+        Error::Forbidden(_) => Status::permission_denied(error.to_string()),
+        Error::Timeout { .. } => Status::deadline_exceeded(error.to_string()),
+        Error::Unsupported(_) => Status::unimplemented(error.to_string()),
         _ => Status::internal(error.to_string()),
     };
     if let Error::Server { phase, .. } = error {

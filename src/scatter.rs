@@ -18,8 +18,9 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
 use olol_middleware::cluster::State;
 use olol_middleware::pick::{Fleet, Pick};
+use olol_middleware::units::SomeSeconds;
 use olol_middleware::{Call, Candidates, Cluster, Error, ModelName, Reply, Route, Scope, Server};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use crate::status::About;
@@ -30,7 +31,7 @@ const MERGE_LIMIT: Duration = Duration::from_secs(1);
 const LONGEST: usize = 64 << 20;
 
 /// The `[spool]` table: where blobs of a `create` wait when there are several servers.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Folder; empty: `olol` in the system's folder for temporary files.
@@ -38,12 +39,12 @@ pub struct Config {
     /// Bytes that may wait there.
     pub max_bytes: u64,
     /// Seconds after which a blob that nobody used is removed.
-    pub ttl_s: u64,
+    pub ttl_s: SomeSeconds,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { dir: PathBuf::new(), max_bytes: 64 << 30, ttl_s: 3600 }
+        Self { dir: PathBuf::new(), max_bytes: 64 << 30, ttl_s: SomeSeconds::new(3600) }
     }
 }
 
@@ -64,9 +65,10 @@ struct Common {
 
 impl<F: Fleet> Scatter<F> {
     /// A leaf over a fleet.
-    pub fn new(fleet: F, cluster: Arc<Cluster>, config: &Config, about: About) -> Self {
+    pub fn new(fleet: F, shared: &olol_middleware::Shared, config: &Config, about: About) -> Self {
+        let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
         let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), about });
-        Self { pick: Pick::new(fleet), shared }
+        Self { pick: Pick::new(fleet, picking), shared }
     }
 }
 
@@ -200,7 +202,7 @@ fn holders(candidates: &Candidates, model: Option<&ModelName>) -> Vec<Arc<Server
     known.installed.iter().filter_map(|index| snapshot.servers.get(index)).cloned().collect()
 }
 
-/// Whether a call only looks.
+/// Whether a call only looks, and no layer wants to see more.
 fn is_head(call: &Call) -> bool {
-    call.method == Method::HEAD
+    call.edits.as_ref().and_then(|edits| edits.method.as_ref()).unwrap_or(&call.method) == Method::HEAD
 }

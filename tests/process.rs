@@ -117,6 +117,7 @@ async fn an_agent_that_is_killed_ends_its_streams_and_no_others() {
     let agents = [Process::agent(cluster.server(0).address()).await, Process::agent(cluster.server(1).address()).await];
     let servers = format!("0@{},1@{}", agents[0].address(), agents[1].address());
     let proxy = Process::proxy(&servers, &[]).await;
+    proxy.has_up(2).await;
     let mut streams = Vec::new();
     for _ in 0..2 {
         let mut stream = proxy.connect().await;
@@ -181,7 +182,7 @@ async fn what_is_wrong_on_the_command_line_is_said_with_its_remedy() {
 async fn what_is_wrong_in_the_file_is_said_with_its_place() {
     for (text, says) in [
         ("[proxy]\nprot = 1\n", "line 2"),
-        ("[stack]\norder = [\"retyr\"]\n", "unknown variant `retyr`"),
+        ("[stack]\norder = [\"retyr\"]\n", "unknown layer `retyr`; did you mean `retry`?"),
         ("[stack]\norder = [\"retry\", \"model-route\"]\n", "must come first"),
         ("[proxy]\nservers = [\"a:b\"]\n", "'b' is no port"),
     ] {

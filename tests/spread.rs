@@ -72,7 +72,7 @@ async fn a_server_that_has_the_model_in_memory_comes_first() {
 async fn a_server_that_would_have_to_load_is_asked_when_the_others_are_busy() {
     let cluster = Cluster::of(2).await.all_have("tiny");
     cluster.server(0).has_loaded("tiny");
-    let olol = Olol::start(&cluster, "model-route.spill-after = 2").await;
+    let olol = Olol::start(&cluster, "pick.slots = [{ slots = 2 }]").await;
     let _streams = running(&cluster, &olol, "tiny", 3).await;
     assert_eq!(work(&cluster), [2, 1]);
 }

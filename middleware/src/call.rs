@@ -27,7 +27,9 @@ use crate::json::Span;
 use crate::keys::Key;
 use crate::names::{ModelName, ServerId};
 use crate::peek::Peek;
+use crate::place::Named;
 use crate::route::Route;
+use crate::slots::{Lease, Ticket};
 use crate::trail::{self, Trail};
 
 /// One request of a client, on its way to a server.
@@ -47,6 +49,10 @@ pub struct Call {
     pub edits: Option<Box<Edits>>,
     /// When its client stops waiting.
     pub deadline: Option<Instant>,
+    /// Its right to a slot, once `queue` has given it one. Without one it is not held back: the server queues it.
+    pub ticket: Option<Arc<Ticket>>,
+    /// A slot that it has waited for.
+    pub lease: Option<Lease>,
     /// Whether to keep away from pooled connections: the last attempt died on one.
     pub fresh: bool,
     /// Attempts before this one.
@@ -109,6 +115,8 @@ impl Head {
 pub struct Place {
     /// The model, if there is one.
     pub model: Option<ModelName>,
+    /// The load options that the call names, once `model-route` has looked.
+    pub options: Option<Arc<Named>>,
 }
 
 /// How what a server gets differs from what the client sent.
@@ -118,6 +126,8 @@ pub struct Edits {
     pub method: Option<Method>,
     /// Another path.
     pub path: Option<PathAndQuery>,
+    /// Headers with what they are instead; without a value they are left out.
+    pub headers: SmallVec<[(HeaderName, Option<HeaderValue>); 1]>,
     /// Parts of the body with what stands there instead, in any order, none over another.
     pub body: SmallVec<[(Span, Bytes); 1]>,
 }
@@ -126,7 +136,7 @@ impl Call {
     /// A call that nobody has looked at yet: every server is in question.
     pub fn new(head: impl Into<Arc<Head>>, payload: Payload, candidates: Candidates) -> Self {
         let head = head.into();
-        let place = Place { model: head.model.clone() };
+        let place = Place { model: head.model.clone(), options: None };
         Self {
             head,
             payload,
@@ -135,6 +145,8 @@ impl Call {
             candidates,
             edits: None,
             deadline: None,
+            ticket: None,
+            lease: None,
             fresh: false,
             attempts: 0,
             limits: None,
@@ -161,6 +173,8 @@ impl Call {
             candidates: self.candidates.clone(),
             edits: self.edits.clone(),
             deadline: self.deadline,
+            ticket: self.ticket.clone(),
+            lease: None,
             fresh: self.fresh,
             attempts: self.attempts,
             limits: self.limits.clone(),
@@ -366,6 +380,8 @@ pub struct Counters {
     pub prompt_tokens: u64,
     /// Tokens made.
     pub output_tokens: u64,
+    /// Time for the tokens of the prompt; zero if the dialect does not tell.
+    pub prompt_duration: Duration,
     /// Time for the tokens made; zero if the dialect does not tell.
     pub eval_duration: Duration,
     /// Time that the model took to load; zero if the dialect does not tell.

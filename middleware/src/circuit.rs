@@ -6,24 +6,21 @@
 //! models fail and none answers. Who is slow to begin has not failed, since models load for minutes; only a model that is in
 //! memory, asked for a stream, and silent towards everybody for as long as [`Limits::hang`], has.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use http::StatusCode;
 use tokio::time::Instant;
 
 use crate::call::{Call, End};
-use crate::cluster::Server;
+use crate::cluster::{Known, Server};
 use crate::error::{Error, Phase};
 use crate::instruments::ServerMeters;
 use crate::names::{ModelName, ServerId};
 use crate::route::Dialect;
+use crate::runner::Runner;
 
-/// Models of one server whose calls are followed; beyond them only the server is.
-const MOST_MODELS: usize = 4096;
 /// The share of its calls that the ramp begins with.
 const FIRST_SHARE: f32 = 0.1;
 /// Models of a server that must fail, while none of them answers, before it is the server that has failed.
@@ -55,29 +52,29 @@ pub enum Admission {
     Probe,
 }
 
-/// The circuits of one server. Lives beside the snapshots of the cluster, not in them.
+/// The circuit of one server, and what is known of those of its models. Lives beside the snapshots of the cluster, not in
+/// them; the circuits of the models are in their runners.
 #[derive(Debug)]
 pub struct Circuits {
     id: ServerId,
     meters: Arc<ServerMeters>,
     server: Circuit,
-    models: ArcSwap<HashMap<ModelName, Arc<Circuit>>>,
     /// Circuits that are not closed.
-    restless: AtomicU32,
+    restless: Arc<AtomicU32>,
     /// Circuits of models that opened since a model answered here.
     opened_models: AtomicU32,
 }
 
 /// One circuit. Its state is behind a lock that nobody takes while all is well.
-#[derive(Debug, Default)]
-struct Circuit {
+#[derive(Debug)]
+pub(crate) struct Circuit {
     /// What the state is, to be read without the lock.
     mood: AtomicU8,
     state: Mutex<State>,
     /// Answers that have begun here.
     heard: AtomicU32,
-    /// Answers that have begun, and are not over.
-    answering: AtomicU32,
+    /// Circuits of the same server that are not closed.
+    restless: Arc<AtomicU32>,
 }
 
 #[derive(Debug, Default)]
@@ -147,6 +144,10 @@ impl State {
 }
 
 impl Circuit {
+    fn new(restless: Arc<AtomicU32>) -> Self {
+        Self { mood: AtomicU8::new(WELL), state: Mutex::default(), heard: AtomicU32::new(0), restless }
+    }
+
     fn mood(&self) -> u8 {
         self.mood.load(Ordering::Relaxed)
     }
@@ -154,19 +155,98 @@ impl Circuit {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Changes the state: the only way to do so.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let was_closed = state.stage == Stage::Closed;
+        let changed = change(&mut state);
+        self.mood.store(state.mood(), Ordering::Relaxed);
+        match (was_closed, state.stage == Stage::Closed) {
+            (true, false) => drop(self.restless.fetch_add(1, Ordering::Relaxed)),
+            (false, true) => drop(self.restless.fetch_sub(1, Ordering::Relaxed)),
+            _ => {}
+        }
+        changed
+    }
+
+    fn admit(&self, limits: &Limits) -> Admission {
+        match self.mood() {
+            WELL | SHAKEN => return Admission::Yes,
+            RAMPING => {}
+            _ => return if is_due(self.lock().stage, limits) { Admission::Probe } else { Admission::No },
+        }
+        let mut share = 1.0;
+        self.change(|state| {
+            if let Stage::Ramping { since } = state.stage {
+                let passed = since.elapsed();
+                if passed >= limits.ramp {
+                    *state = State { failures: state.failures, ..State::default() };
+                } else {
+                    share = FIRST_SHARE + (1.0 - FIRST_SHARE) * passed.as_secs_f32() / limits.ramp.as_secs_f32();
+                }
+            }
+        });
+        if fastrand::f32() < share { Admission::Yes } else { Admission::No }
+    }
+
+    /// Takes the one place of a call that finds out; false if it is not time for that, or another has it.
+    fn begin_probe(&self, limits: &Limits) -> bool {
+        self.admit(limits) == Admission::Probe
+            && self.change(|state| {
+                // Another may have been quicker.
+                let is_due = is_due(state.stage, limits);
+                if is_due {
+                    state.stage = Stage::Probing { since: Instant::now() };
+                }
+                is_due
+            })
+    }
+
+    /// An answer has begun, or was whole.
+    fn succeeded(&self, is_whole: bool) {
+        match self.mood() {
+            SHAKEN if is_whole => self.change(|state| state.failures = 0),
+            PROBING => self.change(|state| {
+                if let Stage::Probing { .. } = state.stage {
+                    state.failures = 0;
+                    state.stage = Stage::Ramping { since: Instant::now() };
+                }
+            }),
+            _ => {}
+        }
+    }
+
+    /// A call that found out nothing is over: another may find out.
+    fn give_back(&self) {
+        if self.mood() == PROBING {
+            self.change(|state| {
+                if let Stage::Probing { .. } = state.stage {
+                    state.stage = Stage::Open { until: Instant::now() };
+                }
+            });
+        }
+    }
+}
+
+impl Drop for Circuit {
+    fn drop(&mut self) {
+        if self.mood() >= OPEN {
+            self.restless.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Circuits {
     /// The circuits of a server, all closed.
     pub fn new(id: ServerId, meters: Arc<ServerMeters>) -> Self {
-        Self {
-            id,
-            meters,
-            server: Circuit::default(),
-            models: ArcSwap::default(),
-            restless: AtomicU32::new(0),
-            opened_models: AtomicU32::new(0),
-        }
+        let restless: Arc<AtomicU32> = Arc::default();
+        Self { id, meters, server: Circuit::new(restless.clone()), restless, opened_models: AtomicU32::new(0) }
+    }
+
+    /// A circuit for a model on this server.
+    pub(crate) fn of_model(&self) -> Circuit {
+        Circuit::new(self.restless.clone())
     }
 
     /// Whether any circuit here is not closed.
@@ -197,12 +277,10 @@ impl Circuits {
         }
     }
 
-    /// Whether a call for a model may come here now.
-    pub fn admit(&self, model: Option<&ModelName>, limits: &Limits) -> Admission {
-        let server = self.admit_to(&self.server, limits);
-        let models = self.models.load();
-        let model = model.and_then(|model| models.get(model));
-        match (server, model.map_or(Admission::Yes, |circuit| self.admit_to(circuit, limits))) {
+    /// Whether a call may come here now, perhaps for a model.
+    pub fn admit(&self, runner: Option<&Runner>, limits: &Limits) -> Admission {
+        let model = runner.map_or(Admission::Yes, |runner| runner.circuit.admit(limits));
+        match (self.server.admit(limits), model) {
             (Admission::No, _) | (_, Admission::No) => Admission::No,
             (Admission::Yes, Admission::Yes) => Admission::Yes,
             _ => Admission::Probe,
@@ -210,152 +288,51 @@ impl Circuits {
     }
 
     /// Takes the one place of a call that finds out; false if another has it.
-    pub fn begin_probe(&self, model: Option<&ModelName>, limits: &Limits) -> bool {
-        let models = self.models.load();
-        let model = model.and_then(|model| models.get(model)).map(|circuit| &**circuit);
-        let mut begun = false;
-        for circuit in [Some(&self.server), model].into_iter().flatten() {
-            if self.admit_to(circuit, limits) == Admission::Probe {
-                self.change(circuit, |state| {
-                    // Another may have been quicker.
-                    if is_due(state.stage, limits) {
-                        state.stage = Stage::Probing { since: Instant::now() };
-                        begun = true;
-                    }
-                });
-            }
-        }
-        begun
+    pub fn begin_probe(&self, runner: Option<&Runner>, limits: &Limits) -> bool {
+        let server = self.server.begin_probe(limits);
+        runner.is_some_and(|runner| runner.circuit.begin_probe(limits)) || server
     }
 
-    fn admit_to(&self, circuit: &Circuit, limits: &Limits) -> Admission {
-        match circuit.mood() {
-            WELL | SHAKEN => return Admission::Yes,
-            RAMPING => {}
-            _ => return if is_due(circuit.lock().stage, limits) { Admission::Probe } else { Admission::No },
+    /// The call that was to find out was not sent, or has found out nothing.
+    pub fn give_back(&self, runner: Option<&Runner>) {
+        self.server.give_back();
+        if let Some(runner) = runner {
+            runner.circuit.give_back();
         }
-        let mut share = 1.0;
-        self.change(circuit, |state| {
-            if let Stage::Ramping { since } = state.stage {
-                let passed = since.elapsed();
-                if passed >= limits.ramp {
-                    *state = State { failures: state.failures, ..State::default() };
-                } else {
-                    share = FIRST_SHARE + (1.0 - FIRST_SHARE) * passed.as_secs_f32() / limits.ramp.as_secs_f32();
-                }
-            }
-        });
-        if fastrand::f32() < share { Admission::Yes } else { Admission::No }
     }
 
-    /// A model on this server has failed, by what an answer of it says.
-    pub fn failed(&self, model: Option<&ModelName>, limits: &Limits) {
-        self.fail(model.and_then(|model| self.model(model)).as_deref(), model, limits);
+    /// A model on this server has failed, or the server where no model was asked for.
+    pub fn failed(&self, model: Option<(&ModelName, &Runner)>, limits: &Limits) {
+        let Some((name, runner)) = model else { return self.server_failed(limits, false) };
+        if runner.circuit.change(|state| state.failed(limits, false)) {
+            self.meters.opened("model");
+            tracing::warn!(server = %self.id, model = %name, "a model fails on a server: it is left alone there for a while");
+            if self.opened_models.fetch_add(1, Ordering::Relaxed) + 1 >= MODELS_TO_OPEN {
+                self.opened_models.store(0, Ordering::Relaxed);
+                self.server_failed(limits, true);
+                self.server.change(|state| state.is_unreachable = false);
+            }
+        }
+    }
+
+    /// The server itself has failed. `outright`: once is enough, since nobody is there.
+    fn server_failed(&self, limits: &Limits, outright: bool) {
+        if self.server.change(|state| state.failed(limits, outright)) {
+            self.meters.opened("server");
+            tracing::warn!(server = %self.id, "a server fails: it is left alone for a while");
+        }
     }
 
     /// The server was asked for its state, and told it. Who could not be reached is tried again at once; who says how it
     /// is, but does not do its work, is not.
     pub(crate) fn seen_well(&self) {
         if self.server.mood() == OPEN {
-            self.change(&self.server, |state| {
+            self.server.change(|state| {
                 if state.is_unreachable && matches!(state.stage, Stage::Open { .. }) {
                     state.stage = Stage::Open { until: Instant::now() };
                 }
             });
         }
-    }
-
-    /// The circuit of a model; `None` if there are too many.
-    fn model(&self, name: &ModelName) -> Option<Arc<Circuit>> {
-        if let Some(circuit) = self.models.load().get(name) {
-            return Some(circuit.clone());
-        }
-        self.models.rcu(|models| {
-            let mut models = HashMap::clone(models);
-            if models.len() >= MOST_MODELS {
-                models.retain(|_, circuit| circuit.mood() != WELL || circuit.answering.load(Ordering::Relaxed) > 0);
-            }
-            if models.len() < MOST_MODELS {
-                models.entry(name.clone()).or_default();
-            }
-            models
-        });
-        self.models.load().get(name).cloned()
-    }
-
-    /// Counts a failure against a model, or against the server where no model was asked for.
-    fn fail(&self, circuit: Option<&Circuit>, model: Option<&ModelName>, limits: &Limits) {
-        let Some(circuit) = circuit else { return self.fail_server(limits, false) };
-        if self.change(circuit, |state| state.failed(limits, false)) {
-            self.meters.opened("model");
-            let model = model.map(tracing::field::display);
-            tracing::warn!(server = %self.id, model, "a model fails on a server: it is left alone there for a while");
-            if self.opened_models.fetch_add(1, Ordering::Relaxed) + 1 >= MODELS_TO_OPEN {
-                self.opened_models.store(0, Ordering::Relaxed);
-                self.open_server(limits, false);
-            }
-        }
-    }
-
-    fn fail_server(&self, limits: &Limits, is_unreachable: bool) {
-        if self.change(&self.server, |state| state.failed(limits, is_unreachable)) {
-            self.told_open();
-        }
-    }
-
-    fn open_server(&self, limits: &Limits, is_unreachable: bool) {
-        let opened = self.change(&self.server, |state| {
-            let opened = state.failed(limits, true);
-            state.is_unreachable = is_unreachable;
-            opened
-        });
-        if opened {
-            self.told_open();
-        }
-    }
-
-    fn told_open(&self) {
-        self.meters.opened("server");
-        tracing::warn!(server = %self.id, "a server fails: it is left alone for a while");
-    }
-
-    /// An answer has begun, or was whole.
-    fn succeeded(&self, circuit: &Circuit, is_whole: bool) {
-        match circuit.mood() {
-            SHAKEN if is_whole => self.change(circuit, |state| state.failures = 0),
-            PROBING => self.change(circuit, |state| {
-                if let Stage::Probing { .. } = state.stage {
-                    state.failures = 0;
-                    state.stage = Stage::Ramping { since: Instant::now() };
-                }
-            }),
-            _ => {}
-        }
-    }
-
-    /// A call that found out nothing is over: another may find out.
-    fn give_back(&self, circuit: &Circuit) {
-        if circuit.mood() == PROBING {
-            self.change(circuit, |state| {
-                if let Stage::Probing { .. } = state.stage {
-                    state.stage = Stage::Open { until: Instant::now() };
-                }
-            });
-        }
-    }
-
-    /// Changes the state of a circuit: the only way to do so.
-    fn change<T>(&self, circuit: &Circuit, change: impl FnOnce(&mut State) -> T) -> T {
-        let mut state = circuit.lock();
-        let was_closed = state.stage == Stage::Closed;
-        let changed = change(&mut state);
-        circuit.mood.store(state.mood(), Ordering::Relaxed);
-        match (was_closed, state.stage == Stage::Closed) {
-            (true, false) => drop(self.restless.fetch_add(1, Ordering::Relaxed)),
-            (false, true) => drop(self.restless.fetch_sub(1, Ordering::Relaxed)),
-            _ => {}
-        }
-        changed
     }
 }
 
@@ -370,10 +347,10 @@ fn is_due(stage: Stage, limits: &Limits) -> bool {
 
 /// One call at one server, followed to its end. Dropped before, it has told nothing, but perhaps by its silence.
 #[derive(Debug)]
-pub struct Trial {
-    circuits: Arc<Circuits>,
+pub(crate) struct Trial {
+    server: Arc<Server>,
     limits: Arc<Limits>,
-    model: Option<(ModelName, Arc<Circuit>)>,
+    model: Option<(ModelName, Arc<Runner>)>,
     infers: bool,
     asked: Instant,
     /// What had been heard of the model when it was asked; `None` where silence is no sign.
@@ -392,25 +369,29 @@ enum Course {
 }
 
 impl Trial {
-    /// A call is about to be sent; `None` if nobody wants it judged.
-    pub fn of(call: &Call, server: &Server) -> Option<Self> {
+    /// A call is about to be sent, perhaps for a model; `None` if nobody wants it judged.
+    pub(crate) fn of(call: &Call, server: &Arc<Server>, model: Option<(&Known, &Arc<Runner>)>) -> Option<Self> {
         let limits = call.limits.clone()?;
-        let infers = call.route.infers();
-        let known = call.known.as_ref().filter(|_| infers);
-        let model = known.and_then(|known| Some((known.name.clone(), server.circuits.model(&known.name)?)));
         let streams = call.peek.stream.unwrap_or(call.route.dialect() == Dialect::Ollama) && call.route.streams();
-        let is_loaded = known.is_some_and(|known| known.loaded.contains(server.index));
-        let heard = model.as_ref().filter(|_| streams && is_loaded);
-        let heard = heard.map(|(_, circuit)| circuit.heard.load(Ordering::Relaxed));
-        let circuits = server.circuits.clone();
-        Some(Self { circuits, limits, model, infers, asked: Instant::now(), heard, course: Course::Asked })
+        // Who loads a model may be silent.
+        let tells = model.filter(|(known, _)| streams && known.loaded.contains(server.index));
+        let heard = tells.map(|(_, runner)| runner.circuit.heard.load(Ordering::Relaxed));
+        Some(Self {
+            server: server.clone(),
+            limits,
+            model: model.map(|(known, runner)| (known.name.clone(), runner.clone())),
+            infers: call.route.infers(),
+            asked: Instant::now(),
+            heard,
+            course: Course::Asked,
+        })
     }
 
     /// There is no answer.
-    pub fn failed(mut self, error: &Error) {
+    pub(crate) fn failed(mut self, error: &Error) {
         self.course = Course::Over;
         match error {
-            Error::Server { phase: Phase::Connecting, .. } => self.circuits.fail_server(&self.limits, true),
+            Error::Server { phase: Phase::Connecting, .. } => self.server.circuits.server_failed(&self.limits, true),
             // A pooled connection that had died says nothing about its server.
             Error::Server { reused: false, .. } => self.fail(),
             _ => self.give_back(),
@@ -418,7 +399,7 @@ impl Trial {
     }
 
     /// The head of an answer is here.
-    pub fn answered(&mut self, status: StatusCode) {
+    pub(crate) fn answered(&mut self, status: StatusCode) {
         match status {
             StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => {
                 self.course = Course::Over;
@@ -428,9 +409,8 @@ impl Trial {
             StatusCode::INTERNAL_SERVER_ERROR => self.course = Course::Vague,
             _ => {
                 self.course = Course::Answering;
-                if let Some((_, circuit)) = &self.model {
-                    circuit.heard.fetch_add(1, Ordering::Relaxed);
-                    circuit.answering.fetch_add(1, Ordering::Relaxed);
+                if let Some((_, runner)) = &self.model {
+                    runner.circuit.heard.fetch_add(1, Ordering::Relaxed);
                 }
                 self.succeeded(false);
             }
@@ -438,14 +418,8 @@ impl Trial {
     }
 
     /// The answer is over.
-    pub fn ended(&mut self, end: End) {
-        let course = std::mem::replace(&mut self.course, Course::Over);
-        if course == Course::Answering
-            && let Some((_, circuit)) = &self.model
-        {
-            circuit.answering.fetch_sub(1, Ordering::Relaxed);
-        }
-        match (course, end) {
+    pub(crate) fn ended(&mut self, end: End) {
+        match (std::mem::replace(&mut self.course, Course::Over), end) {
             (Course::Answering, End::Whole) => self.succeeded(true),
             (Course::Answering | Course::Vague, End::Broken(_)) => self.fail(),
             (Course::Answering | Course::Vague, _) => self.give_back(),
@@ -454,41 +428,39 @@ impl Trial {
     }
 
     fn succeeded(&self, is_whole: bool) {
-        if let Some((_, circuit)) = &self.model {
-            self.circuits.succeeded(circuit, is_whole);
-            if self.circuits.opened_models.load(Ordering::Relaxed) != 0 {
-                self.circuits.opened_models.store(0, Ordering::Relaxed);
+        let circuits = &self.server.circuits;
+        if let Some((_, runner)) = &self.model {
+            runner.circuit.succeeded(is_whole);
+            if circuits.opened_models.load(Ordering::Relaxed) != 0 {
+                circuits.opened_models.store(0, Ordering::Relaxed);
             }
         }
         // A server that answers questions about itself may still not do its work.
-        let server = &self.circuits.server;
-        if self.infers || (server.mood() != WELL && server.lock().is_unreachable) {
-            self.circuits.succeeded(server, is_whole);
+        if self.infers || (circuits.server.mood() != WELL && circuits.server.lock().is_unreachable) {
+            circuits.server.succeeded(is_whole);
         }
     }
 
     fn fail(&self) {
-        let (name, circuit) = self.model.as_ref().map(|(name, circuit)| (name, &**circuit)).unzip();
-        self.circuits.fail(circuit, name, &self.limits);
+        let circuits = &self.server.circuits;
+        let model = self.model.as_ref().map(|(name, runner)| (name, &**runner));
+        circuits.failed(model, &self.limits);
         // Whoever was to find out about the server has found out.
-        if circuit.is_some() && self.circuits.server.mood() == PROBING {
-            self.circuits.fail_server(&self.limits, false);
+        if model.is_some() && circuits.server.mood() == PROBING {
+            circuits.server_failed(&self.limits, false);
         }
     }
 
     fn give_back(&self) {
-        self.circuits.give_back(&self.circuits.server);
-        if let Some((_, circuit)) = &self.model {
-            self.circuits.give_back(circuit);
-        }
+        self.server.circuits.give_back(self.model.as_ref().map(|(_, runner)| &**runner));
     }
 
     /// Whether the model has been silent for too long, towards everybody.
     fn was_silence(&self) -> bool {
-        let (Some(heard), Some((_, circuit))) = (self.heard, &self.model) else { return false };
+        let (Some(heard), Some((_, runner))) = (self.heard, &self.model) else { return false };
         self.asked.elapsed() >= self.limits.hang
-            && circuit.heard.load(Ordering::Relaxed) == heard
-            && circuit.answering.load(Ordering::Relaxed) == 0
+            && runner.circuit.heard.load(Ordering::Relaxed) == heard
+            && runner.answering() == 0
     }
 }
 
@@ -521,11 +493,21 @@ mod tests {
     async fn trial(cluster: &Arc<crate::Cluster>, model: &str) -> Trial {
         let name = ModelName::parse(model).unwrap();
         cluster.note_loaded(&ServerId::new("0"), &name, true);
-        tokio::time::sleep(Duration::from_millis(60)).await;
-        let mut call = testing::call_in(cluster, model);
-        call.known = cluster.snapshot().known(&name).cloned();
+        cluster.catch_up().await;
+        followed(cluster, &name)
+    }
+
+    fn followed(cluster: &Arc<crate::Cluster>, name: &ModelName) -> Trial {
+        let mut call = testing::call_in(cluster, name.as_str());
         call.limits = Some(Arc::new(limits()));
-        Trial::of(&call, &cluster.snapshot().servers[0]).unwrap()
+        let snapshot = cluster.snapshot();
+        let (server, known) = (&snapshot.servers[0], snapshot.known(name).unwrap());
+        Trial::of(&call, server, Some((known, &known.runners.at(server)))).unwrap()
+    }
+
+    fn runner(cluster: &crate::Cluster, model: &str) -> Arc<Runner> {
+        let snapshot = cluster.snapshot();
+        snapshot.known(&ModelName::parse(model).unwrap()).unwrap().runners.at(&snapshot.servers[0])
     }
 
     fn cut() -> Error {
@@ -536,8 +518,12 @@ mod tests {
         cluster.snapshot().servers[0].circuits.clone()
     }
 
-    fn admit(circuits: &Circuits, model: &str) -> Admission {
-        circuits.admit(ModelName::parse(model).as_ref(), &limits())
+    fn admit(cluster: &crate::Cluster, model: &str) -> Admission {
+        circuits(cluster).admit(Some(&runner(cluster, model)), &limits())
+    }
+
+    fn begin_probe(cluster: &crate::Cluster) -> bool {
+        circuits(cluster).begin_probe(Some(&runner(cluster, "tiny")), &limits())
     }
 
     #[tokio::test(start_paused = true)]
@@ -545,13 +531,13 @@ mod tests {
         let cluster = testing::cluster(&[&["tiny", "big"], &[]]).await;
         let circuits = circuits(&cluster);
         for _ in 0..3 {
-            assert_eq!(admit(&circuits, "tiny"), Admission::Yes);
+            assert_eq!(admit(&cluster, "tiny"), Admission::Yes);
             trial(&cluster, "tiny").await.failed(&cut());
         }
-        assert_eq!((admit(&circuits, "tiny"), admit(&circuits, "big")), (Admission::No, Admission::Yes));
+        assert_eq!((admit(&cluster, "tiny"), admit(&cluster, "big")), (Admission::No, Admission::Yes));
         assert!(!circuits.is_server_open() && circuits.are_restless());
         trial(&cluster, "big").await.answered(StatusCode::OK);
-        assert_eq!(admit(&circuits, "big"), Admission::Yes);
+        assert_eq!(admit(&cluster, "big"), Admission::Yes);
     }
 
     #[tokio::test(start_paused = true)]
@@ -564,7 +550,7 @@ mod tests {
             whole.answered(StatusCode::OK);
             whole.ended(End::Whole);
         }
-        assert_eq!(admit(&circuits(&cluster), "tiny"), Admission::Yes);
+        assert_eq!(admit(&cluster, "tiny"), Admission::Yes);
     }
 
     #[tokio::test(start_paused = true)]
@@ -588,26 +574,26 @@ mod tests {
         let circuits = circuits(&cluster);
         trial(&cluster, "tiny").await.failed(&testing::failure("0", Phase::Connecting, false));
         assert!(circuits.is_server_open());
-        assert_eq!((admit(&circuits, "tiny"), circuits.server_state()), (Admission::No, 1));
+        assert_eq!((admit(&cluster, "tiny"), circuits.server_state()), (Admission::No, 1));
         circuits.seen_well();
-        assert_eq!((admit(&circuits, "tiny"), circuits.server_state()), (Admission::Probe, 2));
+        assert_eq!((admit(&cluster, "tiny"), circuits.server_state()), (Admission::Probe, 2));
     }
 
     #[tokio::test(start_paused = true)]
     async fn one_call_finds_out_and_then_the_share_grows() {
         let cluster = testing::cluster(&[&["tiny"], &[]]).await;
-        let (circuits, tiny) = (circuits(&cluster), ModelName::parse("tiny"));
+        let circuits = circuits(&cluster);
         for _ in 0..3 {
             trial(&cluster, "tiny").await.failed(&cut());
         }
         tokio::time::advance(Duration::from_millis(1300)).await;
-        assert_eq!(admit(&circuits, "tiny"), Admission::Probe);
-        assert!(circuits.begin_probe(tiny.as_ref(), &limits()));
-        assert!(!circuits.begin_probe(tiny.as_ref(), &limits()));
-        assert_eq!(admit(&circuits, "tiny"), Admission::No);
+        assert_eq!(admit(&cluster, "tiny"), Admission::Probe);
+        assert!(begin_probe(&cluster));
+        assert!(!begin_probe(&cluster));
+        assert_eq!(admit(&cluster, "tiny"), Admission::No);
         let mut probe = trial(&cluster, "tiny").await;
         probe.answered(StatusCode::OK);
-        let admitted = || (0..1000).filter(|_| admit(&circuits, "tiny") == Admission::Yes).count();
+        let admitted = || (0..1000).filter(|_| admit(&cluster, "tiny") == Admission::Yes).count();
         let at_first = admitted();
         assert!((50..200).contains(&at_first), "{at_first}");
         tokio::time::advance(Duration::from_secs(5)).await;
@@ -620,15 +606,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn each_probe_that_fails_doubles_the_time() {
         let cluster = testing::cluster(&[&["tiny"], &[]]).await;
-        let (circuits, tiny) = (circuits(&cluster), ModelName::parse("tiny"));
         for _ in 0..3 {
             trial(&cluster, "tiny").await.failed(&cut());
         }
         for seconds in [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0] {
             tokio::time::advance(Duration::from_secs_f32(seconds * 0.75)).await;
-            assert_eq!(admit(&circuits, "tiny"), Admission::No, "{seconds} s");
+            assert_eq!(admit(&cluster, "tiny"), Admission::No, "{seconds} s");
             tokio::time::advance(Duration::from_secs_f32(seconds * 0.5)).await;
-            assert!(circuits.begin_probe(tiny.as_ref(), &limits()), "{seconds} s");
+            assert!(begin_probe(&cluster), "{seconds} s");
             trial(&cluster, "tiny").await.failed(&cut());
         }
     }
@@ -636,48 +621,55 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_probe_whose_client_leaves_lets_another_find_out() {
         let cluster = testing::cluster(&[&["tiny"], &[]]).await;
-        let (circuits, tiny) = (circuits(&cluster), ModelName::parse("tiny"));
         for _ in 0..3 {
             trial(&cluster, "tiny").await.failed(&cut());
         }
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert!(circuits.begin_probe(tiny.as_ref(), &limits()));
+        assert!(begin_probe(&cluster));
         drop(trial(&cluster, "tiny").await);
-        assert_eq!(admit(&circuits, "tiny"), Admission::Probe);
+        assert_eq!(admit(&cluster, "tiny"), Admission::Probe);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_loaded_model_that_is_silent_towards_everybody_has_failed() {
         let cluster = testing::cluster(&[&["tiny"], &[]]).await;
-        let circuits = circuits(&cluster);
         let waits = [trial(&cluster, "tiny").await, trial(&cluster, "tiny").await, trial(&cluster, "tiny").await];
         tokio::time::advance(Duration::from_secs(30)).await;
         drop(waits);
-        assert_eq!(admit(&circuits, "tiny"), Admission::No);
+        assert_eq!(admit(&cluster, "tiny"), Admission::No);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_model_that_answers_others_meanwhile_is_only_busy() {
         let cluster = testing::cluster(&[&["tiny"], &[]]).await;
-        let circuits = circuits(&cluster);
         let mut busy_with = trial(&cluster, "tiny").await;
         busy_with.answered(StatusCode::OK);
+        runner(&cluster, "tiny").begins();
         let waits = [trial(&cluster, "tiny").await, trial(&cluster, "tiny").await, trial(&cluster, "tiny").await];
         tokio::time::advance(Duration::from_secs(90)).await;
         drop(waits);
-        assert_eq!(admit(&circuits, "tiny"), Admission::Yes);
+        assert_eq!(admit(&cluster, "tiny"), Admission::Yes);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_model_that_loads_may_take_its_time() {
         let cluster = testing::cluster(&[&["tiny"], &[]]).await;
-        let mut call = testing::call_in(&cluster, "tiny");
-        call.known = cluster.snapshot().known(&ModelName::parse("tiny").unwrap()).cloned();
-        call.limits = Some(Arc::new(limits()));
-        let server = cluster.snapshot().servers[0].clone();
-        let loads: Vec<_> = (0..5).map(|_| Trial::of(&call, &server).unwrap()).collect();
+        let tiny = ModelName::parse("tiny").unwrap();
+        let loads: Vec<_> = (0..5).map(|_| followed(&cluster, &tiny)).collect();
         tokio::time::advance(Duration::from_secs(600)).await;
         drop(loads);
-        assert!(!server.circuits.are_restless());
+        assert!(!circuits(&cluster).are_restless());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_that_goes_takes_its_circuit_with_it() {
+        let cluster = testing::cluster(&[&["tiny"], &[]]).await;
+        let circuits = circuits(&cluster);
+        for _ in 0..3 {
+            trial(&cluster, "tiny").await.failed(&cut());
+        }
+        assert!(circuits.are_restless());
+        cluster.note_removed(&[ServerId::new("0")], &ModelName::parse("tiny").unwrap());
+        assert!(!circuits.are_restless());
     }
 }

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
+use crate::runner::Runners;
 use crate::slots::Load;
 
 /// Shortest time between two snapshots.
@@ -150,6 +151,10 @@ pub struct Known {
     pub installed: Bits,
     /// Those of them that have it in memory.
     pub loaded: Bits,
+    /// Bytes of it on a disk; the most that a server says.
+    pub size: u64,
+    /// Its runners on the servers.
+    pub runners: Arc<Runners>,
     /// Its metrics.
     pub meters: Arc<ModelMeters>,
 }
@@ -172,7 +177,7 @@ impl Snapshot {
 
     /// Every server.
     pub fn all(self: &Arc<Self>) -> Candidates {
-        Candidates { bits: self.every.clone(), reserve: Bits::default(), snapshot: self.clone() }
+        Candidates { bits: self.every.clone(), snapshot: self.clone() }
     }
 }
 
@@ -223,14 +228,6 @@ impl Bits {
         self.0.iter().map(|word| word.count_ones() as usize).sum()
     }
 
-    /// Adds those of another set.
-    pub fn add(&mut self, other: &Self) {
-        if self.0.len() < other.0.len() {
-            self.0.resize(other.0.len(), 0);
-        }
-        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word |= other);
-    }
-
     /// Keeps only those that are in another set too.
     pub fn keep(&mut self, other: &Self) {
         self.0.truncate(other.0.len());
@@ -257,8 +254,6 @@ impl Bits {
 pub struct Candidates {
     snapshot: Arc<Snapshot>,
     bits: Bits,
-    /// Those that are in question when nobody else is left.
-    reserve: Bits,
 }
 
 impl Candidates {
@@ -267,43 +262,31 @@ impl Candidates {
         &self.snapshot
     }
 
+    /// The same servers as they are now: all of them if all were in question.
+    pub fn renew(&mut self, snapshot: Arc<Snapshot>) {
+        if self.bits == self.snapshot.every {
+            self.bits.clone_from(&snapshot.every);
+        }
+        self.snapshot = snapshot;
+    }
+
     /// Keeps only those that are in a set.
     pub fn keep(&mut self, bits: &Bits) {
         self.bits.keep(bits);
-        self.reserve.keep(bits);
-    }
-
-    /// Goes on with those that are in a set, if any are: the others are in reserve.
-    pub fn prefer(&mut self, bits: &Bits) {
-        let mut preferred = self.bits.clone();
-        preferred.keep(bits);
-        if !preferred.is_empty() {
-            self.reserve.add(&std::mem::replace(&mut self.bits, preferred));
-        }
-    }
-
-    /// Brings those in reserve into question.
-    pub fn widen(&mut self) {
-        self.bits.add(&std::mem::take(&mut self.reserve));
     }
 
     /// Keeps only one, which may have been out before.
     pub fn only(&mut self, index: usize) {
         self.bits = Bits::default();
         self.bits.insert(index);
-        self.reserve = Bits::default();
     }
 
-    /// Takes a server out. When nobody is left, those in reserve come into question.
+    /// Takes a server out.
     pub fn drop_index(&mut self, index: usize) {
         self.bits.remove(index);
-        self.reserve.remove(index);
-        if self.bits.is_empty() {
-            self.widen();
-        }
     }
 
-    /// Takes a server out by its name, as [`Candidates::drop_index`] does.
+    /// Takes a server out by its name.
     pub fn drop_server(&mut self, id: &ServerId) {
         if let Some(index) = self.index_of(id) {
             self.drop_index(index);
@@ -315,20 +298,15 @@ impl Candidates {
         self.snapshot.servers.iter().find(|server| server.id == *id).map(|server| server.index)
     }
 
-    /// Whether there are servers in reserve.
-    pub fn has_reserve(&self) -> bool {
-        !self.reserve.is_empty()
-    }
-
-    /// Whether a server is in question, or in reserve.
-    pub fn may_ask(&self, id: &ServerId) -> bool {
-        self.index_of(id).is_some_and(|index| self.bits.contains(index) || self.reserve.contains(index))
+    /// Whether a server is in question.
+    pub fn contains(&self, id: &ServerId) -> bool {
+        self.index_of(id).is_some_and(|index| self.bits.contains(index))
     }
 
     /// Whether anybody but this server may still be asked.
     pub fn has_other_than(&self, id: &ServerId) -> bool {
         let index = self.index_of(id);
-        self.bits.iter().chain(self.reserve.iter()).any(|other| Some(other) != index)
+        self.bits.iter().any(|other| Some(other) != index)
     }
 
     /// Whether nobody is left.
@@ -357,11 +335,21 @@ pub struct Cluster {
     this: Weak<Self>,
 }
 
+/// Where a model was found.
+#[derive(Default)]
+struct Found<'a> {
+    installed: Bits,
+    loaded: Bits,
+    size: u64,
+    /// What servers say of it in their memory.
+    memory: Vec<(usize, &'a Loaded)>,
+}
+
 /// What snapshots are made from.
 #[derive(Debug)]
 struct Book {
     entries: Vec<Entry>,
-    models: HashMap<ModelName, Arc<ModelMeters>>,
+    models: HashMap<ModelName, (Arc<ModelMeters>, Arc<Runners>)>,
     rebuilt: Option<Instant>,
     scheduled: bool,
 }
@@ -583,7 +571,7 @@ impl Cluster {
     }
 
     /// Waits until the snapshot shows what is in the book.
-    async fn catch_up(&self) {
+    pub(crate) async fn catch_up(&self) {
         let due = {
             let book = self.book();
             if !book.scheduled {
@@ -637,34 +625,15 @@ impl Cluster {
             tokio::time::sleep_until(due).await;
             if let Some(cluster) = this.upgrade() {
                 let mut book = cluster.book();
-                book.scheduled = false;
-                cluster.rebuild(&mut book);
+                // Somebody who could not wait may have done it in the meantime.
+                if book.scheduled {
+                    cluster.rebuild(&mut book);
+                }
             }
         });
     }
 
     fn rebuild(&self, book: &mut Book) {
-        let mut models: HashMap<ModelName, (Bits, Bits)> = HashMap::new();
-        for (index, entry) in book.entries.iter().enumerate() {
-            for name in entry.report.models.iter().filter_map(|model| ModelName::parse(&model.name)) {
-                models.entry(name).or_default().0.insert(index);
-            }
-            for name in entry.report.loaded.iter().filter_map(|loaded| ModelName::parse(&loaded.name)) {
-                // A runner may outlive the model on the disk; only what can be asked for by name counts.
-                if let Some((_, loaded)) = models.get_mut(&name) {
-                    loaded.insert(index);
-                }
-            }
-        }
-        book.models.retain(|name, _| models.contains_key(name));
-        let models = models
-            .into_iter()
-            .map(|(name, (installed, loaded))| {
-                let meters = book.models.entry(name.clone()).or_insert_with(|| Arc::new(ModelMeters::new(&name)));
-                let known = Known { installed, loaded, meters: meters.clone(), name: name.clone() };
-                (name, Arc::new(known))
-            })
-            .collect();
         let servers: Vec<_> = book
             .entries
             .iter()
@@ -683,9 +652,50 @@ impl Cluster {
                 })
             })
             .collect();
+        let mut found: HashMap<ModelName, Found<'_>> = HashMap::new();
+        for server in &servers {
+            for model in &server.report.models {
+                let Some(name) = ModelName::parse(&model.name) else { continue };
+                let found = found.entry(name).or_default();
+                found.installed.insert(server.index);
+                found.size = found.size.max(model.size);
+            }
+            for loaded in &server.report.loaded {
+                // A runner may outlive the model on the disk; only what can be asked for by name counts.
+                let Some(found) = ModelName::parse(&loaded.name).and_then(|name| found.get_mut(&name)) else {
+                    continue;
+                };
+                found.loaded.insert(server.index);
+                found.memory.push((server.index, loaded));
+            }
+        }
+        book.models.retain(|name, (_, runners)| found.contains_key(name) || !runners.line().is_empty());
+        let models = found
+            .into_iter()
+            .map(|(name, found)| {
+                let fresh = || (Arc::new(ModelMeters::new(&name)), Arc::default());
+                let (meters, runners) = book.models.entry(name.clone()).or_insert_with(fresh).clone();
+                for (server, loaded) in &found.memory {
+                    if loaded.slots > 0 {
+                        runners.at(&servers[*server]).reported(loaded.slots);
+                    }
+                }
+                for runner in runners.all().iter() {
+                    let loaded = found.memory.iter().find(|(server, _)| *server == runner.server);
+                    runner.told(loaded.map(|(_, loaded)| loaded.context_length));
+                }
+                let Found { installed, loaded, size, .. } = found;
+                (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, meters }))
+            })
+            .collect();
         let every = Bits::first(servers.len());
         self.snapshot.store(Arc::new(Snapshot { servers, models, every }));
         book.rebuilt = Some(Instant::now());
+        book.scheduled = false;
+        // Who waits decides anew, now that the servers have changed.
+        for (_, runners) in book.models.values().filter(|(_, runners)| !runners.line().is_empty()) {
+            runners.line().look_again();
+        }
     }
 }
 
@@ -757,30 +767,6 @@ mod tests {
         cluster.round_ends(0, round);
         asking.await.unwrap();
         assert!(cluster.snapshot().known(&ModelName::parse("new").unwrap()).is_some());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn those_in_reserve_come_into_question_when_nobody_else_is_left() {
-        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
-        let left = |candidates: &Candidates| candidates.iter().map(|server| server.index).collect::<Vec<_>>();
-        let set = |indices: &[usize]| {
-            let mut bits = Bits::default();
-            for index in indices {
-                bits.insert(*index);
-            }
-            bits
-        };
-        let mut candidates = cluster.snapshot().all();
-        candidates.prefer(&set(&[]));
-        assert_eq!(left(&candidates), [0, 1, 2], "nobody is no preference");
-        candidates.prefer(&set(&[1]));
-        assert_eq!(left(&candidates), [1]);
-        assert!(candidates.has_other_than(&ServerId::new("1")));
-        candidates.keep(&set(&[1, 2]));
-        candidates.drop_server(&ServerId::new("1"));
-        assert_eq!(left(&candidates), [2]);
-        candidates.drop_server(&ServerId::new("2"));
-        assert!(candidates.is_empty());
     }
 
     #[test]

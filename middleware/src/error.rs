@@ -1,10 +1,12 @@
 //! What can go wrong on the way of a call: one enum, and what each of its variants means to the outside.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, StatusCode};
 
 use crate::names::ServerId;
+use crate::runner::Runner;
 
 /// Any error, boxed.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -78,9 +80,14 @@ pub enum Error {
     /// Nobody is left who could be asked.
     #[error("no server can answer now: {0}")]
     NoServer(String),
-    /// Every server that could answer has all its slots taken.
+    /// Every server that could answer has all its slots taken, in the words of an Ollama whose queue is full.
     #[error("server busy, please try again.  maximum pending requests exceeded")]
-    Busy,
+    Busy {
+        /// The runners that are worth waiting for: `queue` waits for one of them. Empty if nobody may wait any longer.
+        runners: Vec<Arc<Runner>>,
+        /// When the client should ask again, as far as that is known.
+        retry_after: Option<Duration>,
+    },
     /// The client has shown no key, or one that is not known.
     #[error("{0}")]
     Unauthorized(String),
@@ -123,11 +130,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// Busy, and nothing is known of when that will be over.
+    pub fn busy() -> Self {
+        Self::Busy { runners: Vec::new(), retry_after: None }
+    }
+
     /// The status of an answer that tells of this error.
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Server { .. } => StatusCode::BAD_GATEWAY,
-            Self::NoServer(_) | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoServer(_) | Self::Busy { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -147,7 +159,7 @@ impl Error {
             Self::Server { phase: Phase::Waiting, .. } => "server-failed",
             Self::Server { phase: Phase::Streaming, .. } => "stream-broken",
             Self::NoServer(_) => "no-server",
-            Self::Busy => "busy",
+            Self::Busy { .. } => "busy",
             Self::Unauthorized(_) => "unauthorized",
             Self::Forbidden(_) => "forbidden",
             Self::RateLimited { .. } => "rate-limited",
@@ -169,6 +181,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::RateLimited { retry_after, .. } => Some(*retry_after),
+            Self::Busy { retry_after, .. } => *retry_after,
             _ => None,
         }
     }

@@ -3,17 +3,21 @@
 //! Labels are closed sets: routes, status codes, models that a server has, servers. Nothing that a client typed.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use metrics::{
     Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 
 use crate::call::Counters;
-use crate::cluster::{Snapshot, State};
+use crate::cluster::State;
 use crate::error::Error;
+use crate::keys::Keys;
 use crate::names::{ModelName, ServerId};
 use crate::route::Route;
+use crate::runner::Cause;
+use crate::shared::Shared;
+use crate::slots::Priority;
 
 const REQUESTS: &str = "olol_requests_total";
 const DURATION: &str = "olol_request_duration_seconds";
@@ -22,6 +26,13 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
+const QUEUE_DEPTH: &str = "olol_queue_depth";
+const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
+const LOADS: &str = "olol_model_loads_total";
+const AUTH: &str = "olol_auth_total";
+const KEYS: &str = "olol_keys";
+const KEYS_READ: &str = "olol_keys_last_read_successful";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -31,8 +42,12 @@ const RESUMES: &str = "olol_resumes_total";
 const CIRCUIT_STATE: &str = "olol_server_circuit_state";
 const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
 
+const RELOADS: &str = "olol_config_reloads_total";
+const RELOAD_OK: &str = "olol_config_last_reload_successful";
+const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
+
 /// The names of all metrics, for checks of dashboards.
-pub const NAMES: [&str; 15] = [
+pub const NAMES: &[&str] = &[
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
@@ -40,6 +55,13 @@ pub const NAMES: [&str; 15] = [
     ENDED,
     ERRORS,
     RETRIES,
+    PREDICTION_ERROR,
+    QUEUE_DEPTH,
+    QUEUE_WAIT,
+    LOADS,
+    AUTH,
+    KEYS,
+    KEYS_READ,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -48,6 +70,9 @@ pub const NAMES: [&str; 15] = [
     RESUMES,
     CIRCUIT_STATE,
     CIRCUIT_OPENED,
+    RELOADS,
+    RELOAD_OK,
+    RELOADED_AT,
 ];
 
 /// Upper bounds of the buckets of every histogram, seconds: from a cache hit to a model that loads for minutes.
@@ -67,6 +92,17 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_histogram!(
+        PREDICTION_ERROR,
+        Unit::Seconds,
+        "How far the first piece of an answer was from its prediction"
+    );
+    describe_gauge!(QUEUE_DEPTH, Unit::Count, "Calls that wait for a slot");
+    describe_histogram!(QUEUE_WAIT, Unit::Seconds, "How long calls waited for a slot, by priority and outcome");
+    describe_counter!(LOADS, Unit::Count, "Calls that made a server load a model, by cause (cold, options)");
+    describe_counter!(AUTH, Unit::Count, "Requests by what was found of their keys");
+    describe_gauge!(KEYS, Unit::Count, "Keys that are known");
+    describe_gauge!(KEYS_READ, Unit::Count, "0 if the file of keys has changed and could not be read, else 1");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -79,6 +115,9 @@ pub fn describe() {
     );
     describe_gauge!(CIRCUIT_STATE, Unit::Count, "Circuit of a server: 0 closed, 1 open (left alone), 2 half-open");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
+    describe_gauge!(RELOAD_OK, Unit::Count, "1 if the configuration was good when it was last read, 0 if not");
+    describe_gauge!(RELOADED_AT, Unit::Seconds, "When the configuration that is in use was read, seconds since 1970");
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.
@@ -87,6 +126,42 @@ pub struct Instruments {
     requests: [[OnceLock<Counter>; CODES.len() + 1]; Route::ALL.len()],
     durations: [OnceLock<Histogram>; Route::ALL.len()],
     ended: [OnceLock<Counter>; 3],
+    knocks: [OnceLock<Counter>; Knock::ALL.len()],
+}
+
+/// What `auth` found of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knock {
+    /// No key, and none is needed.
+    Anonymous,
+    /// A key that allows what is asked.
+    Known,
+    /// No key where one is needed.
+    Missing,
+    /// A key that is not known.
+    Unknown,
+    /// A key whose time is over.
+    Expired,
+    /// A key that does not allow what is asked.
+    Forbidden,
+}
+
+impl Knock {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Anonymous, Self::Known, Self::Missing, Self::Unknown, Self::Expired, Self::Forbidden];
+
+    /// The word for the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Known => "known",
+            Self::Missing => "missing",
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Forbidden => "forbidden",
+        }
+    }
 }
 
 impl Instruments {
@@ -120,6 +195,11 @@ impl Instruments {
         counter!(ERRORS, "reason" => error.kind()).increment(1);
     }
 
+    /// A request was looked at by `auth`.
+    pub fn knocked(&self, knock: Knock) {
+        self.knocks[knock as usize].get_or_init(|| counter!(AUTH, "result" => knock.as_str())).increment(1);
+    }
+
     /// Another attempt is made.
     pub fn retried(&self, cause: &'static str) {
         counter!(RETRIES, "cause" => cause).increment(1);
@@ -129,6 +209,36 @@ impl Instruments {
     pub fn resumed(&self, result: &'static str) {
         counter!(RESUMES, "result" => result).increment(1);
     }
+}
+
+/// The first piece of an answer came so much earlier or later than it was predicted.
+pub fn predicted(error: Duration) {
+    static ERRORS: OnceLock<Histogram> = OnceLock::new();
+    ERRORS.get_or_init(|| histogram!(PREDICTION_ERROR)).record(error.as_secs_f64());
+}
+
+/// What came of a wait for a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// The call was sent.
+    Served,
+    /// The queue was full.
+    Full,
+    /// It took longer than it may.
+    TooLong,
+    /// The client left.
+    Left,
+}
+
+/// A call has waited for a slot.
+pub fn queued(priority: Priority, how: Waited, after: Duration) {
+    let outcome = match how {
+        Waited::Served => "served",
+        Waited::Full => "full",
+        Waited::TooLong => "too-long",
+        Waited::Left => "left",
+    };
+    histogram!(QUEUE_WAIT, "priority" => priority.as_str(), "outcome" => outcome).record(after.as_secs_f64());
 }
 
 /// The metrics of one model.
@@ -152,6 +262,12 @@ impl ModelMeters {
         self.first_token
             .get_or_init(|| histogram!(FIRST_TOKEN, vec![Label::new("model", self.label.clone())]))
             .record(after.as_secs_f64());
+    }
+
+    /// A call makes a server load the model.
+    pub fn load(&self, cause: Cause) {
+        counter!(LOADS, vec![Label::new("model", self.label.clone()), Label::new("cause", cause.as_str())])
+            .increment(1);
     }
 
     /// A server told its counts.
@@ -196,7 +312,10 @@ impl ServerMeters {
 
 /// Sets what is read rather than counted. Call before a scrape.
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
-pub fn observe(snapshot: &Snapshot) {
+pub fn observe(shared: &Shared) {
+    let snapshot = shared.cluster.snapshot();
+    gauge!(QUEUE_DEPTH).set(shared.queue.len() as f64);
+    observe_keys(&shared.keys);
     for server in &snapshot.servers {
         let label = || vec![Label::new("server", server.id.shared())];
         gauge!(SERVER_IN_FLIGHT, label()).set(f64::from(server.load.in_flight()));
@@ -205,4 +324,24 @@ pub fn observe(snapshot: &Snapshot) {
         gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
         gauge!(CIRCUIT_STATE, label()).set(f64::from(server.circuits.server_state()));
     }
+}
+
+/// The configuration was read again, and is good or not.
+pub fn reloaded(is_good: bool) {
+    counter!(RELOADS, "result" => if is_good { "ok" } else { "failed" }).increment(1);
+}
+
+/// Sets what is known of the configuration: whether it was good when it was last read, and when the one in use was read.
+/// Call before a scrape.
+pub fn observe_config(is_good: bool, read_at: SystemTime) {
+    let since = read_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    gauge!(RELOAD_OK).set(f64::from(u8::from(is_good)));
+    gauge!(RELOADED_AT).set(since.as_secs_f64());
+}
+
+/// The same of the keys of clients.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 keys")]
+fn observe_keys(keys: &Keys) {
+    gauge!(KEYS).set(keys.count() as f64);
+    gauge!(KEYS_READ).set(f64::from(u8::from(keys.are_current())));
 }

@@ -6,32 +6,42 @@
 //! |---|---|---|
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
+//! | `auth` | [`auth`] | finds the client's key, and refuses what it may not do |
+//! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
-//! | | [`pick`] | the leaf: takes the least loaded of the candidates and a place on it |
+//! | | [`pick`] | the leaf: takes the cheapest of the candidates and a slot on it |
 //!
-//! Layers narrow, pick chooses; [`circuit`] tells whom to leave alone. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
+//! Layers narrow, pick chooses; [`circuit`] tells whom to leave alone. [`stack`] is the only file that knows all layers;
+//! [`shared`] holds what must outlive a stack.
 
+pub mod auth;
 pub mod call;
 pub mod circuit;
 pub mod cluster;
 pub mod error;
+mod form;
 pub mod instruments;
 pub mod json;
 pub mod keys;
 pub mod metrics;
 pub mod model_route;
 pub mod names;
+pub mod pattern;
 pub mod peek;
 pub mod pick;
+pub mod place;
+pub mod queue;
 pub mod rate_limit;
 pub mod retry;
 pub mod route;
+pub mod runner;
 pub mod shared;
 pub mod slots;
 pub mod stack;
 pub mod trace;
 pub mod trail;
+pub mod units;
 
 #[cfg(test)]
 mod testing;
@@ -39,8 +49,9 @@ mod testing;
 pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Reply, RequestId};
 pub use cluster::{Candidates, Cluster, Server, Snapshot};
 pub use error::{BoxError, Error, Phase};
-pub use keys::Key;
+pub use keys::{Key, Keys};
 pub use names::{ModelName, ServerId};
+pub use pattern::Pattern;
 pub use peek::Peek;
 pub use route::{Dialect, Route, Scope};
 pub use shared::Shared;

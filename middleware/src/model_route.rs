@@ -1,5 +1,4 @@
-//! Narrows the candidates to the servers that have the model: those that have it in memory first, then those that have it
-//! on disk.
+//! Narrows the candidates to the servers that have the model. Which of them has it in memory is part of what each would cost.
 //!
 //! Belongs outside `retry`, which then stays among them. When nobody is known to have the model every server stays in
 //! question, so that the refusal is Ollama's own. A server that says 404 although it was believed to have the model (or
@@ -7,32 +6,43 @@
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Head, Reply};
-use crate::cluster::{Cluster, Known, Snapshot};
+use crate::cluster::{Candidates, Cluster, Known, Snapshot};
 use crate::error::Error;
+use crate::place::LoadOptions;
 use crate::route::Scope;
 use crate::trail::Fact;
+use crate::units::Ms;
 
 /// The `[model-route]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Calls that a server which has the model in memory may be answering, per unit of its weight, before a server that
-    /// would first have to load it is considered too.
-    pub spill_after: u32,
     /// Milliseconds that a call waits for news of the servers when one says 404 to a model.
-    pub refresh_ms: u64,
+    pub refresh_ms: Ms,
+    /// What becomes of the load options of calls (`num_ctx` and the others that make a runner load anew).
+    pub load_options: Options,
+}
+
+/// What becomes of the load options of calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Options {
+    /// A call that does not name them, or needs less context, goes with what is loaded.
+    #[default]
+    AsLoaded,
+    /// Every call is sent as it came, whatever it makes a server load.
+    AsSent,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { spill_after: 4, refresh_ms: 1000 }
+        Self { refresh_ms: Ms::new(1000), load_options: Options::default() }
     }
 }
 
@@ -88,14 +98,22 @@ where
             return Box::pin(self.inner.call(call));
         }
         let mut call = call;
+        let question = call.candidates.clone();
         self.router.narrow(&mut call);
+        if call.route.infers() && self.router.config.load_options == Options::AsLoaded {
+            call.place.options = Some(Arc::new(LoadOptions::of(&call)));
+        }
         if call.dry {
             return Box::pin(self.inner.call(call));
         }
         let asked = Asked {
             believed: (call.candidates.snapshot().clone(), call.known.clone()),
             // With a single server there is nobody else to ask.
-            spare: if call.candidates.snapshot().servers.len() > 1 { call.again() } else { None },
+            spare: if question.snapshot().servers.len() > 1 {
+                call.again().map(|spare| (spare, question))
+            } else {
+                None
+            },
             head: call.head.clone(),
         };
         let answer = self.inner.call(call);
@@ -107,7 +125,8 @@ where
 struct Asked {
     /// What was believed of the model.
     believed: (Arc<Snapshot>, Option<Arc<Known>>),
-    spare: Option<Call>,
+    /// The call, and who was in question before it was narrowed.
+    spare: Option<(Call, Candidates)>,
     head: Arc<Head>,
 }
 
@@ -127,7 +146,7 @@ where
     }
     match asked.spare {
         // Boxed: seldom, and larger than all the rest.
-        Some(spare) => Box::pin(router.look_again(service, spare, reply)).await,
+        Some((spare, question)) => Box::pin(router.look_again(service, spare, question, reply)).await,
         None => Ok(reply),
     }
 }
@@ -144,14 +163,8 @@ impl Router {
             );
             return;
         };
-        let loaded_has_room = known.loaded.iter().filter_map(|index| snapshot.servers.get(index)).any(|server| {
-            server.is_usable() && server.load.in_flight() < self.config.spill_after.saturating_mul(server.weight.get())
-        });
         call.candidates.keep(&known.installed);
-        if loaded_has_room {
-            call.candidates.prefer(&known.loaded);
-        }
-        let decision = if loaded_has_room { "those that have it loaded" } else { "those that have it" };
+        let decision = "those that have it";
         let candidates = call.candidates.count().into();
         call.note("model-route", decision, [("model", Fact::from(&known.name)), ("candidates", candidates)]);
         call.known = Some(known);
@@ -176,7 +189,13 @@ impl Router {
     }
 
     /// A server said that it does not have the model: forgets that it had, and asks the others, the likeliest first.
-    async fn look_again<S>(&self, mut next: S, mut spare: Call, mut refusal: Reply) -> Result<Reply, Error>
+    async fn look_again<S>(
+        &self,
+        mut next: S,
+        mut spare: Call,
+        question: Candidates,
+        mut refusal: Reply,
+    ) -> Result<Reply, Error>
     where
         S: Service<Call, Response = Reply, Error = Error>,
     {
@@ -190,7 +209,8 @@ impl Router {
                 asked.push(server.clone());
             }
             loop {
-                spare.candidates = self.cluster.snapshot().all();
+                spare.candidates.clone_from(&question);
+                spare.candidates.renew(self.cluster.snapshot());
                 self.narrow(&mut spare);
                 for server in &asked {
                     spare.candidates.drop_server(server);
@@ -203,7 +223,7 @@ impl Router {
                 if std::mem::replace(&mut refreshed, true) {
                     return Ok(refusal);
                 }
-                self.cluster.refresh(Duration::from_millis(self.config.refresh_ms)).await;
+                self.cluster.refresh(self.config.refresh_ms.time()).await;
             }
             let Some(call) = spare.again() else { return Ok(refusal) };
             let reply = next.ready().await?.call(call).await?;
@@ -223,6 +243,7 @@ fn was_loaded(snapshot: &Snapshot, known: &Known, server: &crate::ServerId) -> b
 #[cfg(test)]
 mod tests {
     use super::*;
+
     use crate::testing::{self, ask};
 
     fn names(call: &Call) -> Vec<String> {
@@ -244,17 +265,6 @@ mod tests {
         assert_eq!(candidates_for(&cluster, "tiny").await, ["0", "2"]);
         assert_eq!(candidates_for(&cluster, "BIG:latest").await, ["1", "2"]);
         assert_eq!(candidates_for(&cluster, "nobodys").await, ["0", "1", "2"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn those_that_have_it_loaded_come_first_until_they_are_busy() {
-        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        cluster.note_loaded(&crate::ServerId::new("1"), &crate::ModelName::parse("tiny").unwrap(), true);
-        tokio::time::sleep(Duration::from_millis(60)).await;
-        assert_eq!(candidates_for(&cluster, "tiny").await, ["1"]);
-        let load = cluster.snapshot().servers[1].load.clone();
-        let _busy: Vec<_> = (0..4).map(|_| load.lease()).collect();
-        assert_eq!(candidates_for(&cluster, "tiny").await, ["0", "1"]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@ const DEFAULT_HOST: &str = "registry.ollama.ai";
 /// Namespace that a name without one belongs to.
 const DEFAULT_NAMESPACE: &str = "library";
 /// Tag that a name without one means.
-const DEFAULT_TAG: &str = "latest";
+pub(crate) const DEFAULT_TAG: &str = "latest";
 
 /// A model's canonical name: lower case, with its tag, without the parts that Ollama fills in by default.
 ///

@@ -14,6 +14,8 @@ pub struct Peek {
     pub model: Option<String>,
     /// The base of a `create`.
     pub from: Option<String>,
+    /// What a `copy` is made of, also where `model` says something else.
+    pub source: Option<String>,
     /// The new name of a `copy`.
     pub destination: Option<String>,
     /// The digests in `files` and `adapters` of a `create`; the one in the path of a blob.
@@ -64,7 +66,6 @@ impl Peek {
 struct Members {
     peek: Peek,
     name: Option<String>,
-    source: Option<String>,
 }
 
 impl Members {
@@ -107,7 +108,7 @@ impl Members {
                 self.peek.model_span = Some(span);
             }
             Key::Name => self.name = text(),
-            Key::Source => self.source = text(),
+            Key::Source => self.peek.source = text(),
             Key::From => self.peek.from = text(),
             Key::Destination => self.peek.destination = text(),
             Key::Files | Key::Adapters => self.digests(&json::cut(pieces, span)),
@@ -158,7 +159,7 @@ impl Members {
         let said = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
         let mut peek = self.peek;
         if !said(&peek.model) {
-            peek.model = self.name.or(self.source).or(peek.model);
+            peek.model = self.name.or_else(|| peek.source.clone()).or(peek.model);
         }
         peek
     }

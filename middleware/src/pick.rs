@@ -1,24 +1,165 @@
-//! The leaf of the stack: takes the least loaded of the candidates, a place on it, and sends the call there.
+//! The leaf of the stack: takes the cheapest of the candidates, a slot on it, and sends the call there.
 //!
-//! Servers that failed or do not answer are skipped while others are left; when nobody else is left they are asked all
-//! the same, since what is believed of them may be old. The place is free again when the reply's body ends.
+//! One number decides: the milliseconds until the first piece of the answer, as [`cost`](Cost) predicts them. Near-ties go to
+//! the least loaded, by weight, and of those to the better of two taken at random. Servers that failed or do not answer are
+//! skipped while others are left; when nobody else is left they are asked all the same, since what is believed of them may
+//! be old. The slot is free again when the reply's body ends.
+//!
+//! A call with a ticket (`queue` gives them) waits for a slot: if the cheapest candidate is full, the call comes back as
+//! [`Error::Busy`] with the runners that are worth waiting for. Without a ticket it is sent, and waits inside Ollama.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
+use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
+use tokio::time::Instant;
 use tower::Service;
 
-use crate::call::{Answer, Call, End, Outcome, Reply, Watcher};
+use crate::call::{Answer, Call, Chunk, End, Outcome, Reply, Watcher};
 use crate::circuit::Trial;
-use crate::cluster::{Candidates, Server};
+use crate::cluster::{Known, Server};
 use crate::error::Error;
-use crate::instruments::ModelMeters;
+use crate::instruments::{self, ModelMeters};
+use crate::names::ModelName;
+use crate::pattern::Pattern;
+use crate::place::LoadOptions;
+use crate::runner::{self, Loading, Runner, Seen};
 use crate::slots::Lease;
 use crate::stack;
 use crate::trail::Fact;
+
+/// The `[pick]` table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// How one of the candidates is chosen.
+    pub policy: Policy,
+    /// How many slots runners have, where that is neither read nor learned: the first rule that fits counts.
+    pub slots: Vec<SlotRule>,
+}
+
+/// How many slots some runners have: `OLLAMA_NUM_PARALLEL` of their servers.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SlotRule {
+    /// On which servers; all if left out.
+    #[serde(default = "any")]
+    pub servers: Vec<Pattern>,
+    /// Of which models; all if left out.
+    #[serde(default = "any")]
+    pub models: Vec<Pattern>,
+    /// Calls that each of them answers side by side.
+    pub slots: NonZeroU32,
+}
+
+fn any() -> Vec<Pattern> {
+    Pattern::parse("*").into_iter().collect()
+}
+
+impl Config {
+    /// What the operator said of a runner; 0: nothing.
+    fn slots(&self, server: &Server, model: &ModelName) -> u32 {
+        let fits = |rule: &&SlotRule| {
+            rule.servers.iter().any(|pattern| pattern.matches(server.id.as_str()))
+                && rule.models.iter().any(|pattern| pattern.matches_model(model))
+        };
+        self.slots.iter().find(fits).map_or(0, |rule| rule.slots.get())
+    }
+}
+
+/// How one of the candidates is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// The one that is predicted to answer soonest.
+    #[default]
+    Predicted,
+    /// One after the other.
+    RoundRobin,
+    /// The one with the fewest calls.
+    LeastLoaded,
+    /// The one with the fewest calls for its weight.
+    Weighted,
+    /// The less loaded of two taken at random.
+    RandomTwoChoices,
+    /// The same one for the same model and client, as long as the servers stay the same.
+    ConsistentHash,
+}
+
+impl Policy {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Predicted => "predicted",
+            Self::RoundRobin => "round_robin",
+            Self::LeastLoaded => "least_loaded",
+            Self::Weighted => "weighted",
+            Self::RandomTwoChoices => "random_two_choices",
+            Self::ConsistentHash => "consistent_hash",
+        }
+    }
+}
+
+/// What picking remembers: outlives every stack.
+#[derive(Debug, Default)]
+pub struct Picking {
+    config: ArcSwap<Config>,
+    /// How often it was configured.
+    version: AtomicU32,
+    turn: AtomicUsize,
+}
+
+impl Picking {
+    /// Picks by other rules from now on.
+    pub fn configure(&self, config: Config) {
+        self.config.store(Arc::new(config));
+        self.version.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// Milliseconds of a load of which nothing is known: for starting a runner.
+const LOAD_BASE: f32 = 500.0;
+/// Bytes of a model that are loaded in a millisecond, as long as nothing is known.
+const LOAD_SPEED: f32 = 1e6;
+/// Milliseconds that a call has its slot, as long as nothing is known.
+const SERVICE: f32 = 3000.0;
+/// Milliseconds for a token of a prompt, as long as nothing is known.
+const PREFILL: f32 = 0.5;
+/// Bytes of a request's body for a token of its prompt.
+const BYTES_PER_TOKEN: f32 = 4.0;
+/// What is within this share of the cheapest, or within so many milliseconds, is as good.
+const NEAR: (f32, f32) = (0.2, 20.0);
+
+/// The milliseconds until the first piece of an answer, and what they are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Until a slot is free.
+    pub waiting: f32,
+    /// Until the model is in memory.
+    pub loading: f32,
+    /// For the part of the prompt that is not cached there.
+    pub prefill: f32,
+    /// For the way, and for what we do not know.
+    pub rest: f32,
+}
+
+impl Cost {
+    /// All of it.
+    pub fn total(&self) -> f32 {
+        self.waiting + self.loading + self.prefill + self.rest
+    }
+
+    fn is_near(&self, best: &Self) -> bool {
+        let best = best.total();
+        self.total() <= best + (best * NEAR.0).max(NEAR.1)
+    }
+}
 
 /// Where the services of the servers come from.
 pub trait Fleet: Clone + Send + Sync + 'static {
@@ -33,12 +174,13 @@ pub trait Fleet: Clone + Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct Pick<F> {
     fleet: F,
+    picking: Arc<Picking>,
 }
 
 impl<F: Fleet> Pick<F> {
     /// Picks from a fleet.
-    pub fn new(fleet: F) -> Self {
-        Self { fleet }
+    pub fn new(fleet: F, picking: Arc<Picking>) -> Self {
+        Self { fleet, picking }
     }
 }
 
@@ -51,76 +193,337 @@ impl<F: Fleet> Service<Call> for Pick<F> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, call: Call) -> Self::Future {
-        let Some(server) = choose(&call.candidates) else {
-            let why = if call.candidates.snapshot().servers.is_empty() {
-                "the proxy has no servers; name some with --servers"
-            } else {
-                "every server that could be asked has failed"
-            };
-            call.note("pick", "nobody is left", []);
-            return Box::pin(std::future::ready(Err(Error::NoServer(why.to_owned()))));
+    fn call(&mut self, mut call: Call) -> Self::Future {
+        let picked = match self.picking.pick(&mut call) {
+            Ok(picked) => picked,
+            Err(error) => return Box::pin(std::future::ready(Err(error))),
         };
-        let facts = [("server", Fact::from(&server.id)), ("of", call.candidates.count().into())];
-        call.note("pick", "the least loaded", facts);
+        let Picked { server, cost, rows, .. } = &picked;
+        let said = [("server", Fact::from(&server.id)), ("predicted-ms", Fact::ms(cost.total()))];
+        let asked =
+            rows.iter().flat_map(|(policy, rows)| [("policy", policy.as_str().into()), ("candidates", rows.clone())]);
+        call.note("pick", "picked", said.into_iter().chain(asked));
         if call.dry {
             let mut reply = Reply::full(StatusCode::OK, HeaderMap::new(), Bytes::new());
             reply.body.outcome_mut().servers.push(server.id.clone());
             return Box::pin(std::future::ready(Ok(reply)));
         }
-        match self.fleet.service(&server) {
+        match self.fleet.service(server) {
             Some(service) => {
-                let lease = server.load.lease();
-                let trial = Trial::of(&call, &server);
                 let attempts = call.attempts + 1;
-                let model = call.known.as_ref().map(|known| known.meters.clone());
+                let model = picked.known.as_ref().map(|known| known.meters.clone());
+                let visit = picked.visit(&mut call);
                 let answer = stack::send(service, call);
-                Box::pin(follow(server, Place { lease, trial }, attempts, model, answer))
+                Box::pin(follow(visit, attempts, model, answer))
             }
             None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
         }
     }
 }
 
-/// The least loaded usable candidate; of equals the better of two taken at random.
-fn choose(candidates: &Candidates) -> Option<Arc<Server>> {
-    let mut servers: SmallVec<[&Arc<Server>; 16]> = candidates.iter().filter(|server| server.is_usable()).collect();
-    if servers.is_empty() {
-        servers = candidates.iter().collect();
-    }
-    // Calls per unit of weight, this one included, compared without dividing.
-    let load = |server: &Server| u64::from(server.load.in_flight()) + 1;
-    let is_less = |a: &Server, b: &Server| load(a) * u64::from(b.weight.get()) < load(b) * u64::from(a.weight.get());
-    let best = *servers.iter().reduce(|best, next| if is_less(next, best) { next } else { best })?;
-    servers.retain(|server| !is_less(best, server));
-    let random = || servers.get(fastrand::usize(..servers.len().max(1))).copied().unwrap_or(best);
-    let (one, other) = (random(), random());
-    Some(if is_less(other, one) { other } else { one }.clone())
+/// A server, with a slot on it.
+struct Picked {
+    server: Arc<Server>,
+    known: Option<Arc<Known>>,
+    cost: Cost,
+    lease: Option<Lease>,
+    /// How it was chosen, and all candidates: for who only asks.
+    rows: Option<(Policy, Fact)>,
 }
 
-/// Keeps the place on a server for as long as its answer lasts, and tells how that goes.
+impl Picked {
+    fn visit(self, call: &mut Call) -> Visit {
+        let runner = self.lease.as_ref().and_then(|lease| lease.runner().cloned());
+        let is_loaded = self.known.as_ref().is_some_and(|known| known.loaded.contains(self.server.index));
+        let (cause, loading) = runner.as_ref().map_or((None, None), |runner| runner.takes(call, is_loaded));
+        if let (Some(cause), Some(known)) = (cause, &self.known) {
+            known.meters.load(cause);
+            call.note("pick", "makes the server load the model", [("cause", Fact::Word(cause.as_str()))]);
+        }
+        let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
+        let trial = Trial::of(call, &self.server, self.known.as_deref().zip(runner.as_ref()));
+        Visit {
+            trial,
+            server: self.server,
+            lease: self.lease,
+            runner,
+            loading,
+            sent: Instant::now(),
+            first: None,
+            streamed: false,
+            others,
+            predicted: self.cost,
+        }
+    }
+}
+
+/// One candidate as a choice.
+struct Choice<'a> {
+    server: &'a Arc<Server>,
+    runner: Option<&'a Arc<Runner>>,
+    cost: Cost,
+    is_loaded: bool,
+    has_room: bool,
+}
+
+impl Choice<'_> {
+    /// Calls per unit of weight, this one included; two are compared without dividing.
+    fn is_less_loaded(&self, other: &Self) -> bool {
+        let load = |choice: &Self| u64::from(choice.server.load.in_flight()) + 1;
+        load(self) * u64::from(other.server.weight.get()) < load(other) * u64::from(self.server.weight.get())
+    }
+
+    fn has_fewer_calls(&self, other: &Self) -> bool {
+        self.server.load.in_flight() < other.server.load.in_flight()
+    }
+
+    /// What `explain` shows of it.
+    fn row(&self) -> Fact {
+        let Cost { waiting, loading, prefill, rest } = self.cost;
+        let mut row = vec![
+            ("server", Fact::from(&self.server.id)),
+            ("predicted-ms", Fact::ms(self.cost.total())),
+            ("waiting-ms", Fact::ms(waiting)),
+            ("loading-ms", Fact::ms(loading)),
+            ("prefill-ms", Fact::ms(prefill)),
+            ("rest-ms", Fact::ms(rest)),
+            ("in-flight", self.server.load.in_flight().into()),
+        ];
+        if let Some(runner) = self.runner {
+            row.extend([("slots", runner.slots().into()), ("slots-from", runner.source().into())]);
+        }
+        Fact::Row(row)
+    }
+}
+
+type Choices<'a> = SmallVec<[Choice<'a>; 8]>;
+
+impl Picking {
+    /// Chooses a server and takes a slot there.
+    fn pick(&self, call: &mut Call) -> Result<Picked, Error> {
+        let known = known(call);
+        let runners = known.as_ref().map(|known| known.runners.all());
+        let lease = call.lease.take();
+        let config = self.config.load();
+        let version = self.version.load(Ordering::Acquire);
+        let runner = |known: &Known, server: &Server| {
+            let runner = known.runners.at(server);
+            runner.configure(version, || config.slots(server, &known.name));
+            runner
+        };
+        let mut choices = choices(call, known.as_deref(), runners.as_ref().map_or(&[], |runners| runners));
+        if choices.iter().any(|choice| choice.server.is_usable()) {
+            choices.retain(|choice| choice.server.is_usable());
+        }
+        if choices.is_empty() {
+            return Err(nobody(call));
+        }
+        let policy = config.policy;
+        let rows = call.dry.then(|| Fact::List(choices.iter().map(Choice::row).collect()));
+        // Who has waited for a slot takes it, as long as it is one of a candidate.
+        if let Some(lease) = lease {
+            let its = lease.runner().map(|runner| runner.server);
+            if let Some(choice) = choices.iter().find(|choice| its == Some(choice.server.index)) {
+                let cost = Cost { waiting: 0.0, ..choice.cost };
+                return Ok(Picked {
+                    server: choice.server.clone(),
+                    known: known.clone(),
+                    cost,
+                    lease: Some(lease),
+                    rows: None,
+                });
+            }
+        }
+        let at = self.choose(policy, &choices, call);
+        let (server, cost) = (choices[at].server.clone(), choices[at].cost);
+        let lease = match &known {
+            _ if call.dry => {
+                if call.ticket.is_some() && !choices[at].has_room {
+                    call.note("pick", "would wait for a slot", [("server", Fact::from(&server.id))]);
+                }
+                None
+            }
+            None => Some(server.load.lease()),
+            Some(known) if call.ticket.is_none() => Some(Lease::take_anyway(&runner(known, &server))),
+            Some(known) => {
+                let lease = choices[at].has_room.then(|| Lease::take(&runner(known, &server))).flatten();
+                Some(lease.ok_or_else(|| busy(&choices, at, known))?)
+            }
+        };
+        Ok(Picked { server, known: known.clone(), cost, lease, rows: rows.map(|rows| (policy, rows)) })
+    }
+
+    /// The place of the chosen one in the list.
+    fn choose(&self, policy: Policy, choices: &Choices<'_>, call: &Call) -> usize {
+        let near = match policy {
+            Policy::Predicted => nearest(choices),
+            // The others know nothing of loads: who has the model in memory comes first, as long as there is room.
+            _ => best(choices, |choice| choice.is_loaded && choice.has_room),
+        };
+        let at = |place: usize| near[place % near.len()];
+        let least = |is_less: fn(&Choice<'_>, &Choice<'_>) -> bool| {
+            let least = near.iter().copied().reduce(|a, b| if is_less(&choices[b], &choices[a]) { b } else { a });
+            least.unwrap_or(0)
+        };
+        let two = |of: &[usize]| {
+            let random = || of[fastrand::usize(..of.len())];
+            let (one, other) = (random(), random());
+            if choices[other].is_less_loaded(&choices[one]) { other } else { one }
+        };
+        match policy {
+            Policy::Predicted => {
+                let least = &choices[least(|a, b| a.is_less_loaded(b))];
+                let equals: Places = near.iter().copied().filter(|at| !least.is_less_loaded(&choices[*at])).collect();
+                two(&equals)
+            }
+            Policy::RoundRobin if call.dry => at(self.turn.load(Ordering::Relaxed)),
+            Policy::RoundRobin => at(self.turn.fetch_add(1, Ordering::Relaxed)),
+            Policy::LeastLoaded => least(|a, b| a.has_fewer_calls(b)),
+            Policy::Weighted => least(|a, b| a.is_less_loaded(b)),
+            Policy::RandomTwoChoices => two(&near),
+            Policy::ConsistentHash => consistent(choices, &near, call),
+        }
+    }
+}
+
+/// Places in a list of choices.
+type Places = SmallVec<[usize; 8]>;
+
+/// What is known of the model, if the call needs a slot of its runner.
+fn known(call: &Call) -> Option<Arc<Known>> {
+    if !call.route.infers() || call.peek.unloads() {
+        return None;
+    }
+    let found = || call.candidates.snapshot().known(call.place.model.as_ref()?).cloned();
+    call.known.clone().or_else(found)
+}
+
+fn nobody(call: &Call) -> Error {
+    call.note("pick", "nobody is left", []);
+    let why = if call.candidates.snapshot().servers.is_empty() {
+        "the proxy has no servers; name some with --servers"
+    } else {
+        "every server that could be asked has failed"
+    };
+    Error::NoServer(why.to_owned())
+}
+
+/// The candidates, each with what it would cost.
+fn choices<'a>(call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]) -> Choices<'a> {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let tokens = call.payload.length().unwrap_or(0) as f32 / BYTES_PER_TOKEN;
+    let choice = |server: &'a Arc<Server>| {
+        let runner = runner::find(runners, server);
+        let is_loaded = known.is_none_or(|known| known.loaded.contains(server.index));
+        let cost = match known {
+            Some(known) => predict(call, known, runner, is_loaded, tokens),
+            None => Cost::default(),
+        };
+        Choice { server, runner, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
+    };
+    call.candidates.iter().map(choice).collect()
+}
+
+/// What an answer from a runner would cost; `None`: one that was never needed.
+fn predict(call: &Call, known: &Known, runner: Option<&Arc<Runner>>, is_loaded: bool, tokens: f32) -> Cost {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let load = || LOAD_BASE + known.size as f32 / LOAD_SPEED;
+    let named = call.place.options.as_deref();
+    let Some(runner) = runner else {
+        let reloads = named.is_some_and(|named| named.reloads(&LoadOptions::default(), 0));
+        let loading = if is_loaded && !reloads { 0.0 } else { load() };
+        return Cost { loading, prefill: tokens * PREFILL, ..Cost::default() };
+    };
+    let speeds = &runner.speeds;
+    // Who waits for a load that goes on already waits as long, as far as one can tell.
+    let loads = runner.is_loading() || runner.cause(named, is_loaded).is_some();
+    Cost {
+        waiting: waiting(call, runner),
+        loading: if loads { speeds.load.get().unwrap_or_else(load) } else { 0.0 },
+        prefill: tokens * speeds.prefill.get().unwrap_or(PREFILL),
+        rest: speeds.rest.get().unwrap_or(0.0),
+    }
+}
+
+/// Until a slot is free: those who are served, and those who wait before this call, share the slots.
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn waiting(call: &Call, runner: &Runner) -> f32 {
+    let (slots, in_flight) = (runner.slots().max(1), runner.in_flight());
+    if in_flight < slots && runner.line.is_empty() {
+        return 0.0;
+    }
+    let before = match &call.ticket {
+        Some(ticket) => runner.line.before(runner.server, ticket),
+        None => 0,
+    };
+    let over = f32::from(u16::try_from(in_flight.saturating_sub(slots)).unwrap_or(u16::MAX)) + before as f32 + 1.0;
+    over / slots as f32 * runner.speeds.service.get().unwrap_or(SERVICE)
+}
+
+/// The places of those that are as good as the cheapest; of these, those with room, if any has.
+fn nearest(choices: &Choices<'_>) -> Places {
+    let costs = choices.iter().map(|choice| choice.cost);
+    let cheapest = costs.min_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default();
+    let near: Places = (0..choices.len()).filter(|at| choices[*at].cost.is_near(&cheapest)).collect();
+    let free: Places = near.iter().copied().filter(|at| choices[*at].has_room).collect();
+    if free.is_empty() { near } else { free }
+}
+
+/// The places of those that are as wanted; if none is, of those with room; if none has, of all.
+fn best(choices: &Choices<'_>, is_wanted: impl Fn(&Choice<'_>) -> bool) -> Places {
+    let wanted: Places = (0..choices.len()).filter(|at| is_wanted(&choices[*at])).collect();
+    if !wanted.is_empty() {
+        return wanted;
+    }
+    let free: Places = (0..choices.len()).filter(|at| choices[*at].has_room).collect();
+    if free.is_empty() { (0..choices.len()).collect() } else { free }
+}
+
+/// The runners that are worth waiting for: the one that was chosen, and those that are full and cheaper than any that is free.
+fn busy(choices: &Choices<'_>, chosen: usize, known: &Known) -> Error {
+    let total = |choice: &Choice<'_>| choice.cost.total();
+    let free = choices.iter().filter(|choice| choice.has_room).map(total).reduce(f32::min).unwrap_or(f32::INFINITY);
+    let is_worth = |(at, choice): &(usize, &Choice<'_>)| *at == chosen || (!choice.has_room && total(choice) <= free);
+    let worth = choices.iter().enumerate().filter(is_worth);
+    Error::Busy { runners: worth.map(|(_, choice)| known.runners.at(choice.server)).collect(), retry_after: None }
+}
+
+/// The same place for the same model and client: the highest of the hashes of both with each server's name (rendezvous
+/// hashing), so that a server that comes or goes moves only what is its own.
+fn consistent(choices: &Choices<'_>, near: &Places, call: &Call) -> usize {
+    let score = |at: &usize| {
+        let mut hasher = std::hash::DefaultHasher::new();
+        let model = call.place.model.as_ref().map(ModelName::as_str);
+        let client = call.client.map(|client| client.ip());
+        std::hash::Hash::hash(&(choices[*at].server.id.as_str(), model, client), &mut hasher);
+        std::hash::Hasher::finish(&hasher)
+    };
+    near.iter().copied().max_by_key(score).unwrap_or(0)
+}
+
+/// Judges a server by its answer, and keeps the slot on it for as long as that lasts.
 async fn follow(
-    server: Arc<Server>,
-    mut place: Place,
+    mut visit: Visit,
     attempts: u32,
     model: Option<Arc<ModelMeters>>,
     answer: Answer,
 ) -> Result<Reply, Error> {
     match answer.await {
         Ok(mut reply) => {
-            server.meters.attempt(true);
-            if let Some(trial) = &mut place.trial {
+            visit.loading = None;
+            visit.server.meters.attempt(true);
+            if let Some(trial) = &mut visit.trial {
                 trial.answered(reply.status);
             }
             let outcome = reply.body.outcome_mut();
-            outcome.servers.push(server.id.clone());
+            outcome.servers.push(visit.server.id.clone());
             outcome.attempts = attempts;
             outcome.model = model;
-            Ok(reply.watch(Some(place)))
+            Ok(reply.watch(visit))
         }
         Err(error) => {
-            server.meters.attempt(false);
-            if let Some(trial) = place.trial {
+            visit.server.meters.attempt(false);
+            if let Some(trial) = visit.trial.take() {
                 trial.failed(&error);
             }
             Err(error)
@@ -128,18 +531,62 @@ async fn follow(
     }
 }
 
-/// A place at a server while its answer lasts; then the server is judged by how that ended, and the place is free.
-struct Place {
-    #[expect(dead_code, reason = "held, not read")]
-    lease: Lease,
+/// A call at a server while its answer lasts; then server and runner are judged by how that went, and the slot is free.
+struct Visit {
+    server: Arc<Server>,
+    lease: Option<Lease>,
+    runner: Option<Arc<Runner>>,
+    /// The load that it waits for.
+    loading: Option<Loading>,
+    sent: Instant,
+    first: Option<Instant>,
+    /// Whether more than one piece came.
+    streamed: bool,
+    /// How it goes, for the circuits.
     trial: Option<Trial>,
+    /// Calls that the runner was answering when this one came.
+    others: u32,
+    predicted: Cost,
 }
 
-impl Watcher for Option<Place> {
-    fn end(&mut self, end: End, _outcome: &Outcome) {
-        if let Some(Place { trial: Some(mut trial), .. }) = self.take() {
+impl Watcher for Visit {
+    fn chunk(&mut self, _chunk: &Chunk) {
+        if self.first.is_none() {
+            self.first = Some(Instant::now());
+            if let Some(runner) = &self.runner {
+                runner.begins();
+            }
+        } else {
+            self.streamed = true;
+        }
+    }
+
+    fn end(&mut self, end: End, outcome: &Outcome) {
+        if let (Some(_), Some(runner)) = (self.first, &self.runner) {
+            runner.ends();
+        }
+        if let Some(trial) = &mut self.trial {
             trial.ended(end);
         }
+        if end == End::Whole {
+            self.learn(outcome);
+        }
+        self.lease = None;
+    }
+}
+
+impl Visit {
+    /// Tells the runner how it went, if it answered.
+    fn learn(&self, outcome: &Outcome) {
+        let (Some(runner), Some(first), Some(counters)) = (&self.runner, self.first, outcome.counters) else { return };
+        let ended = Instant::now();
+        let Self { sent, streamed, others, .. } = *self;
+        let seen = Seen { sent, first, ended, streamed, others, uncached: counters.prompt_tokens, counters };
+        if streamed {
+            let took = (first - sent).as_secs_f32() * 1000.0;
+            instruments::predicted(Duration::from_secs_f32((took - self.predicted.total()).abs() / 1000.0));
+        }
+        runner.ended(&seen);
     }
 }
 
@@ -149,13 +596,17 @@ mod tests {
     use crate::testing;
     use std::collections::HashMap;
 
-    fn counts(cluster: &crate::Cluster, calls: usize) -> HashMap<String, usize> {
+    fn pick(cluster: &Arc<crate::Cluster>, model: &str) -> Picked {
+        Picking::default().pick(&mut testing::call_in(cluster, model)).unwrap()
+    }
+
+    fn counts(cluster: &Arc<crate::Cluster>, calls: usize) -> HashMap<String, usize> {
         let mut counts = HashMap::new();
-        let mut leases = Vec::new();
+        let mut picked = Vec::new();
         for _ in 0..calls {
-            let server = choose(&cluster.snapshot().all()).unwrap();
-            leases.push(server.load.lease());
-            *counts.entry(server.id.to_string()).or_default() += 1;
+            let one = pick(cluster, "nobodys");
+            *counts.entry(one.server.id.to_string()).or_default() += 1;
+            picked.push(one);
         }
         counts
     }
@@ -189,10 +640,54 @@ mod tests {
     async fn a_place_is_kept_until_the_body_ends() {
         let cluster = testing::cluster(&[&["tiny"]]).await;
         let load = cluster.snapshot().servers[0].load.clone();
-        let mut pick = Pick::new(testing::Always);
+        let mut pick = Pick::new(testing::Always, Arc::default());
         let reply = pick.call(testing::call_in(&cluster, "tiny")).await.unwrap();
         assert_eq!(load.in_flight(), 1);
         drop(reply);
         assert_eq!(load.in_flight(), 0);
+    }
+
+    async fn ask(cluster: &Arc<crate::Cluster>, options: &str) -> Vec<crate::trail::Note> {
+        let body = format!(r#"{{"model":"tiny","messages":[]{options}}}"#);
+        let mut call = testing::call_in(cluster, "tiny");
+        call.payload = crate::Payload::from_bytes(body.clone());
+        Arc::get_mut(&mut call.head).unwrap().peek = crate::Peek::json(&[Bytes::from(body)]);
+        call.place.options = Some(Arc::new(crate::place::LoadOptions::of(&call)));
+        let head = call.head.clone();
+        let reply = Pick::new(testing::Always, Arc::default()).call(call).await.unwrap();
+        let server = reply.body.outcome().servers[0].clone();
+        reply.body.collect(99).await.unwrap();
+        cluster.note_loaded(&server, &ModelName::parse("tiny").unwrap(), true);
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        head.trail.take()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clients_that_name_other_contexts_do_not_make_a_server_load_again_and_again() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        for round in 0..50 {
+            let options = [r#","options":{"num_ctx":8192}"#, "", r#","options":{"num_ctx":2048}"#][round % 3];
+            ask(&cluster, options).await;
+        }
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
+        let loads: Vec<u64> = known.runners.all().iter().map(|runner| runner.loads()).collect();
+        assert!(loads.iter().all(|loads| *loads <= 1), "{loads:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_big_context_goes_where_it_is_loaded() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        for server in ["0", "1"] {
+            cluster.note_loaded(&crate::ServerId::new(server), &ModelName::parse("tiny").unwrap(), true);
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        ask(&cluster, r#","options":{"num_ctx":8192}"#).await;
+        let at =
+            |notes: Vec<crate::trail::Note>| notes.into_iter().find(|note| note.decision == "picked").unwrap().facts;
+        let first = at(ask(&cluster, r#","options":{"num_ctx":8192}"#).await)[0].clone();
+        for _ in 0..10 {
+            assert_eq!(at(ask(&cluster, r#","options":{"num_ctx":8000}"#).await)[0], first);
+        }
     }
 }

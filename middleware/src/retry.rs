@@ -21,7 +21,6 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -29,12 +28,13 @@ use tower::{Layer, Service, ServiceExt};
 
 use crate::call::{Answer, Call, Payload, Reply};
 use crate::circuit::Limits;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Server};
 use crate::error::Error;
 use crate::instruments::Instruments;
-use crate::names::ServerId;
 use crate::route::Scope;
+use crate::runner::Runner;
 use crate::trail::Fact;
+use crate::units::{Seconds, Share, SomeMs, SomeSeconds};
 
 use failure::Failure;
 
@@ -43,9 +43,9 @@ use failure::Failure;
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
     /// Attempts that one call may take, the first included. A stream that breaks off may take as many again.
-    pub attempts: u32,
+    pub attempts: NonZeroU32,
     /// Retries per request that the budget gains; 0.2 keeps retries to a fifth of the traffic.
-    pub budget: f64,
+    pub budget: Share,
     /// Retries that the budget gains each second besides: a server that dies takes a third of a small cluster's calls with it.
     pub per_second: u32,
     /// Retries that are there from the beginning, and the most that the budget saves up.
@@ -55,13 +55,13 @@ pub struct Config {
     /// Failures in a row after which a server, or one model on it, is left alone for a while.
     pub breaker_failures: NonZeroU32,
     /// Milliseconds for which it is left alone at first; twice as long after each try that fails.
-    pub breaker_open_ms: u64,
+    pub breaker_open_ms: SomeMs,
     /// The longest that it is left alone, milliseconds.
-    pub breaker_max_open_ms: u64,
+    pub breaker_max_open_ms: SomeMs,
     /// Seconds after which a server that is well again has its full share of calls.
-    pub ramp_s: u64,
+    pub ramp_s: Seconds,
     /// Seconds for which a loaded model may be silent towards everybody who asks for a stream, before it has failed.
-    pub hang_s: u64,
+    pub hang_s: SomeSeconds,
 }
 
 /// When a stream goes on elsewhere.
@@ -78,16 +78,16 @@ pub enum Resume {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            attempts: 3,
-            budget: 0.2,
+            attempts: NonZeroU32::MIN.saturating_add(2),
+            budget: Share::of_thousand(200),
             per_second: 10,
             reserve: 100,
             resume: Resume::Auto,
             breaker_failures: NonZeroU32::MIN.saturating_add(2),
-            breaker_open_ms: 1000,
-            breaker_max_open_ms: 60_000,
-            ramp_s: 10,
-            hang_s: 60,
+            breaker_open_ms: SomeMs::new(1000),
+            breaker_max_open_ms: SomeMs::new(60_000),
+            ramp_s: Seconds::new(10),
+            hang_s: SomeSeconds::new(60),
         }
     }
 }
@@ -97,10 +97,10 @@ impl Config {
     fn limits(&self) -> Limits {
         Limits {
             failures: self.breaker_failures.get(),
-            open: Duration::from_millis(self.breaker_open_ms),
-            longest: Duration::from_millis(self.breaker_max_open_ms),
-            ramp: Duration::from_secs(self.ramp_s),
-            hang: Duration::from_secs(self.hang_s),
+            open: self.breaker_open_ms.time(),
+            longest: self.breaker_max_open_ms.time(),
+            ramp: self.ramp_s.time(),
+            hang: self.hang_s.time(),
         }
     }
 }
@@ -124,9 +124,7 @@ impl Default for Budget {
 
 impl Budget {
     fn deposit(&self, config: &Config) {
-        #[expect(clippy::cast_possible_truncation, reason = "between 0 and 1000")]
-        let share = (config.budget.clamp(0.0, 1.0) * 1000.0) as i64;
-        self.add(share, config);
+        self.add(config.budget.thousandths(), config);
     }
 
     fn add(&self, thousandths: i64, config: &Config) {
@@ -225,7 +223,7 @@ async fn attempt<S>(
     rules: Arc<Rules>,
     service: S,
     spare: Call,
-    probed: Option<ServerId>,
+    probed: Option<Arc<Server>>,
     answer: impl Future<Output = Result<Reply, Error>>,
 ) -> Result<Reply, Error>
 where
@@ -234,7 +232,10 @@ where
 {
     let answer = match probed {
         None => answer.await,
-        Some(server) => rules.probe(server, answer).await,
+        Some(server) => {
+            let runner = failure::runner(&spare, &server);
+            rules.probe(&server, runner, answer).await
+        }
     };
     match answer {
         Ok(reply) if reply.status.is_success() && (whole::is_stream(&reply) || !spare.route.infers()) => {
@@ -249,12 +250,17 @@ impl Rules {
     /// Waits for a call that finds out about a server; no longer than it may be silent, since there are others.
     async fn probe(
         &self,
-        server: ServerId,
+        server: &Server,
+        runner: Option<Arc<Runner>>,
         answer: impl Future<Output = Result<Reply, Error>>,
     ) -> Result<Reply, Error> {
-        tokio::time::timeout(self.limits.hang, answer)
-            .await
-            .unwrap_or_else(|_| Err(failure::silent(server, &self.limits)))
+        let answer = tokio::time::timeout(self.limits.hang, answer).await;
+        let answer = answer.unwrap_or_else(|_| Err(failure::silent(server.id.clone(), &self.limits)));
+        if let Err(Error::Busy { .. } | Error::NoServer(_)) = &answer {
+            // It was not sent.
+            server.circuits.give_back(runner.as_deref());
+        }
+        answer
     }
 
     /// Tries again for as long as that may help.
@@ -298,7 +304,7 @@ impl Rules {
             return Some((again, "stale-connection"));
         }
         spare.attempts += 1;
-        if spare.attempts >= self.config.attempts {
+        if spare.attempts >= self.config.attempts.get() {
             return None;
         }
         if spare.candidates.has_other_than(&failure.server) {
@@ -318,6 +324,7 @@ mod tests {
     use crate::error::Phase;
     use crate::testing::{self, ask};
     use http::StatusCode;
+    use std::time::Duration;
 
     fn layer(config: Config, cluster: &Arc<Cluster>) -> RetryLayer {
         RetryLayer::new(config, Arc::default(), cluster.clone(), Arc::default())
@@ -386,7 +393,7 @@ mod tests {
     #[tokio::test]
     async fn a_spent_budget_ends_the_tries() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let config = Config { budget: 0.0, per_second: 0, reserve: 0, ..Config::default() };
+        let config = Config { budget: Share::NONE, per_second: 0, reserve: 0, ..Config::default() };
         let (mut service, mut inner) = testing::spawn(&layer(config, &cluster));
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Connecting, false));
@@ -395,7 +402,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_budget_grows_with_traffic_and_with_time() {
-        let config = Config { budget: 0.5, per_second: 2, reserve: 3, ..Config::default() };
+        let config = Config { budget: Share::of_thousand(500), per_second: 2, reserve: 3, ..Config::default() };
         let budget = Budget::default();
         budget.deposit(&config);
         let spent = |budget: &Budget| (0..9).filter(|_| budget.withdraw(&config)).count();
@@ -416,9 +423,10 @@ mod tests {
     }
 
     fn fail(cluster: &Arc<Cluster>, server: usize) {
-        let call = known_call(cluster);
-        let (circuits, limits) = (cluster.snapshot().servers[server].circuits.clone(), Config::default().limits());
-        (0..3).for_each(|_| circuits.failed(failure::model(&call), &limits));
+        let (known, limits) = (known_call(cluster).known.unwrap(), Config::default().limits());
+        let server = cluster.snapshot().servers[server].clone();
+        let runner = known.runners.at(&server);
+        (0..3).for_each(|_| server.circuits.failed(Some((&known.name, &runner)), &limits));
     }
 
     /// A call that has been through `model-route`.
@@ -446,16 +454,6 @@ mod tests {
         assert_eq!(asked(&cluster, only).await, ["0"], "nobody else is left");
         fail(&cluster, 1);
         assert_eq!(asked(&cluster, known_call(&cluster)).await, ["0", "1"], "all are asked all the same");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn those_in_reserve_are_asked_before_one_that_is_left_alone() {
-        let cluster = troubled().await;
-        let mut call = known_call(&cluster);
-        let mut loaded = crate::cluster::Bits::default();
-        loaded.insert(0);
-        call.candidates.prefer(&loaded);
-        assert_eq!(asked(&cluster, call).await, ["1"]);
     }
 
     #[tokio::test(start_paused = true)]

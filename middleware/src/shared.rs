@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
+use crate::keys::Keys;
+use crate::pick::Picking;
+use crate::queue::Queue;
 use crate::retry::Budget;
 use crate::trace::Ring;
 
@@ -14,8 +17,14 @@ pub struct Shared {
     pub cluster: Arc<Cluster>,
     /// The metrics that belong to no server and no model: everybody's.
     pub instruments: Arc<Instruments>,
+    /// The keys of clients: `auth`'s, and the proxy's own pages'.
+    pub keys: Arc<Keys>,
     /// The last requests and what was decided about them: `trace`'s.
     pub requests: Arc<Ring>,
+    /// How servers are picked: the leaf's.
+    pub picking: Arc<Picking>,
+    /// What waits for a slot: `queue`'s.
+    pub queue: Arc<Queue>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -23,6 +32,14 @@ pub struct Shared {
 impl Shared {
     /// Fresh state around a cluster.
     pub fn new(cluster: Arc<Cluster>) -> Self {
-        Self { cluster, instruments: Arc::default(), requests: Arc::default(), budget: Arc::default() }
+        Self {
+            cluster,
+            instruments: Arc::default(),
+            keys: Arc::default(),
+            requests: Arc::default(),
+            picking: Arc::default(),
+            queue: Arc::default(),
+            budget: Arc::default(),
+        }
     }
 }

@@ -7,10 +7,13 @@ use std::task::{Context, Poll, Waker};
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
+use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
+use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
+use crate::queue::QueueLayer;
 use crate::retry::RetryLayer;
 use crate::shared;
 use crate::trace::TraceLayer;
@@ -92,6 +95,10 @@ pub enum Concern {
     Trace,
     /// [`crate::metrics`]
     Metrics,
+    /// [`crate::auth`]
+    Auth,
+    /// [`crate::queue`]
+    Queue,
     /// [`crate::model_route`]
     ModelRoute,
     /// [`crate::retry`]
@@ -100,15 +107,37 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 4] = [Self::Trace, Self::Metrics, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 6] = [Self::Trace, Self::Metrics, Self::Auth, Self::Queue, Self::ModelRoute, Self::Retry];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
+            Self::Auth => "auth",
+            Self::Queue => "queue",
             Self::ModelRoute => "model-route",
             Self::Retry => "retry",
+        }
+    }
+
+    /// What it does for a call, in a few words.
+    pub fn does(self) -> &'static str {
+        match self.as_str() {
+            "trace" => "tells the log what was asked and how it ended",
+            "metrics" => "counts requests, and times them to their first piece and to their end",
+            "auth" => "asks for a key, and holds its owner to what it allows",
+            "rate-limit" => "holds each client to the requests and tokens that it may use",
+            "timeout" => "ends what takes too long",
+            "alias" => "gives models other names, and prefers servers for them",
+            "queue" => "lets calls wait for a free place at a server, in fair turns",
+            "quant-fallback" => "takes another quantization of a model where that is better than waiting",
+            "model-route" => "narrows the candidates to those that have the model",
+            "affinity" => "leads a conversation back to the server that remembers it",
+            "hedge" => "sends short calls a second time when the first takes long",
+            "retry" => "asks another server when one fails",
+            "distribute" => "serves models that are larger than one machine",
+            _ => "",
         }
     }
 }
@@ -160,10 +189,16 @@ impl Default for Table {
 pub struct Config {
     /// Which layers are on.
     pub stack: Table,
+    /// The `[pick]` table.
+    pub pick: crate::pick::Config,
     /// The `[trace]` table.
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
     pub metrics: crate::metrics::Config,
+    /// The `[auth]` table.
+    pub auth: crate::auth::Config,
+    /// The `[queue]` table.
+    pub queue: crate::queue::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
     /// The `[retry]` table.
@@ -195,11 +230,24 @@ struct Rule {
     why: &'static str,
 }
 
-const RULES: [Rule; 1] = [Rule {
-    outer: Concern::ModelRoute,
-    inner: Concern::Retry,
-    why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
-}];
+const RULES: &[Rule] = &[
+    Rule {
+        outer: Concern::Auth,
+        inner: Concern::Queue,
+        why: "who may not ask must not wait, and whose turn it is depends on the key",
+    },
+    Rule {
+        outer: Concern::Queue,
+        inner: Concern::ModelRoute,
+        why: "when a slot is free, or the servers have changed, it must be decided anew which servers have the model",
+    },
+    Rule { outer: Concern::Queue, inner: Concern::Retry, why: "a call that waits for a slot is no failed attempt" },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Retry,
+        why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
+    },
+];
 
 /// Whether an order can work.
 fn check(order: &[Concern]) -> Result<(), OrderError> {
@@ -207,7 +255,7 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
     if let Some(twice) = order.iter().enumerate().find(|(at, concern)| place(**concern) != Some(*at)) {
         return Err(OrderError::Twice(*twice.1));
     }
-    for Rule { outer, inner, why } in RULES {
+    for &Rule { outer, inner, why } in RULES {
         if let (Some(outer_at), Some(inner_at)) = (place(outer), place(inner))
             && outer_at > inner_at
         {
@@ -219,9 +267,15 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
 
 /// Wraps `leaf` in the configured layers, the innermost first.
 pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
+    shared.picking.configure(config.pick.clone());
+    // The proxy's own pages are beside the stack, and yet behind the same door.
+    let has_door = config.stack.order.layers().contains(&Concern::Auth);
+    shared.keys.guard(if has_door { config.auth.guard() } else { Guard::Never });
     config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
+        Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
+        Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Retry => {
             let (budget, cluster) = (shared.budget.clone(), shared.cluster.clone());
@@ -245,6 +299,11 @@ mod tests {
     #[test]
     fn the_default_order_is_allowed() {
         assert_eq!(check(Table::default().order.layers()), Ok(()));
+    }
+
+    #[test]
+    fn every_layer_says_what_it_does() {
+        assert!(Concern::ALL.iter().all(|layer| !layer.does().is_empty()));
     }
 
     #[test]

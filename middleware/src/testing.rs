@@ -69,7 +69,7 @@ pub(crate) async fn cluster(models: &[&[&str]]) -> Arc<Cluster> {
     for (index, models) in models.iter().enumerate() {
         report(&cluster, index, models);
     }
-    settled().await;
+    cluster.catch_up().await;
     cluster
 }
 
@@ -77,7 +77,7 @@ pub(crate) async fn cluster(models: &[&[&str]]) -> Arc<Cluster> {
 pub(crate) async fn weighted_cluster(weights: &[u32]) -> Arc<Cluster> {
     let cluster = members(weights);
     (0..weights.len()).for_each(|index| report(&cluster, index, &["tiny"]));
-    settled().await;
+    cluster.catch_up().await;
     cluster
 }
 
@@ -92,11 +92,6 @@ fn members(weights: &[u32]) -> Arc<Cluster> {
 fn report(cluster: &Cluster, index: usize, models: &[&str]) {
     let models = models.iter().map(|name| Model { name: (*name).to_owned(), ..Model::default() }).collect();
     cluster.report(index, Report { models, ..Report::default() });
-}
-
-/// Waits until the snapshot shows what was reported.
-async fn settled() {
-    tokio::time::sleep(std::time::Duration::from_millis(60)).await;
 }
 
 /// A chat call for a model, in a cluster of one.

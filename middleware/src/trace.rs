@@ -334,7 +334,7 @@ mod tests {
     async fn an_error_passes_unchanged() {
         let (mut service, mut inner) = testing::spawn(&TraceLayer::new(&Config::default(), Arc::default()));
         let answer = ask(&mut service, testing::call("tiny").await);
-        inner.next_request().await.unwrap().1.send_error(Error::Busy);
-        assert!(matches!(answer.await, Err(Error::Busy)));
+        inner.next_request().await.unwrap().1.send_error(Error::busy());
+        assert!(matches!(answer.await, Err(Error::Busy { .. })));
     }
 }

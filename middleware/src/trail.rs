@@ -76,6 +76,13 @@ impl Trail {
     }
 }
 
+impl Fact {
+    /// Milliseconds, to a thousandth.
+    pub fn ms(value: f32) -> Self {
+        Self::Ms((f64::from(value) * 1000.0).round() / 1000.0)
+    }
+}
+
 impl From<usize> for Fact {
     fn from(count: usize) -> Self {
         Self::Count(count as u64)

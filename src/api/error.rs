@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn each_dialect_has_its_form() {
         assert_eq!(
-            body(Dialect::Ollama, &Error::Busy),
+            body(Dialect::Ollama, &Error::busy()),
             r#"{"error":"server busy, please try again.  maximum pending requests exceeded"}"#
         );
         assert_eq!(
@@ -87,7 +87,7 @@ mod tests {
             r#"{"error":{"message":"no server can answer now: \u003ca\u003e","type":"api_error","param":null,"code":null}}"#
         );
         assert!(
-            body(Dialect::Anthropic, &Error::Busy)
+            body(Dialect::Anthropic, &Error::busy())
                 .starts_with(r#"{"type":"error","error":{"type":"overloaded_error","message":"server busy"#)
         );
     }

@@ -1,7 +1,9 @@
 //! Who may ask: CORS and the check of the host, as Ollama's middleware does them (gin-contrib/cors 1.7.2, `routes.go`).
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, Response, Uri};
 
@@ -35,7 +37,7 @@ impl Origins {
         origins
             .extend(["app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*"].map(str::to_owned));
         if let Some(bad) = origins.iter().find(|origin| origin.matches('*').count() > 1) {
-            return Err(format!("OLLAMA_ORIGINS: '{bad}' has more than one '*'"));
+            return Err(format!("'{bad}' has more than one '*'"));
         }
         let pattern =
             |origin: &String| origin.split_once('*').map(|(before, behind)| (before.to_owned(), behind.to_owned()));
@@ -57,7 +59,7 @@ impl Origins {
 /// The checks before a route.
 #[derive(Clone, Debug)]
 pub struct Gate {
-    origins: Origins,
+    origins: Arc<ArcSwap<Origins>>,
     /// Names and addresses of this machine, if the host is checked at all.
     here: Option<Here>,
 }
@@ -73,8 +75,8 @@ struct Here {
 pub(super) struct Pass(Option<HeaderValue>);
 
 impl Gate {
-    /// Checks origins always, and hosts if the server listens on a loopback address.
-    pub fn new(origins: Origins, listens_on: IpAddr) -> Self {
+    /// Checks origins always, and hosts if the server listens on a loopback address. The origins may be exchanged.
+    pub fn new(origins: Arc<ArcSwap<Origins>>, listens_on: IpAddr) -> Self {
         let here = listens_on.is_loopback().then(|| Here {
             name: gethostname::gethostname().to_string_lossy().to_lowercase(),
             addresses: if_addrs::get_if_addrs().unwrap_or_default().iter().map(if_addrs::Interface::ip).collect(),
@@ -96,12 +98,15 @@ impl Gate {
         let foreign = origin.filter(|origin| !is_same(origin, host));
         let pass = match foreign {
             None => Pass(None),
-            Some(origin) if !self.origins.allow(origin) => return Err(Box::new(response::forbidden(allow))),
             Some(origin) => {
-                let value = if self.origins.any { "*" } else { origin };
+                let origins = self.origins.load();
+                if !origins.allow(origin) {
+                    return Err(Box::new(response::forbidden(allow)));
+                }
+                let value = if origins.any { "*" } else { origin };
                 let pass = Pass(HeaderValue::from_str(value).ok());
                 if method == Method::OPTIONS {
-                    return Err(Box::new(preflight(&pass, self.origins.any, allow)));
+                    return Err(Box::new(preflight(&pass, origins.any, allow)));
                 }
                 pass
             }
@@ -208,7 +213,7 @@ mod tests {
     }
 
     fn gate(origins: &str) -> Gate {
-        Gate::new(Origins::new(origins).unwrap(), IpAddr::V4(Ipv4Addr::LOCALHOST))
+        Gate::new(Arc::new(ArcSwap::from_pointee(Origins::new(origins).unwrap())), IpAddr::V4(Ipv4Addr::LOCALHOST))
     }
 
     #[test]
@@ -227,7 +232,8 @@ mod tests {
         ] {
             assert_eq!(status(&gate(""), &Method::GET, host, ""), wanted, "{host}");
         }
-        let open = Gate::new(Origins::new("").unwrap(), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let open =
+            Gate::new(Arc::new(ArcSwap::from_pointee(Origins::new("").unwrap())), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         assert_eq!(status(&open, &Method::GET, "example.com", ""), 200);
     }
 

@@ -1,22 +1,28 @@
 //! Routes of our own: `/metrics`, `/healthz`, `/readyz`, and what is below `/api/status/` and `/olol/`.
 
+use std::sync::Arc;
+
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::routing::{get, post};
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
-use olol_middleware::{Shared, instruments};
+use olol_middleware::{Route, Shared, instruments};
+use serde_json::json;
 use tower::ServiceExt;
 
 use super::body::HttpBody;
+use super::response;
+use crate::reload::{Reloaded, Reloader, Trigger};
 use crate::status::{self, About};
 
 /// The router of our own routes.
 #[derive(Clone, Debug)]
 pub struct Own {
     router: Router,
+    shared: Shared,
 }
 
 #[derive(Clone)]
@@ -24,18 +30,21 @@ struct Known {
     shared: Shared,
     about: About,
     metrics: PrometheusHandle,
+    reloader: Arc<Reloader>,
 }
 
 impl Own {
     /// Routes over the state of this proxy.
-    pub fn new(shared: Shared, about: About, metrics: PrometheusHandle) -> Self {
+    pub fn new(shared: Shared, about: About, metrics: PrometheusHandle, reloader: Arc<Reloader>) -> Self {
         let router = Router::new()
             .route("/metrics", get(scrape))
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
             .route("/api/status/servers", get(servers))
-            .with_state(Known { shared, about, metrics });
-        Self { router }
+            .route("/api/status/requests/{id}", get(request))
+            .route("/api/status/reload", post(reload))
+            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
+        Self { router, shared }
     }
 
     /// Whether a path is ours.
@@ -47,6 +56,11 @@ impl Own {
 
     /// Answers a request.
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<HttpBody> {
+        if !is_for_anybody(request.uri().path())
+            && let Err(error) = self.shared.keys.admit_admin(request.headers())
+        {
+            return response::refused(Route::Status, &error);
+        }
         match self.router.clone().oneshot(request).await {
             Ok(answer) => answer.map(HttpBody::Axum),
             Err(never) => match never {},
@@ -54,8 +68,15 @@ impl Own {
     }
 }
 
+/// Whether a page needs no key: machines ask for these, and they tell nothing.
+fn is_for_anybody(path: &str) -> bool {
+    matches!(path, "/healthz" | "/readyz")
+}
+
 async fn scrape(State(known): State<Known>) -> impl IntoResponse {
-    instruments::observe(&known.shared.cluster.snapshot());
+    instruments::observe(&known.shared);
+    let state = known.reloader.running().state();
+    instruments::observe_config(state.last.as_ref().is_none_or(|last| last.error.is_none()), state.since);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], known.metrics.render())
 }
 
@@ -69,4 +90,29 @@ async fn ready(State(known): State<Known>) -> impl IntoResponse {
 
 async fn servers(State(known): State<Known>) -> impl IntoResponse {
     axum::Json(status::servers(&known.shared.cluster.snapshot(), &known.about))
+}
+
+/// What was decided about a request that is over.
+async fn request(State(known): State<Known>, Path(id): Path<String>) -> Response<axum::body::Body> {
+    let Some(record) = known.shared.requests.find(&id) else {
+        let error = format!("no request '{id}' is remembered: it is unknown, not over yet, or too long ago");
+        return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+    };
+    axum::Json(&*record).into_response()
+}
+
+/// Reads the configuration again.
+async fn reload(State(known): State<Known>) -> Response<axum::body::Body> {
+    match known.reloader.reload(Trigger::Request).await {
+        Ok(Reloaded { layers, changed, needs_restart }) => {
+            let done = json!({
+                "reloaded": true,
+                "layers": layers,
+                "changed": changed,
+                "needs_restart": needs_restart,
+            });
+            axum::Json(done).into_response()
+        }
+        Err(error) => (StatusCode::UNPROCESSABLE_ENTITY, axum::Json(json!({"error": error.told()}))).into_response(),
+    }
 }

@@ -46,7 +46,8 @@ pub(super) fn refused(route: Route, error: &Error) -> Response<HttpBody> {
         headers.insert(ServerId::HEADER, server.header());
     }
     if let Some(after) = error.retry_after() {
-        headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs_f64().ceil().max(1.0) as u64));
+        let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
     }
     if let Error::RateLimited { standing, .. } = error {
         standing.write(headers);

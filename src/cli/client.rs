@@ -1,15 +1,17 @@
 //! `olol client`: asks a model and prints what it says, at any Ollama.
 
-use std::io::{BufRead, IsTerminal, Read, Write};
+use std::io::{BufRead, IsTerminal, Read};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use http::{HeaderValue, header};
 use olol_middleware::{Reply, ServerId};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::ollama::{Ask, Endpoint, Ollama};
+use super::{print, say};
+use crate::ollama::{Ask, Ollama};
 
 /// The longest answer in one object, bytes.
 const LONGEST: usize = 16 << 20;
@@ -29,6 +31,9 @@ pub(super) struct Arguments {
     /// What to ask; - reads standard input; without it a terminal gets a chat, and a pipe is read
     #[arg(long)]
     prompt: Option<String>,
+    /// Key to show, if one is needed (`olol keys add` makes it)
+    #[arg(long, env = "OLOL_KEY", hide_env_values = true, value_parser = bearer)]
+    key: Option<HeaderValue>,
     /// Print tokens per second, times, and which server answered
     #[arg(long)]
     stats: bool,
@@ -40,13 +45,7 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let address = if self.host.contains(':') && !self.host.starts_with('[') && !self.host.contains("://") {
-                format!("[{}]:{}", self.host, self.port)
-            } else {
-                format!("{}:{}", self.host, self.port)
-            };
-            let endpoint = Endpoint::parse(&address, self.port)?;
-            let ollama = Ollama::new(ServerId::new(&address), endpoint, Duration::from_secs(5));
+            let ollama = Asked { ollama: super::ollama_at(&self.host, self.port)?, key: self.key };
             let model = match self.model {
                 Some(model) => model,
                 None => first_model(&ollama).await?,
@@ -65,11 +64,26 @@ impl Arguments {
     }
 }
 
+/// Who is asked, and what it is shown.
+struct Asked {
+    ollama: Ollama,
+    key: Option<HeaderValue>,
+}
+
+/// The header that shows a key.
+fn bearer(key: &str) -> Result<HeaderValue, &'static str> {
+    let mut header = HeaderValue::from_str(&format!("Bearer {}", key.trim())).map_err(|_| "this is no key")?;
+    header.set_sensitive(true);
+    Ok(header)
+}
+
 /// The model that the server lists first.
-async fn first_model(ollama: &Ollama) -> anyhow::Result<String> {
+async fn first_model(ollama: &Asked) -> anyhow::Result<String> {
     let tags = object(send(ollama, Ask::get("/api/tags")).await?).await?;
     let first = tags["models"][0]["name"].as_str().map(str::to_owned);
-    first.with_context(|| format!("the server at {} has no model; pull one: ollama pull llama3.2", ollama.endpoint()))
+    first.with_context(|| {
+        format!("the server at {} has no model; pull one: ollama pull llama3.2", ollama.ollama.endpoint())
+    })
 }
 
 async fn object(reply: Reply) -> anyhow::Result<Value> {
@@ -77,14 +91,9 @@ async fn object(reply: Reply) -> anyhow::Result<Value> {
 }
 
 /// Sends a call; what is no good answer is an error in the server's words.
-async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
-    let reply = ollama.send(ask).await.map_err(|error| {
-        let reason = match error {
-            olol_middleware::Error::Server { source, .. } => source.to_string(),
-            other => other.to_string(),
-        };
-        anyhow::anyhow!("no Ollama answers at {}: {reason} (is it running? `olol up` starts one)", ollama.endpoint())
-    })?;
+async fn send(asked: &Asked, mut ask: Ask) -> anyhow::Result<Reply> {
+    ask.headers.extend(asked.key.clone().map(|key| (header::AUTHORIZATION, key)));
+    let reply = super::send(&asked.ollama, ask).await?;
     if reply.status.is_success() {
         return Ok(reply);
     }
@@ -96,7 +105,7 @@ async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
 }
 
 struct Client {
-    ollama: Ollama,
+    ollama: Asked,
     model: String,
     stats: bool,
 }
@@ -110,7 +119,7 @@ impl Client {
 
     /// Questions and answers, with all that was said before.
     async fn chat(&self) -> anyhow::Result<()> {
-        say(&format!("{} at {}; an empty line or Ctrl-D ends the chat\n", self.model, self.ollama.endpoint()));
+        say(&format!("{} at {}; an empty line or Ctrl-D ends the chat\n", self.model, self.ollama.ollama.endpoint()));
         let mut messages = Vec::new();
         loop {
             say(">>> ");
@@ -195,21 +204,6 @@ fn stats(last: &Value, server: &str, first: Duration, total: Duration) -> String
         count("prompt_eval_count"),
         if server.is_empty() { "not told (a plain Ollama)" } else { server },
     )
-}
-
-/// Prints a piece of an answer. Nobody reading any more is no error.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => Ok(other?),
-    }
-}
-
-/// Says something that is not the answer.
-fn say(text: &str) {
-    let mut out = std::io::stderr().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 #[cfg(test)]

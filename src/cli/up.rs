@@ -4,13 +4,15 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args};
 use olol_middleware::cluster::State;
 use olol_middleware::{Cluster, ServerId};
 
-use super::Stop;
+use super::flags::with_origins;
+use super::{Hangups, Stop};
 use crate::agent::{Agent, Options};
-use crate::config::{Config, listen_address};
+use crate::config::{Config, Origin, Set, Source, listen_address};
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
@@ -21,12 +23,12 @@ const PROBE: Duration = Duration::from_secs(2);
 /// Run everything that one machine needs.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// Address to listen on; 0.0.0.0 serves other machines too
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Port to listen on; 0 takes any
-    #[arg(long, env = "OLOL_PORT", default_value_t = 8000)]
-    port: u16,
+    /// Address to listen on; 0.0.0.0 serves other machines too [default: 127.0.0.1]
+    #[arg(long)]
+    host: Option<String>,
+    /// Port to listen on; 0 takes any [default: 8000]
+    #[arg(long, env = "OLOL_PORT")]
+    port: Option<u16>,
     /// Port of the agent, for proxies on other machines; when it is taken, any
     #[arg(long, default_value_t = AGENT_PORT)]
     agent_port: u16,
@@ -42,15 +44,14 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    pub(super) fn run(self) -> anyhow::Result<()> {
-        let mut config = self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)?;
-        config.proxy.host.clone_from(&self.host);
-        config.proxy.port = self.port;
-        super::runtime(config.worker_threads())?.block_on(async {
-            let mut stop = Stop::listen()?;
-            let Some(running) = stop.unless_asked(self.start(config)).await else { return Ok(()) };
+    pub(super) fn run(self, matches: &ArgMatches) -> anyhow::Result<()> {
+        let source = self.source(matches);
+        let threads = source.read()?.config.worker_threads();
+        super::runtime(threads)?.block_on(async {
+            let (mut stop, mut hangups) = (Stop::listen()?, Hangups::listen()?);
+            let Some(running) = stop.unless_asked(self.start(source)).await else { return Ok(()) };
             let Running { proxy, agent, behind } = running?;
-            stop.asked().await;
+            let _ = stop.unless_asked(hangups.reload(&proxy)).await;
             stop.gently(async {
                 proxy.stop().await;
                 agent.stop().await;
@@ -61,19 +62,34 @@ impl Arguments {
         })
     }
 
-    async fn start(self, mut config: Config) -> anyhow::Result<Running> {
+    fn source(&self, matches: &ArgMatches) -> Source {
+        let mut source = Source { file: self.config.clone(), ..Source::default() };
+        if let Some(host) = &self.host {
+            source = source.with(Set::Host(host.clone()), Origin::Flag("--host"));
+        }
+        if let Some(port) = self.port {
+            let is_flag = matches.value_source("port") == Some(ValueSource::CommandLine);
+            source = source
+                .with(Set::Port(port), if is_flag { Origin::Flag("--port") } else { Origin::Environment("OLOL_PORT") });
+        }
+        with_origins(source)
+    }
+
+    async fn start(self, source: Source) -> anyhow::Result<Running> {
+        let config = source.read()?.config;
         let address = config.address()?;
         let found = if self.embedded || self.model.is_some() { None } else { find_ollama(address).await? };
         let behind = match found {
             Some(endpoint) => Behind::ollama(endpoint),
             None => Behind::engine(self.model).await?,
         };
-        let grace = Duration::from_secs(config.limits.grace_s);
-        let agent = start_agent(&self.host, self.agent_port, &behind, grace).await?;
+        let grace = config.limits.grace_s.time();
+        let agent = start_agent(&config.proxy.host, self.agent_port, &behind, grace).await?;
         // The agent may listen on every address; the proxy reaches it on this machine.
         let near = SocketAddr::new(near(agent.address().ip()), agent.address().port());
-        config.proxy.servers = vec![format!("local@{near}")];
-        let proxy = Proxy::start(&config).await?;
+        let source = source.with(Set::Servers(vec![format!("local@{near}")]), Origin::Program);
+        let config = source.read()?.config;
+        let proxy = Proxy::start_from(&config, Some(source)).await?;
         until_up(proxy.cluster()).await;
         announce(&proxy, &behind, agent.address(), &config);
         Ok(Running { proxy, agent, behind })

@@ -59,6 +59,7 @@ struct Keys {
     /// Native, OpenAI's, Anthropic's.
     output: [Finder<'static>; 3],
     prompt: [Finder<'static>; 3],
+    prompt_duration: Finder<'static>,
     eval_duration: Finder<'static>,
     load_duration: Finder<'static>,
 }
@@ -68,6 +69,7 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
     usage: Finder::new(b"\"usage\":{"),
     output: ["\"eval_count\":", "\"completion_tokens\":", "\"output_tokens\":"].map(Finder::new),
     prompt: ["\"prompt_eval_count\":", "\"prompt_tokens\":", "\"input_tokens\":"].map(Finder::new),
+    prompt_duration: Finder::new(b"\"prompt_eval_duration\":"),
     eval_duration: Finder::new(b"\"eval_duration\":"),
     load_duration: Finder::new(b"\"load_duration\":"),
 });
@@ -94,6 +96,7 @@ fn counters_at_the_end(bytes: &[u8]) -> Option<Counters> {
         match &before[quote + 1..] {
             b"eval_count" | b"completion_tokens" | b"output_tokens" => output_tokens = Some(number()),
             b"prompt_eval_count" | b"prompt_tokens" | b"input_tokens" => prompt_tokens = Some(number()),
+            b"prompt_eval_duration" => found.prompt_duration = Duration::from_nanos(number()),
             b"eval_duration" => found.eval_duration = Duration::from_nanos(number()),
             b"load_duration" => found.load_duration = Duration::from_nanos(number()),
             _ => {}
@@ -115,6 +118,7 @@ fn counters_anywhere(bytes: &[u8]) -> Option<Counters> {
     Some(Counters {
         prompt_tokens: prompt_tokens.unwrap_or(0),
         output_tokens: output_tokens.unwrap_or(0),
+        prompt_duration: Duration::from_nanos(number(&KEYS.prompt_duration).unwrap_or(0)),
         eval_duration: Duration::from_nanos(number(&KEYS.eval_duration).unwrap_or(0)),
         load_duration: Duration::from_nanos(number(&KEYS.load_duration).unwrap_or(0)),
     })

@@ -59,6 +59,10 @@ impl Agent {
         Self { id, calls: Line::new(endpoint.clone(), timeout), bulk: Line::new(endpoint, timeout) }
     }
 
+    pub(super) fn id(&self) -> &ServerId {
+        &self.id
+    }
+
     /// Relays a call and returns when the head of the answer is there.
     pub(super) fn relay(
         self: Arc<Self>,
@@ -302,6 +306,7 @@ fn chunk(message: RelayResponse) -> Chunk {
     let end = message.counters.map(|counters| Counters {
         prompt_tokens: counters.prompt_tokens,
         output_tokens: counters.output_tokens,
+        prompt_duration: Duration::from_nanos(counters.prompt_duration_ns),
         eval_duration: Duration::from_nanos(counters.eval_duration_ns),
         load_duration: Duration::from_nanos(counters.load_duration_ns),
     });

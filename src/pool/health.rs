@@ -25,10 +25,10 @@ pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<
 
 /// Asks a bare Ollama, at intervals and whenever somebody wants news.
 async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) {
-    let limit = Duration::from_millis(config.check_timeout_ms);
+    let limit = config.check_timeout_ms.time();
     loop {
         let round = cluster.round_begins(index);
-        look(cluster, index, ollama, limit, config.check_failures).await;
+        look(cluster, index, ollama, limit, config.check_failures.get()).await;
         cluster.round_ends(index, round);
         ollama.sweep();
         tokio::time::sleep(SHORTEST).await;
@@ -51,11 +51,11 @@ async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration,
 
 /// Listens to an agent, which speaks whenever something changes, and at least every second.
 async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &Config) {
-    let silence = Duration::from_millis(config.check_interval_ms.max(2000));
+    let silence = config.check_interval_ms.time().max(Duration::from_secs(2));
     loop {
         let round = cluster.round_begins(index);
         let mut told = Some(round);
-        let error = match agent.watch(Duration::from_millis(config.check_timeout_ms)).await {
+        let error = match agent.watch(config.check_timeout_ms.time()).await {
             Err(error) => error.to_string(),
             Ok(mut states) => loop {
                 let wanted = tokio::select! {
@@ -76,7 +76,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                                 cluster.round_ends(index, round);
                             }
                         }
-                        Err(reason) => cluster.check_failed(index, reason, config.check_failures),
+                        Err(reason) => cluster.check_failed(index, reason, config.check_failures.get()),
                     },
                 }
             },
@@ -87,7 +87,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         if error.is_empty() {
             continue;
         }
-        cluster.check_failed(index, error, config.check_failures);
+        cluster.check_failed(index, error, config.check_failures.get());
         tokio::select! {
             () = tokio::time::sleep(jittered(config) / 5) => {}
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
@@ -96,5 +96,5 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
 }
 
 fn jittered(config: &Config) -> Duration {
-    Duration::from_millis(config.check_interval_ms).mul_f64(0.9 + 0.2 * fastrand::f64())
+    config.check_interval_ms.time().mul_f64(0.9 + 0.2 * fastrand::f64())
 }

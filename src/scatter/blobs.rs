@@ -46,7 +46,7 @@ impl Spool {
     pub(super) fn new(config: &Config) -> Self {
         let dir =
             if config.dir.as_os_str().is_empty() { std::env::temp_dir().join("olol") } else { config.dir.clone() };
-        Self { dir, max_bytes: config.max_bytes, ttl: Duration::from_secs(config.ttl_s) }
+        Self { dir, max_bytes: config.max_bytes, ttl: config.ttl_s.time() }
     }
 
     /// A blob that is there.

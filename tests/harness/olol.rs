@@ -1,10 +1,11 @@
 //! A proxy in front of a cluster, in the process of the test.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use olol::agent::Agent;
-use olol::config::Config;
+use olol::config::{Config, Origin, Set, Source};
 use olol::proxy::Proxy;
 use olol_middleware::cluster::State;
 use olol_middleware::{ModelName, Snapshot};
@@ -22,6 +23,8 @@ pub struct Olol {
     proxy: Proxy,
     agents: Vec<Agent>,
     spool: TempDir,
+    /// Stands for the folder where a user keeps configuration: what the machine of the test has there counts for nothing.
+    _home: TempDir,
 }
 
 impl Olol {
@@ -38,14 +41,31 @@ impl Olol {
         Self { agents, ..Self::at(servers, toml).await }
     }
 
+    /// Starts a proxy with the configuration in a file, which it reads again when that changes.
+    pub async fn from_file(cluster: &Cluster, file: &Path) -> Self {
+        let (agents, servers) = cluster.reach().await;
+        let home = tempfile::tempdir().unwrap();
+        let keys = Set::Keys(home.path().join("keys.toml"));
+        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys];
+        let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
+        let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
+        let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
+        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap(), _home: home };
+        olol.knows(cluster).await;
+        olol
+    }
+
     /// Starts a proxy for servers that are given as in `--servers`.
     pub async fn at(servers: Vec<String>, toml: &str) -> Self {
-        let spool = tempfile::tempdir().unwrap();
+        let (spool, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config: Config = toml::from_str(toml).unwrap_or_else(|error| panic!("{error}"));
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
-        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool }
+        if config.auth.file.as_os_str().is_empty() {
+            config.auth.file = home.path().join("keys.toml");
+        }
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, _home: home }
     }
 
     /// Where it listens.
@@ -67,6 +87,11 @@ impl Olol {
     /// Calls that are at a server now, in the books of the proxy.
     pub fn in_flight(&self, server: usize) -> u32 {
         self.proxy.cluster().snapshot().servers[server].load.in_flight()
+    }
+
+    /// Calls that wait for a slot.
+    pub fn waiting(&self) -> usize {
+        self.proxy.shared().queue.len()
     }
 
     /// Whether a server is up, in the books of the proxy.

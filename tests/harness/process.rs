@@ -9,7 +9,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::task::JoinHandle;
 
-use super::client::Connection;
+use super::client::{Connection, Request};
 use super::patiently;
 
 /// A running `olol` that listens. It is killed when it is dropped.
@@ -61,6 +61,17 @@ impl Process {
         self.address
     }
 
+    /// Waits until it, a proxy, knows that so many servers are up.
+    pub async fn has_up(&self, servers: usize) {
+        let mut client = self.connect().await;
+        let knowing = async {
+            while !client.ask(&Request::get("/readyz")).await.text().starts_with(&format!("{servers} of ")) {
+                tokio::task::yield_now().await;
+            }
+        };
+        patiently("the proxy knows its servers", knowing).await;
+    }
+
     /// A new connection to it.
     pub async fn connect(&self) -> Connection {
         Connection::open(self.address).await
@@ -68,8 +79,17 @@ impl Process {
 
     /// Asks it to stop.
     pub fn terminate(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    /// Asks it to read its configuration again.
+    pub fn hang_up(&self) {
+        self.signal(Signal::HUP);
+    }
+
+    fn signal(&self, signal: Signal) {
         let pid = self.child.id().and_then(|id| Pid::from_raw(id.try_into().unwrap())).expect("a running process");
-        kill_process(pid, Signal::TERM).unwrap();
+        kill_process(pid, signal).unwrap();
     }
 
     /// Waits for its end, and for the last line of its log.
@@ -108,9 +128,13 @@ fn peak_memory(child: &Child) -> u64 {
 /// The program, without what the environment of the tests may say to it.
 fn olol(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_olol"));
-    for name in ["OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_SERVERS", "OLOL_PORT", "OLOL_CONFIG", "OLOL_LOG_LEVEL"] {
+    for name in
+        ["OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_SERVERS", "OLOL_PORT", "OLOL_CONFIG", "OLOL_KEY", "OLOL_LOG_LEVEL"]
+    {
         command.env_remove(name);
     }
+    // What the user of this machine has configured counts for nothing.
+    command.env("XDG_CONFIG_HOME", "/nowhere");
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }

@@ -21,11 +21,13 @@ use tower::{Service, ServiceExt};
 use super::delivered::Form;
 use super::request::{Bounds, Refusal, Request};
 use super::{Rules, failure, whole};
-use crate::call::{Call, Edits, Payload, Reply};
+use crate::call::{Call, Edits, Payload, Place, Reply};
 use crate::cluster::Candidates;
 use crate::error::Error;
-use crate::json::Span;
 use crate::names::ServerId;
+use crate::peek::Peek;
+use crate::place::LoadOptions;
+use crate::route::Dialect;
 
 /// The longest answer to a question about prompt or model, bytes.
 const LONGEST: usize = 64 << 20;
@@ -129,8 +131,8 @@ where
 {
     /// Has the prompt finished: first of all, since it says who goes on.
     pub(super) async fn render(&mut self) -> Result<Rendered, No> {
-        let edits = Edits { body: SmallVec::from_buf([self.request.render()]), ..self.client_edits() };
-        let (server, body) = self.read(edits, "it could not finish the prompt").await?;
+        let call = self.call(None, self.request.render());
+        let (server, body) = self.read(call, "it could not finish the prompt").await?;
         if let Some(index) = self.candidates.index_of(&server) {
             self.candidates.only(index);
         }
@@ -147,8 +149,11 @@ where
 
     /// Asks what the model is like.
     pub(super) async fn show(&mut self) -> Result<Shown, No> {
-        let edits = self.instead("/api/show", self.request.show());
-        let (server, body) = self.read(edits, "it could not show the model").await?;
+        let mut call = self.call(Some("/api/show"), Payload::from_bytes(self.request.show()));
+        // This loads nothing, and takes no slot.
+        call.known = None;
+        call.place = Place::default();
+        let (server, body) = self.read(call, "it could not show the model").await?;
         let body: ShownBody = serde_json::from_slice(&body)
             .map_err(|_| No::Server(Some(server), "what it shows of the model cannot be read"))?;
         let shown = Shown::of(&body);
@@ -163,8 +168,8 @@ where
 
     /// Counts the tokens of a prompt, which also prepares its server for what is to follow.
     pub(super) async fn count(&mut self, prompt: &str, thinks: bool) -> Result<u64, No> {
-        let edits = self.instead("/api/generate", self.request.raw(prompt, Some(1), thinks, false));
-        let (server, body) = self.read(edits, "it could not count tokens").await?;
+        let call = self.generate(self.request.raw(prompt, Some(1), thinks, false));
+        let (server, body) = self.read(call, "it could not count tokens").await?;
         let counted: Result<Counted, _> = serde_json::from_slice(&body);
         counted
             .map(|counted| counted.prompt_eval_count)
@@ -173,8 +178,8 @@ where
 
     /// Asks for what follows.
     pub(super) async fn follow(&mut self, prompt: &str, most: Option<i64>, thinks: bool) -> Result<Reply, No> {
-        let edits = self.instead("/api/generate", self.request.raw(prompt, most, thinks, true));
-        let reply = self.send(edits).await?;
+        let call = self.generate(self.request.raw(prompt, most, thinks, true));
+        let reply = self.send(call).await?;
         if reply.status == StatusCode::OK && whole::is_stream(&reply) {
             return Ok(reply);
         }
@@ -190,8 +195,8 @@ where
         stripped.unwrap_or(prompt).to_owned()
     }
 
-    async fn read(&mut self, edits: Edits, why: &'static str) -> Result<(ServerId, Bytes), No> {
-        let reply = self.send(edits).await?;
+    async fn read(&mut self, call: Call, why: &'static str) -> Result<(ServerId, Bytes), No> {
+        let reply = self.send(call).await?;
         let (status, server) = (reply.status, reply.body.outcome().servers.last().cloned());
         match (reply.body.collect(LONGEST).await, server) {
             (Ok(body), Some(server)) if status == StatusCode::OK => Ok((server, body)),
@@ -205,42 +210,43 @@ where
         }
     }
 
-    async fn send(&mut self, edits: Edits) -> Result<Reply, No> {
-        let call = self.call(edits).ok_or(No::Nobody("the body of the request is not at hand"))?;
+    async fn send(&mut self, call: Call) -> Result<Reply, No> {
         let sent = async { self.service.ready().await?.call(call).await };
         sent.await.map_err(|error| No::Server(error.server().cloned(), error.kind()))
     }
 
-    /// The client's call, but for what a server gets.
-    fn call(&self, edits: Edits) -> Option<Call> {
-        let mut call = self.spare.again()?;
-        call.payload = Payload::Whole(self.request.body.clone());
-        call.edits = Some(Box::new(edits));
-        call.candidates = self.candidates.clone();
+    /// A request for tokens.
+    fn generate(&self, body: Bytes) -> Call {
+        self.call(Some("/api/generate"), Payload::from_bytes(body))
+    }
+
+    /// The client's call with another body, and perhaps on another path. It does not wait for a slot as others do: its client
+    /// has waited, and has the beginning of its answer.
+    fn call(&self, path: Option<&'static str>, payload: Payload) -> Call {
+        let spare = &*self.spare;
+        let mut call = Call::new(spare.head.clone(), payload, self.candidates.clone());
         let snapshot = self.candidates.snapshot();
-        call.known = call.place.model.as_ref().and_then(|model| snapshot.known(model)).cloned();
-        call.attempts = self.attempts;
-        call.fresh = false;
-        Some(call)
-    }
-
-    /// What was edited of the client's call besides its body.
-    fn client_edits(&self) -> Edits {
-        self.spare
-            .edits
-            .as_ref()
-            .map(|edits| Edits { body: SmallVec::new(), ..Edits::clone(edits) })
-            .unwrap_or_default()
-    }
-
-    /// Another request instead of the client's.
-    fn instead(&self, path: &'static str, body: Bytes) -> Edits {
-        let length = self.request.body.iter().map(Bytes::len).sum();
-        Edits {
-            method: Some(Method::POST),
-            path: Some(PathAndQuery::from_static(path)),
-            body: SmallVec::from_buf([(Span { start: 0, end: length }, body)]),
+        call.known = spare.place.model.as_ref().and_then(|model| snapshot.known(model)).cloned();
+        call.place = spare.place.clone();
+        let is_native = path.is_some() || spare.route.dialect() == Dialect::Ollama;
+        if let (Some(_), true, Payload::Whole(pieces)) = (&spare.place.options, is_native, &call.payload) {
+            let options = LoadOptions::in_body(pieces, Peek::json(pieces).options);
+            call.place.options = Some(Arc::new(options));
         }
+        let client = spare.edits.as_deref().cloned().unwrap_or_default();
+        call.edits = Some(Box::new(match path {
+            Some(path) => Edits {
+                method: Some(Method::POST),
+                path: Some(PathAndQuery::from_static(path)),
+                headers: client.headers,
+                body: SmallVec::new(),
+            },
+            None => Edits { body: SmallVec::new(), ..client },
+        }));
+        call.deadline = spare.deadline;
+        call.attempts = self.attempts;
+        call.limits.clone_from(&spare.limits);
+        call
     }
 }
 

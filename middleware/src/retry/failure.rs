@@ -1,5 +1,7 @@
 //! Which answers are failures of their server, so that another may do better, and which stand.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::StatusCode;
 
@@ -7,8 +9,10 @@ use super::Rules;
 use super::whole::{self, Begun};
 use crate::call::{Call, Reply};
 use crate::circuit::Limits;
+use crate::cluster::Server;
 use crate::error::{Error, Phase};
-use crate::names::{ModelName, ServerId};
+use crate::names::ServerId;
+use crate::runner::Runner;
 
 /// What Ollama says with status 500, or in a stream, when it is not the request that is wrong but its own runner, its
 /// memory or its file: `llm/llama_server.go`, `llm/server.go`, and in the last two llama.cpp.
@@ -91,14 +95,16 @@ impl Rules {
     pub(super) fn note_trouble(&self, call: &Call, server: Option<&ServerId>) {
         let index = server.and_then(|server| call.candidates.index_of(server));
         if let Some(server) = index.and_then(|index| call.candidates.snapshot().servers.get(index)) {
-            server.circuits.failed(model(call), &self.limits);
+            let runner = runner(call, server);
+            let name = call.known.as_ref().map(|known| &known.name);
+            server.circuits.failed(name.zip(runner.as_deref()), &self.limits);
         }
     }
 }
 
-/// The model whose circuit a call is about.
-pub(super) fn model(call: &Call) -> Option<&ModelName> {
-    call.known.as_ref().filter(|_| call.route.infers()).map(|known| &known.name)
+/// The runner on a server that a call is about, if it was ever needed.
+pub(super) fn runner(call: &Call, server: &Server) -> Option<Arc<Runner>> {
+    call.known.as_ref().filter(|_| call.route.infers())?.runners.used(server)
 }
 
 fn of_reply(reply: &Reply, cause: &'static str) -> Option<Failure> {

@@ -276,6 +276,7 @@ impl Numbers {
         Counters {
             prompt_tokens: self.prompt_eval_count,
             output_tokens: self.eval_count,
+            prompt_duration: Duration::from_nanos(self.prompt_eval_duration),
             eval_duration: Duration::from_nanos(self.eval_duration),
             load_duration: Duration::from_nanos(self.load_duration),
         }

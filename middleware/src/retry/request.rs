@@ -14,9 +14,9 @@ use crate::peek;
 #[derive(Debug)]
 pub(super) struct Request {
     /// The body as its server got it.
-    pub(super) body: SmallVec<[Bytes; 1]>,
+    body: SmallVec<[Bytes; 1]>,
     /// Where its closing brace is.
-    pub(super) end: usize,
+    end: usize,
     /// Whether the prompt is taken as it is.
     pub(super) is_raw: bool,
     /// Whether the client wants no thinking.
@@ -118,9 +118,10 @@ impl Request {
     }
 
     /// The question for the finished prompt: the body, and that nothing is to be generated. The last of two members counts.
-    pub(super) fn render(&self) -> (Span, Bytes) {
+    pub(super) fn render(&self) -> Payload {
         let at = Span { start: self.end, end: self.end };
-        (at, Bytes::from_static(b",\"_debug_render_only\":true,\"stream\":false"))
+        let said = Bytes::from_static(b",\"_debug_render_only\":true,\"stream\":false");
+        Payload::Whole(self.body.clone()).edited(&[(at, said)])
     }
 
     /// The question about the model.
@@ -228,8 +229,7 @@ mod tests {
     #[test]
     fn the_prompt_is_asked_for_with_the_body_itself() {
         let request = read(r#"{"model":"m","stream":true} trailing"#).unwrap();
-        let payload = Payload::Whole(request.body.clone()).edited(&[request.render()]);
-        let Payload::Whole(pieces) = payload else { panic!("a stream") };
+        let Payload::Whole(pieces) = request.render() else { panic!("a stream") };
         let wanted = r#"{"model":"m","stream":true,"_debug_render_only":true,"stream":false} trailing"#;
         assert_eq!(String::from_utf8(pieces.concat()).unwrap(), wanted);
     }

@@ -320,6 +320,8 @@ where
             call.candidates = candidates;
             call.attempts = self.spare.attempts + self.asked;
             call.fresh = false;
+            // Its client has waited for a slot already.
+            call.ticket = None;
             let service = self.service.ready().await;
             let answer = match service {
                 Ok(service) => service.call(call).await,
@@ -417,13 +419,13 @@ where
     fn others(&mut self, fits: impl Fn(&Server) -> bool) -> Result<Candidates, Halt> {
         let had_tries = self.tries > 0;
         let halt = |why| if had_tries { Halt::Failed(why) } else { Halt::Refused(why) };
-        if self.tries >= self.rules.config.attempts {
+        if self.tries >= self.rules.config.attempts.get() {
             return Err(halt("all attempts were in vain"));
         }
         let snapshot = self.rules.cluster.snapshot();
         let mut bits = Bits::default();
         for server in &snapshot.servers {
-            if self.spare.candidates.may_ask(&server.id) && !self.failed.contains(&server.id) && fits(server) {
+            if self.spare.candidates.contains(&server.id) && !self.failed.contains(&server.id) && fits(server) {
                 bits.insert(server.index);
             }
         }
@@ -437,9 +439,6 @@ where
         self.asked += 1;
         let mut candidates = snapshot.all();
         candidates.keep(&bits);
-        if let Some(known) = self.spare.place.model.as_ref().and_then(|model| snapshot.known(model)) {
-            candidates.prefer(&known.loaded);
-        }
         Ok(candidates)
     }
 }
@@ -526,10 +525,9 @@ mod tests {
         let reading = tokio::spawn(reply.body.collect(9999));
         assert_eq!(prepares(&mut inner, "1").await, ["1"], "the third has another model");
         let (call, respond) = inner.next_request().await.unwrap();
-        let edits = call.edits.unwrap();
-        assert_eq!(edits.path.unwrap(), "/api/generate");
-        let wanted = r#"{"model":"tiny","prompt":"<hi>Hello","raw":true,"stream":true}"#;
-        assert_eq!(edits.body[0].1, wanted);
+        assert_eq!(call.edits.unwrap().path.unwrap(), "/api/generate");
+        let Payload::Whole(pieces) = call.payload else { panic!("a stream") };
+        assert_eq!(pieces.concat(), br#"{"model":"tiny","prompt":"<hi>Hello","raw":true,"stream":true}"#);
         respond.send_response(testing::stream("1", &[WORLD, DONE], false));
         let text = reading.await.unwrap().unwrap();
         let text = std::str::from_utf8(&text).unwrap();
