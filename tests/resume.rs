@@ -1,6 +1,8 @@
 //! A stream survives its server: whatever the byte at which it breaks off, its client reads one whole answer; or, where that
 //! would not be the answer, what Ollama itself says when its runner dies.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use harness::answers::whole;
@@ -30,7 +32,7 @@ fn generate(prompt: &str) -> Request {
     Request::post("/api/generate", json!({"model": "tiny", "prompt": prompt}))
 }
 
-fn chat_with(members: Value) -> Request {
+fn chat_with(members: &Value) -> Request {
     let mut body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]});
     for (key, value) in members.as_object().unwrap() {
         body[key] = value.clone();
@@ -123,7 +125,7 @@ async fn the_server_that_goes_on_is_asked_for_the_same_and_no_more() {
     cluster.server(1).says(["Hello", " big", " wide", " world"]);
     let olol = Olol::start(&cluster, "").await;
     let options = json!({"num_predict": 3, "seed": 7, "num_ctx": 1024, "temperature": 0.5});
-    let answer = olol.ask(&chat_with(json!({"options": options, "keep_alive": "9m", "shift": false}))).await;
+    let answer = olol.ask(&chat_with(&json!({"options": options, "keep_alive": "9m", "shift": false}))).await;
     assert_eq!(
         (answer.said().as_str(), answer.lines().pop().unwrap()["done_reason"].as_str()),
         ("Hello big wide", Some("length"))
@@ -156,7 +158,7 @@ async fn a_model_that_bounds_its_answers_itself_does_so_on_the_whole() {
 #[tokio::test]
 async fn an_answer_that_had_its_last_token_is_over_and_nobody_is_asked() {
     for (request, path) in [
-        (chat_with(json!({"options": {"num_predict": 2}})), "/api/chat"),
+        (chat_with(&json!({"options": {"num_predict": 2}})), "/api/chat"),
         (
             Request::post("/api/generate", json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 2}})),
             "/api/generate",
@@ -200,7 +202,7 @@ async fn half_a_stop_word_that_was_delivered_is_the_last_of_the_text() {
         cluster.server(0).dies_after(["Hello", " ST"]);
         cluster.server(1).stalls_after(["Hello", " ST", "OP"]);
         let olol = Olol::start(&cluster, "").await;
-        let answer = olol.ask(&chat_with(json!({"options": {"stop": ["STOP"]}}))).await;
+        let answer = olol.ask(&chat_with(&json!({"options": {"stop": ["STOP"]}}))).await;
         let last = answer.lines().pop().unwrap();
         assert_eq!(
             (answer.said().as_str(), &last["done_reason"], answer.ending),
@@ -210,7 +212,7 @@ async fn half_a_stop_word_that_was_delivered_is_the_last_of_the_text() {
         cluster.server(1).saw_cancel().await;
         cluster.server(1).says(["Hello", " ST", "ONE", " wall"]);
         assert_eq!(
-            olol.ask(&chat_with(json!({"options": {"stop": ["STOP"]}}))).await.said(),
+            olol.ask(&chat_with(&json!({"options": {"stop": ["STOP"]}}))).await.said(),
             "Hello STONE wall",
             "{way:?}"
         );
@@ -273,10 +275,10 @@ async fn where_it_would_not_be_the_same_answer_nobody_goes_on() {
     let olol = Olol::start(&cluster, PATIENT).await;
     let suffix = Request::post("/api/generate", json!({"model": "tiny", "prompt": "hi", "suffix": "x"}));
     for (what, request) in [
-        ("tools", chat_with(json!({"tools": [{"type": "function"}]}))),
-        ("format", chat_with(json!({"format": "json"}))),
-        ("think", chat_with(json!({"think": true}))),
-        ("logprobs", chat_with(json!({"logprobs": true}))),
+        ("tools", chat_with(&json!({"tools": [{"type": "function"}]}))),
+        ("format", chat_with(&json!({"format": "json"}))),
+        ("think", chat_with(&json!({"think": true}))),
+        ("logprobs", chat_with(&json!({"logprobs": true}))),
         ("suffix", suffix),
     ] {
         let answer = olol.ask(&request).await;
@@ -287,7 +289,7 @@ async fn where_it_would_not_be_the_same_answer_nobody_goes_on() {
         );
         assert_eq!(cluster.server(1).work(), 0, "{what}");
     }
-    let images = chat_with(json!({"messages": [{"role": "user", "content": "hi", "images": ["aGk="]}]}));
+    let images = chat_with(&json!({"messages": [{"role": "user", "content": "hi", "images": ["aGk="]}]}));
     assert_eq!(olol.ask(&images).await.error(), BROKEN, "images are seen by who finishes the prompt");
     assert_eq!(cluster.server(1).seen("/api/generate").len(), 0);
     let openai =
@@ -297,7 +299,8 @@ async fn where_it_would_not_be_the_same_answer_nobody_goes_on() {
 
 #[tokio::test]
 async fn a_server_that_cannot_go_on_faithfully_is_not_asked_to() {
-    let unfit: [(&str, fn(&Server) -> &Server); 5] = [
+    type Unfit = fn(&Server) -> &Server;
+    let unfit: [(&str, Unfit); 5] = [
         ("too old", |server| server.is_version("0.11.4")),
         ("another model under the name", |server| server.has_another("tiny")),
         ("does not finish prompts", |server| server.renders_not()),
@@ -358,7 +361,7 @@ async fn before_the_first_line_any_stream_is_simply_begun_again() {
         let cluster = cluster(2, way).await;
         cluster.server(0).dies_after([]);
         let olol = Olol::start(&cluster, "").await;
-        let tools = chat_with(json!({"tools": [{"type": "function"}]}));
+        let tools = chat_with(&json!({"tools": [{"type": "function"}]}));
         assert_eq!(olol.ask(&tools).await.said(), "Hello world", "{way:?}");
         let anthropic =
             Request::post("/v1/messages", json!({"model": "tiny", "max_tokens": 9, "stream": true, "messages": []}));
