@@ -7,6 +7,7 @@
 mod body;
 mod error;
 mod explain;
+mod forwarded;
 mod gate;
 mod own;
 mod path;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use olol_middleware::call::Answer;
@@ -29,6 +30,7 @@ use olol_middleware::{Call, Error, Head, Payload, Reply, RequestId, Route, Scope
 pub use body::{HttpBody, Room};
 #[cfg(feature = "engine")]
 pub(crate) use error::body as error_body;
+pub use forwarded::{Network, Trusted};
 pub use gate::{Gate, Origins};
 pub use own::Own;
 
@@ -49,6 +51,7 @@ pub struct Api {
     stack: Arc<ArcSwap<Stack>>,
     shared: Shared,
     gate: Gate,
+    trusted: Trusted,
     room: Arc<Room>,
     own: Own,
     hop: HeaderValue,
@@ -60,11 +63,12 @@ impl Api {
         stack: Arc<ArcSwap<Stack>>,
         shared: Shared,
         gate: Gate,
+        trusted: Trusted,
         room: Arc<Room>,
         own: Own,
         hop: HeaderValue,
     ) -> Self {
-        Self { stack, shared, gate, room, own, hop }
+        Self { stack, shared, gate, trusted, room, own, hop }
     }
 
     /// Whether a request is for gRPC.
@@ -89,6 +93,7 @@ impl Api {
             }
             Ok((Some(route), subject, pass)) => {
                 let (parts, incoming) = request.into_parts();
+                let client = client.map(|peer| self.client(peer, &parts.headers));
                 let head = Arc::new(request::head(route, subject, parts, client));
                 Box::pin(self.relay(head, incoming, pass, manner))
             }
@@ -168,8 +173,14 @@ impl Api {
         self.stack.load().send(Call::new(head, payload, self.shared.cluster.snapshot().all()))
     }
 
-    /// Sends a call that came as messages down the stack: the same way as one that came as HTTP.
-    pub async fn ask(&self, ask: Ask) -> Result<Reply, Error> {
+    /// Where a request comes from that a peer has brought.
+    pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> SocketAddr {
+        self.trusted.client(peer, headers)
+    }
+
+    /// Sends a call that came as messages down the stack: the same way as one that came as HTTP. Its own headers do not say
+    /// where it comes from: whoever wrote the messages wrote them, too.
+    pub async fn ask(&self, ask: Ask, client: Option<SocketAddr>) -> Result<Reply, Error> {
         let path = ask.path.path().to_owned();
         let Some(route) = Route::find(&path).filter(|route| route.takes(&ask.method)) else {
             let allow = Route::find(&path).map(Route::allow);
@@ -186,7 +197,7 @@ impl Api {
         *request.uri_mut() = ask.path;
         *request.headers_mut() = ask.headers;
         let subject = request::subject(route, &path);
-        let mut head = Arc::new(request::head(route, subject, request.into_parts().0, None));
+        let mut head = Arc::new(request::head(route, subject, request.into_parts().0, client));
         request::look(&mut head, &ask.payload);
         self.send(head, ask.payload).await
     }

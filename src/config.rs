@@ -18,7 +18,7 @@ use olol_middleware::stack;
 use olol_middleware::units::{Seconds, SomeSeconds, Whole};
 use serde::{Deserialize, Serialize};
 
-use crate::api::Origins;
+use crate::api::{Network, Origins};
 use crate::{pool, scatter};
 
 pub use document::Complaint;
@@ -59,6 +59,8 @@ pub struct Proxy {
     pub threads: Threads,
     /// Further origins that may ask from a browser, as in `OLLAMA_ORIGINS`.
     pub origins: Vec<String>,
+    /// Networks of the proxies that are believed what they say in `X-Forwarded-For`.
+    pub trusted_proxies: Vec<Network>,
 }
 
 impl Default for Proxy {
@@ -69,6 +71,7 @@ impl Default for Proxy {
             servers: Vec::new(),
             threads: Threads::new(0),
             origins: Vec::new(),
+            trusted_proxies: Vec::new(),
         }
     }
 }
@@ -97,10 +100,14 @@ pub struct Config {
     pub metrics: olol_middleware::metrics::Config,
     /// The `auth` layer.
     pub auth: olol_middleware::auth::Config,
+    /// The `rate-limit` layer.
+    pub rate_limit: olol_middleware::rate_limit::Config,
     /// The `queue` layer.
     pub queue: olol_middleware::queue::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
+    /// The `affinity` layer.
+    pub affinity: olol_middleware::affinity::Config,
     /// The `retry` layer.
     pub retry: olol_middleware::retry::Config,
 }
@@ -238,8 +245,10 @@ impl Config {
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
             auth: self.auth.clone(),
+            rate_limit: self.rate_limit.clone(),
             queue: self.queue,
             model_route: self.model_route.clone(),
+            affinity: self.affinity.clone(),
             retry: self.retry.clone(),
         }
     }

@@ -24,7 +24,7 @@ use tower::Service;
 use tower_http::body::UnsyncBoxBody;
 use tower_http::catch_panic::CatchPanic;
 
-use crate::api::{Answering, Api, Gate, HttpBody, Own, Room};
+use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::keys;
 use crate::pool::Pool;
@@ -83,16 +83,17 @@ impl Proxy {
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
         let gate = Gate::new(origins, address.ip());
+        let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
         let metrics = recorder()?;
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
         let own = Own::new(shared.clone(), about, metrics, reloader.clone());
-        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, room, own, hop));
+        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, trusted, room, own, hop));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
-        let running = tokio::spawn(serve::serve(listener, Edge::new(api), stop.clone(), grace));
+        let running = tokio::spawn(serve::serve(listener, Edge { api }, stop.clone(), grace));
         Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
     }
 
@@ -150,17 +151,17 @@ async fn keep_up(metrics: PrometheusHandle) {
 #[derive(Clone)]
 struct Edge {
     api: Arc<Api>,
-    grpc: ServerServer<Face>,
 }
 
 impl Edge {
-    fn new(api: Arc<Api>) -> Self {
-        let inner = api.clone();
+    /// The gRPC face towards a client.
+    fn grpc(&self, client: SocketAddr) -> ServerServer<Face> {
+        let api = self.api.clone();
         let send: rpc::Send = Arc::new(move |ask| {
-            let api = inner.clone();
-            Box::pin(async move { api.ask(ask).await })
+            let api = api.clone();
+            Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        Self { api, grpc: rpc::service(send, None) }
+        rpc::service(send, None)
     }
 }
 
@@ -196,7 +197,8 @@ impl Service<Request<Incoming>> for Visit {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if Api::is_grpc(&request) {
-            return Box::pin(self.edge.grpc.call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
+            let client = self.edge.api.client(self.client, request.headers());
+            return Box::pin(self.edge.grpc(client).call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
         }
         self.edge.api.clone().handle(request, Some(self.client))
     }

@@ -6,11 +6,14 @@ use harness::olol::chat;
 use harness::{Cluster, Connection, Olol, Request, Way};
 use serde_json::json;
 
+/// Without `affinity`: where calls go is a question of load alone.
+const BY_LOAD: &str = "stack.order = [\"model-route\", \"retry\"]";
+
 #[tokio::test]
 async fn calls_go_to_the_least_loaded_server() {
     for way in Way::BOTH {
         let cluster = Cluster::of(3).await.over(way).all_have_loaded("tiny");
-        let olol = Olol::start(&cluster, "").await;
+        let olol = Olol::start(&cluster, BY_LOAD).await;
         let _streams = running(&cluster, &olol, "tiny", 9).await;
         assert_eq!(work(&cluster), [3, 3, 3], "{way:?}");
     }
@@ -19,7 +22,7 @@ async fn calls_go_to_the_least_loaded_server() {
 #[tokio::test]
 async fn a_heavier_server_gets_more() {
     let cluster = Cluster::of(2).await.weighing([1, 3]).all_have_loaded("tiny");
-    let olol = Olol::start(&cluster, "").await;
+    let olol = Olol::start(&cluster, BY_LOAD).await;
     let _streams = running(&cluster, &olol, "tiny", 8).await;
     assert_eq!(work(&cluster), [2, 6]);
 }

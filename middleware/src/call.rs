@@ -45,6 +45,8 @@ pub struct Call {
     pub place: Place,
     /// The servers still in question.
     pub candidates: Candidates,
+    /// Those of them where it should rather go, once `affinity` has looked.
+    pub preferred: Option<Box<Preferred>>,
     /// What its server must get otherwise than its client sent it.
     pub edits: Option<Box<Edits>>,
     /// When its client stops waiting.
@@ -119,6 +121,21 @@ pub struct Place {
     pub options: Option<Arc<Named>>,
 }
 
+/// Where a call should rather go, and why. Servers are told by their index; each counts only while it is a candidate.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Preferred {
+    /// Where to go: the first of these that can take it.
+    pub servers: SmallVec<[usize; 4]>,
+    /// Whether that is worth less than a shorter wait: then only one will do that costs about as little as the cheapest.
+    pub yields: bool,
+    /// Who is believed to have the beginning of its prompt in a cache, whether it should go there or not.
+    pub holders: SmallVec<[usize; 4]>,
+    /// How much of the prompt that is, in bytes of the body.
+    pub cached: u32,
+    /// How long the prompt is, in bytes of the body; 0: not known.
+    pub prompt: u32,
+}
+
 /// How what a server gets differs from what the client sent.
 #[derive(Clone, Debug, Default)]
 pub struct Edits {
@@ -143,6 +160,7 @@ impl Call {
             known: None,
             place,
             candidates,
+            preferred: None,
             edits: None,
             deadline: None,
             ticket: None,
@@ -171,6 +189,7 @@ impl Call {
             known: self.known.clone(),
             place: self.place.clone(),
             candidates: self.candidates.clone(),
+            preferred: self.preferred.clone(),
             edits: self.edits.clone(),
             deadline: self.deadline,
             ticket: self.ticket.clone(),

@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use crate::affinity::Share;
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
@@ -126,6 +127,8 @@ pub struct Server {
     pub load: Arc<Load>,
     /// Live: whether it is left alone, after how the last calls went.
     pub circuits: Arc<Circuits>,
+    /// Live: how much of the conversations it has.
+    pub share: Arc<Share>,
     /// Its metrics.
     pub meters: Arc<ServerMeters>,
 }
@@ -319,6 +322,11 @@ impl Candidates {
         self.bits.count()
     }
 
+    /// One of them, if it is left.
+    pub fn get(&self, index: usize) -> Option<&Arc<Server>> {
+        self.snapshot.servers.get(index).filter(|_| self.bits.contains(index))
+    }
+
     /// Those that are left.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Server>> {
         self.bits.iter().filter_map(|index| self.snapshot.servers.get(index))
@@ -363,6 +371,7 @@ struct Entry {
     report: Arc<Report>,
     load: Arc<Load>,
     circuits: Arc<Circuits>,
+    share: Arc<Share>,
     meters: Arc<ServerMeters>,
     /// What calls have changed there, until a report that was begun later.
     changes: Vec<Change>,
@@ -421,6 +430,7 @@ impl Cluster {
                     failures: 0,
                     report: Arc::default(),
                     load: Arc::default(),
+                    share: Arc::default(),
                 }
             })
             .collect();
@@ -648,6 +658,7 @@ impl Cluster {
                     report: entry.report.clone(),
                     load: entry.load.clone(),
                     circuits: entry.circuits.clone(),
+                    share: entry.share.clone(),
                     meters: entry.meters.clone(),
                 })
             })

@@ -1,9 +1,9 @@
 //! What can go wrong on the way of a call: one enum, and what each of its variants means to the outside.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::names::ServerId;
 use crate::runner::Runner;
@@ -41,7 +41,7 @@ impl Phase {
 /// Where a client stands with one limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Standing {
-    /// What it may use in a period.
+    /// What it may use in a period; of requests, what it may use at once.
     pub limit: u64,
     /// What is left of that.
     pub remaining: u64,
@@ -52,13 +52,28 @@ pub struct Standing {
 impl Standing {
     /// Writes it into the headers of an answer: `X-RateLimit-Limit`, `-Remaining`, and `-Reset` in seconds.
     pub fn write(&self, headers: &mut HeaderMap) {
-        let reset = self.reset.as_secs() + u64::from(self.reset.subsec_nanos() > 0);
-        for (name, value) in
-            [("x-ratelimit-limit", self.limit), ("x-ratelimit-remaining", self.remaining), ("x-ratelimit-reset", reset)]
-        {
-            headers.insert(HeaderName::from_static(name), value.into());
-        }
+        const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
+        const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
+        const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
+        headers.insert(LIMIT, number(self.limit));
+        headers.insert(REMAINING, number(self.remaining));
+        headers.insert(RESET, number(self.reset_seconds()));
     }
+
+    /// Whole seconds until all of it is there again, rounded up.
+    pub fn reset_seconds(&self) -> u64 {
+        self.reset.as_secs() + u64::from(self.reset.subsec_nanos() > 0)
+    }
+}
+
+/// A number as the value of a header. Small ones are made once: a value is an allocation, and http's own conversion two.
+pub(crate) fn number(number: u64) -> HeaderValue {
+    static SMALL: LazyLock<Box<[HeaderValue]>> = LazyLock::new(|| (0..1024).map(made).collect());
+    fn made(number: u64) -> HeaderValue {
+        HeaderValue::from_str(itoa::Buffer::new().format(number)).unwrap_or(HeaderValue::from_static("0"))
+    }
+    let small = usize::try_from(number).ok().and_then(|number| SMALL.get(number));
+    small.cloned().unwrap_or_else(|| made(number))
 }
 
 /// Why a call has no answer of a server, or only a part of one.

@@ -9,11 +9,13 @@ use metrics::{
     Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 
+use crate::affinity::{Placed, Source};
 use crate::call::Counters;
 use crate::cluster::State;
 use crate::error::Error;
 use crate::keys::Keys;
 use crate::names::{ModelName, ServerId};
+use crate::rate_limit;
 use crate::route::Route;
 use crate::runner::Cause;
 use crate::shared::Shared;
@@ -33,6 +35,10 @@ const LOADS: &str = "olol_model_loads_total";
 const AUTH: &str = "olol_auth_total";
 const KEYS: &str = "olol_keys";
 const KEYS_READ: &str = "olol_keys_last_read_successful";
+const RATE_LIMITED: &str = "olol_rate_limited_total";
+const RATE_LIMIT_ENTRIES: &str = "olol_rate_limit_entries";
+const AFFINITY: &str = "olol_affinity_total";
+const AFFINITY_ENTRIES: &str = "olol_affinity_entries";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
@@ -62,6 +68,10 @@ pub const NAMES: &[&str] = &[
     AUTH,
     KEYS,
     KEYS_READ,
+    RATE_LIMITED,
+    RATE_LIMIT_ENTRIES,
+    AFFINITY,
+    AFFINITY_ENTRIES,
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
@@ -103,6 +113,19 @@ pub fn describe() {
     describe_counter!(AUTH, Unit::Count, "Requests by what was found of their keys");
     describe_gauge!(KEYS, Unit::Count, "Keys that are known");
     describe_gauge!(KEYS_READ, Unit::Count, "0 if the file of keys has changed and could not be read, else 1");
+    describe_counter!(
+        RATE_LIMITED,
+        Unit::Count,
+        "Requests refused by a limit, by whose it is (key, client, model) and what it limits"
+    );
+    describe_gauge!(RATE_LIMIT_ENTRIES, Unit::Count, "Accounts that limits are reckoned with, by whose they are");
+    describe_counter!(
+        AFFINITY,
+        Unit::Count,
+        "Turns of conversations, by what they were known by (header, body, chain) and what became of them (hit, miss, \
+         spill: its server had enough, repin: its server could not be asked, none: no history)"
+    );
+    describe_gauge!(AFFINITY_ENTRIES, Unit::Count, "Links of conversations that are remembered");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
     describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
@@ -127,6 +150,7 @@ pub struct Instruments {
     durations: [OnceLock<Histogram>; Route::ALL.len()],
     ended: [OnceLock<Counter>; 3],
     knocks: [OnceLock<Counter>; Knock::ALL.len()],
+    placed: [[OnceLock<Counter>; Placed::ALL.len()]; Source::ALL.len()],
 }
 
 /// What `auth` found of a request.
@@ -198,6 +222,18 @@ impl Instruments {
     /// A request was looked at by `auth`.
     pub fn knocked(&self, knock: Knock) {
         self.knocks[knock as usize].get_or_init(|| counter!(AUTH, "result" => knock.as_str())).increment(1);
+    }
+
+    /// A limit was reached: whose (`key`, `client`, `model`), and which.
+    pub fn rate_limited(&self, scope: &'static str, kind: rate_limit::Kind) {
+        counter!(RATE_LIMITED, "scope" => scope, "kind" => kind.as_str()).increment(1);
+    }
+
+    /// A turn of a conversation was answered.
+    pub fn placed(&self, source: Source, placed: Placed) {
+        self.placed[source as usize][placed as usize]
+            .get_or_init(|| counter!(AFFINITY, "source" => source.as_str(), "result" => placed.as_str()))
+            .increment(1);
     }
 
     /// Another attempt is made.
@@ -316,6 +352,8 @@ pub fn observe(shared: &Shared) {
     let snapshot = shared.cluster.snapshot();
     gauge!(QUEUE_DEPTH).set(shared.queue.len() as f64);
     observe_keys(&shared.keys);
+    observe_limits(&shared.limits);
+    gauge!(AFFINITY_ENTRIES).set(shared.affinity.len() as f64);
     for server in &snapshot.servers {
         let label = || vec![Label::new("server", server.id.shared())];
         gauge!(SERVER_IN_FLIGHT, label()).set(f64::from(server.load.in_flight()));
@@ -344,4 +382,12 @@ pub fn observe_config(is_good: bool, read_at: SystemTime) {
 fn observe_keys(keys: &Keys) {
     gauge!(KEYS).set(keys.count() as f64);
     gauge!(KEYS_READ).set(f64::from(u8::from(keys.are_current())));
+}
+
+/// The same of the accounts of `rate-limit`.
+#[expect(clippy::cast_precision_loss, reason = "their number is bounded far below 2^52")]
+fn observe_limits(ledger: &rate_limit::Ledger) {
+    for (scope, accounts) in ledger.accounts() {
+        gauge!(RATE_LIMIT_ENTRIES, "scope" => scope).set(accounts as f64);
+    }
 }

@@ -41,7 +41,8 @@ pub enum Kind {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Malformed;
 
-/// Reads on through the pieces of a body.
+/// Reads on through the pieces of a body. A copy reads on from the same place.
+#[derive(Clone)]
 pub struct Reader<'a> {
     /// What is left of the piece we are in.
     rest: &'a [u8],
@@ -55,6 +56,34 @@ impl<'a> Reader<'a> {
     /// Begins at the start of a body.
     pub fn new(pieces: &'a [Bytes]) -> Self {
         Self { rest: &[], end: 0, pieces: pieces.iter() }
+    }
+
+    /// Begins in the midst of a body.
+    pub fn at(pieces: &'a [Bytes], offset: usize) -> Self {
+        let mut reader = Self::new(pieces);
+        while reader.end <= offset {
+            let Some(piece) = reader.pieces.next() else { break };
+            reader.rest = piece;
+            reader.end += piece.len();
+        }
+        reader.rest = &reader.rest[reader.rest.len() - reader.end.saturating_sub(offset).min(reader.rest.len())..];
+        reader
+    }
+
+    /// The next bytes, if they lie in one piece, as they nearly always do.
+    #[inline]
+    pub fn slice(&self, length: usize) -> Option<&'a [u8]> {
+        self.rest.get(..length)
+    }
+
+    /// The next bytes, in the parts in which they lie.
+    pub fn parts(&self, length: usize) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        let mut left = length;
+        std::iter::once(self.rest).chain(self.pieces.clone().map(|piece| &piece[..])).map_while(move |part| {
+            let taken = &part[..left.min(part.len())];
+            left -= taken.len();
+            (!taken.is_empty() || left > 0).then_some(taken)
+        })
     }
 
     /// The offset of the next byte.

@@ -7,14 +7,17 @@
 //! | `trace` | [`trace`] | tells the log what was asked and how it ended |
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
 //! | `auth` | [`auth`] | finds the client's key, and refuses what it may not do |
+//! | `rate-limit` | [`rate_limit`] | holds clients to what they may use |
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
+//! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
 //! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
 //! | | [`pick`] | the leaf: takes the cheapest of the candidates and a slot on it |
 //!
 //! Layers narrow, pick chooses; [`circuit`] tells whom to leave alone. [`stack`] is the only file that knows all layers;
 //! [`shared`] holds what must outlive a stack.
 
+pub mod affinity;
 pub mod auth;
 pub mod call;
 pub mod circuit;
@@ -46,7 +49,7 @@ pub mod units;
 #[cfg(test)]
 mod testing;
 
-pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Reply, RequestId};
+pub use call::{Call, Chunk, Counters, Edits, End, Head, Outcome, Payload, Place, Preferred, Reply, RequestId};
 pub use cluster::{Candidates, Cluster, Server, Snapshot};
 pub use error::{BoxError, Error, Phase};
 pub use keys::{Key, Keys};

@@ -118,6 +118,7 @@ struct Server {
     name: Arc<str>,
     /// What answers of it are marked with.
     header: HeaderValue,
+    number: u64,
 }
 
 impl ServerId {
@@ -127,7 +128,7 @@ impl ServerId {
     /// Names a server.
     pub fn new(name: &str) -> Self {
         let header = HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("?"));
-        Self(Arc::new(Server { name: name.into(), header }))
+        Self(Arc::new(Server { name: name.into(), header, number: rapidhash::v3::rapidhash_v3(name.as_bytes()) }))
     }
 
     /// The name as text.
@@ -138,6 +139,11 @@ impl ServerId {
     /// The name as the value of a header.
     pub fn header(&self) -> HeaderValue {
         self.0.header.clone()
+    }
+
+    /// A number made of the name: the same in every process, whatever other servers there are.
+    pub(crate) fn number(&self) -> u64 {
+        self.0.number
     }
 
     /// The name for a metric's label, without copying it.

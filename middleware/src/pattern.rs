@@ -32,6 +32,15 @@ impl Pattern {
         Ok(Self { text: text.into(), model })
     }
 
+    /// Reads a pattern of models: a plain name is written as everybody else writes it, so that two spellings of it are one.
+    pub fn of_models(text: &str) -> Result<Self, PatternError> {
+        let pattern = Self::parse(text.trim())?;
+        Ok(match &pattern.model {
+            Some(model) => Self { text: model.as_str().into(), ..pattern.clone() },
+            None => pattern,
+        })
+    }
+
     /// The pattern as it was written.
     pub fn as_str(&self) -> &str {
         &self.text

@@ -28,10 +28,37 @@ pub struct Peek {
     pub keep_alive: Option<Span>,
     /// `stream`, if it was said.
     pub stream: Option<bool>,
+    /// The most tokens that the answer may have, in the words of OpenAI and Anthropic.
+    pub max_tokens: Option<u64>,
     /// Whether there is something to answer: a prompt or a message.
     pub asks: bool,
     /// Whether `keep_alive` is zero.
     pub keeps_not: bool,
+    /// What is said.
+    pub talk: Talk,
+}
+
+/// Where what is said stands, and by whom: what tells one conversation from another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Talk {
+    /// The messages of a chat.
+    pub messages: Option<Span>,
+    /// The prompt of a generate or completion.
+    pub prompt: Option<Span>,
+    /// The tokens before that prompt.
+    pub context: Option<Span>,
+    /// The pictures beside that prompt.
+    pub images: Option<Span>,
+    /// The messages of a `/v1/responses`.
+    pub input: Option<Span>,
+    /// What the system says before all: `system`, `instructions`.
+    pub system: Option<Span>,
+    /// OpenAI's name for a conversation.
+    pub session: Option<Span>,
+    /// OpenAI's name for a person.
+    pub user: Option<Span>,
+    /// Anthropic's notes, with their name for a person.
+    pub metadata: Option<Span>,
 }
 
 impl Peek {
@@ -53,6 +80,11 @@ impl Peek {
             Some(String::from_utf8_lossy(value).into_owned())
         });
         Self { model, asks: true, ..Self::default() }
+    }
+
+    /// The most tokens that the answer may have, in whichever words; `None` if that is not said.
+    pub fn most_tokens(&self, pieces: &[Bytes]) -> Option<u64> {
+        self.max_tokens.or_else(|| num_predict(&json::cut(pieces, self.options?)))
     }
 
     /// Whether a generate or chat call only unloads its model.
@@ -122,9 +154,25 @@ impl Members {
                     self.peek.stream = Some(stream);
                 }
             }
+            Key::MaxTokens => {
+                if kind == Kind::Number {
+                    self.peek.max_tokens = number(&json::cut(pieces, span));
+                }
+            }
             Key::Prompt | Key::Messages | Key::Input => {
                 self.peek.asks |= !matches!(kind, Kind::String { empty: true } | Kind::Nested { empty: true });
+                match key {
+                    Key::Prompt => self.peek.talk.prompt = Some(span),
+                    Key::Messages => self.peek.talk.messages = Some(span),
+                    _ => self.peek.talk.input = Some(span),
+                }
             }
+            Key::Context => self.peek.talk.context = Some(span),
+            Key::Images => self.peek.talk.images = Some(span),
+            Key::System => self.peek.talk.system = Some(span),
+            Key::Session => self.peek.talk.session = Some(span),
+            Key::User => self.peek.talk.user = Some(span),
+            Key::Metadata => self.peek.talk.metadata = Some(span),
         }
         Ok(())
     }
@@ -178,13 +226,20 @@ enum Key {
     Options,
     KeepAlive,
     Stream,
+    MaxTokens,
     Prompt,
     Messages,
     Input,
+    Context,
+    Images,
+    System,
+    Session,
+    User,
+    Metadata,
 }
 
 impl Key {
-    const ALL: [(&'static str, Self); 13] = [
+    const ALL: [(&'static str, Self); 23] = [
         ("model", Self::Model),
         ("name", Self::Name),
         ("source", Self::Source),
@@ -195,9 +250,19 @@ impl Key {
         ("options", Self::Options),
         ("keep_alive", Self::KeepAlive),
         ("stream", Self::Stream),
+        ("max_tokens", Self::MaxTokens),
+        ("max_completion_tokens", Self::MaxTokens),
+        ("max_output_tokens", Self::MaxTokens),
         ("prompt", Self::Prompt),
         ("messages", Self::Messages),
         ("input", Self::Input),
+        ("context", Self::Context),
+        ("images", Self::Images),
+        ("system", Self::System),
+        ("instructions", Self::System),
+        ("prompt_cache_key", Self::Session),
+        ("user", Self::User),
+        ("metadata", Self::Metadata),
     ];
 
     /// Finds a key as Go compares it: in any case, and with the two letters outside ASCII that fold into it.
@@ -226,6 +291,38 @@ pub(crate) fn fold(raw: &[u8]) -> String {
 fn is_zero(value: &[u8]) -> bool {
     let text = value.strip_prefix(b"\"").and_then(|text| text.strip_suffix(b"\"")).unwrap_or(value);
     !text.is_empty() && text.contains(&b'0') && !text.iter().any(|b| matches!(b, b'1'..=b'9'))
+}
+
+/// A whole number that is not negative.
+fn number(digits: &[u8]) -> Option<u64> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// The `num_predict` of some options; negative means without a bound. Options are a map to Ollama: their case counts.
+fn num_predict(options: &[u8]) -> Option<u64> {
+    let pieces = [Bytes::copy_from_slice(options)];
+    let mut reader = Reader::new(&pieces);
+    let mut found = None;
+    let mut read = || -> Result<(), Malformed> {
+        if !reader.take(b'{')? {
+            return Ok(());
+        }
+        loop {
+            let key = reader.string()?;
+            if !reader.take(b':')? {
+                return Err(Malformed);
+            }
+            let (_, value) = reader.value()?;
+            if &options[key.start..key.end] == b"num_predict" {
+                found = number(&options[value.start..value.end]);
+            }
+            if !reader.take(b',')? {
+                return Ok(());
+            }
+        }
+    };
+    let _ = read();
+    found
 }
 
 #[cfg(test)]
@@ -277,6 +374,25 @@ mod tests {
         assert!(!peek(r#"{"model":"m","keep_alive":"1m0s"}"#).unloads());
         assert!(!peek(r#"{"model":"m"}"#).unloads());
         assert!(peek(r#"{"model":"m","messages":[],"keep_alive":0}"#).unloads());
+    }
+
+    #[test]
+    fn the_longest_answer_is_known_in_every_dialect() {
+        for (text, wanted) in [
+            (r#"{"max_tokens":7}"#, Some(7)),
+            (r#"{"max_tokens":7,"Max_Completion_Tokens":9}"#, Some(9)),
+            (r#"{"max_output_tokens":8,"options":{"num_predict":1}}"#, Some(8)),
+            (r#"{"options":{"stop":["}"],"num_predict" : 12 ,"seed":1}}"#, Some(12)),
+            (r#"{"options":{"num_predict":-1}}"#, None),
+            (r#"{"options":{"Num_Predict":3,"nested":{"num_predict":4}}}"#, None),
+            (r#"{"options":{}}"#, None),
+            (r#"{"options":[1],"max_tokens":null}"#, None),
+            (r#"{"max_tokens":"7"}"#, None),
+            (r#"{"max_tokens":99999999999999999999}"#, None),
+        ] {
+            let pieces: Vec<Bytes> = text.as_bytes().chunks(3).map(Bytes::copy_from_slice).collect();
+            assert_eq!(peek(text).most_tokens(&pieces), wanted, "{text}");
+        }
     }
 
     #[test]

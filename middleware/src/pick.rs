@@ -200,8 +200,7 @@ impl<F: Fleet> Service<Call> for Pick<F> {
         };
         let Picked { server, cost, rows, .. } = &picked;
         let said = [("server", Fact::from(&server.id)), ("predicted-ms", Fact::ms(cost.total()))];
-        let asked =
-            rows.iter().flat_map(|(policy, rows)| [("policy", policy.as_str().into()), ("candidates", rows.clone())]);
+        let asked = rows.iter().flat_map(|(how, rows)| [("by", (*how).into()), ("candidates", rows.clone())]);
         call.note("pick", "picked", said.into_iter().chain(asked));
         if call.dry {
             let mut reply = Reply::full(StatusCode::OK, HeaderMap::new(), Bytes::new());
@@ -228,11 +227,12 @@ struct Picked {
     cost: Cost,
     lease: Option<Lease>,
     /// How it was chosen, and all candidates: for who only asks.
-    rows: Option<(Policy, Fact)>,
+    rows: Option<(&'static str, Fact)>,
 }
 
 impl Picked {
     fn visit(self, call: &mut Call) -> Visit {
+        let uncached = uncached(call, &self.server, 1.0);
         let runner = self.lease.as_ref().and_then(|lease| lease.runner().cloned());
         let is_loaded = self.known.as_ref().is_some_and(|known| known.loaded.contains(self.server.index));
         let (cause, loading) = runner.as_ref().map_or((None, None), |runner| runner.takes(call, is_loaded));
@@ -253,6 +253,7 @@ impl Picked {
             streamed: false,
             others,
             predicted: self.cost,
+            uncached,
         }
     }
 }
@@ -334,7 +335,9 @@ impl Picking {
                 });
             }
         }
-        let at = self.choose(policy, &choices, call);
+        let preferred = preferred(&choices, call);
+        let how = if preferred.is_some() { "preferred by affinity" } else { policy.as_str() };
+        let at = preferred.unwrap_or_else(|| self.choose(policy, &choices, call));
         let (server, cost) = (choices[at].server.clone(), choices[at].cost);
         let lease = match &known {
             _ if call.dry => {
@@ -350,7 +353,7 @@ impl Picking {
                 Some(lease.ok_or_else(|| busy(&choices, at, known))?)
             }
         };
-        Ok(Picked { server, known: known.clone(), cost, lease, rows: rows.map(|rows| (policy, rows)) })
+        Ok(Picked { server, known: known.clone(), cost, lease, rows: rows.map(|rows| (how, rows)) })
     }
 
     /// The place of the chosen one in the list.
@@ -408,6 +411,23 @@ fn nobody(call: &Call) -> Error {
     Error::NoServer(why.to_owned())
 }
 
+/// The place of the one where `affinity` would have the call go, as far as that layer says it should: the first with room,
+/// unless it is quicker to wait for the very first.
+fn preferred(choices: &Choices<'_>, call: &Call) -> Option<usize> {
+    let preferred = call.preferred.as_deref()?;
+    let place = |index: &usize| choices.iter().position(|choice| choice.server.index == *index);
+    let places: Places = preferred.servers.iter().filter_map(place).collect();
+    let cost = |at: usize| choices[at].cost.total();
+    let first = *places.first()?;
+    let cheapest = cheapest(choices);
+    let will_do = |at: &usize| choices[*at].has_room && (!preferred.yields || choices[*at].cost.is_near(&cheapest));
+    let found = places.iter().copied().find(will_do);
+    if preferred.yields {
+        return found;
+    }
+    Some(found.filter(|found| cost(*found) <= cost(first) || choices[first].has_room).unwrap_or(first))
+}
+
 /// The candidates, each with what it would cost.
 fn choices<'a>(call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]) -> Choices<'a> {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
@@ -416,12 +436,23 @@ fn choices<'a>(call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]
         let runner = runner::find(runners, server);
         let is_loaded = known.is_none_or(|known| known.loaded.contains(server.index));
         let cost = match known {
-            Some(known) => predict(call, known, runner, is_loaded, tokens),
+            Some(known) => predict(call, known, runner, is_loaded, uncached(call, server, tokens)),
             None => Cost::default(),
         };
         Choice { server, runner, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
     };
     call.candidates.iter().map(choice).collect()
+}
+
+/// So much of the tokens of a prompt as a server is not believed to have in a cache.
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn uncached(call: &Call, server: &Server, tokens: f32) -> f32 {
+    match call.preferred.as_deref() {
+        Some(preferred) if preferred.holders.contains(&server.index) && preferred.prompt > 0 => {
+            tokens * (1.0 - preferred.cached as f32 / preferred.prompt as f32).clamp(0.0, 1.0)
+        }
+        _ => tokens,
+    }
 }
 
 /// What an answer from a runner would cost; `None`: one that was never needed.
@@ -460,10 +491,14 @@ fn waiting(call: &Call, runner: &Runner) -> f32 {
     over / slots as f32 * runner.speeds.service.get().unwrap_or(SERVICE)
 }
 
+fn cheapest(choices: &Choices<'_>) -> Cost {
+    let costs = choices.iter().map(|choice| choice.cost);
+    costs.min_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default()
+}
+
 /// The places of those that are as good as the cheapest; of these, those with room, if any has.
 fn nearest(choices: &Choices<'_>) -> Places {
-    let costs = choices.iter().map(|choice| choice.cost);
-    let cheapest = costs.min_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default();
+    let cheapest = cheapest(choices);
     let near: Places = (0..choices.len()).filter(|at| choices[*at].cost.is_near(&cheapest)).collect();
     let free: Places = near.iter().copied().filter(|at| choices[*at].has_room).collect();
     if free.is_empty() { near } else { free }
@@ -547,6 +582,8 @@ struct Visit {
     /// Calls that the runner was answering when this one came.
     others: u32,
     predicted: Cost,
+    /// The share of the prompt that is not believed to be cached there.
+    uncached: f32,
 }
 
 impl Watcher for Visit {
@@ -581,7 +618,14 @@ impl Visit {
         let (Some(runner), Some(first), Some(counters)) = (&self.runner, self.first, outcome.counters) else { return };
         let ended = Instant::now();
         let Self { sent, streamed, others, .. } = *self;
-        let seen = Seen { sent, first, ended, streamed, others, uncached: counters.prompt_tokens, counters };
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "an estimate"
+        )]
+        let uncached = (counters.prompt_tokens as f32 * self.uncached) as u64;
+        let seen = Seen { sent, first, ended, streamed, others, uncached, counters };
         if streamed {
             let took = (first - sent).as_secs_f32() * 1000.0;
             instruments::predicted(Duration::from_secs_f32((took - self.predicted.total()).abs() / 1000.0));
@@ -593,6 +637,7 @@ impl Visit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call::Preferred;
     use crate::testing;
     use std::collections::HashMap;
 
@@ -634,6 +679,32 @@ mod tests {
         assert_eq!(counts(&cluster, 10)["1"], 10);
         falls(1).await;
         assert_eq!(counts(&cluster, 10).len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_preferred_server_is_taken_while_it_can_be() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
+        let runners: Vec<_> = snapshot.servers.iter().map(|server| known.runners.at(server)).collect();
+        runners.iter().for_each(|runner| runner.reported(1));
+        let mut call = testing::call_in(&cluster, "tiny");
+        let chosen = |call: &Call| preferred(&choices(call, Some(known), &runners), call);
+        assert_eq!(chosen(&call), None);
+        call.preferred = Some(Box::new(Preferred { servers: smallvec::smallvec![2, 0], ..Preferred::default() }));
+        assert_eq!(chosen(&call), Some(2));
+        let busy = Lease::take(&runners[2]);
+        assert_eq!(chosen(&call), Some(0), "a wait costs more than a prompt that is short");
+        let preferred = call.preferred.as_mut().unwrap();
+        (preferred.holders, preferred.cached, preferred.prompt) = (smallvec::smallvec![2], 80_000, 80_000);
+        call.payload = crate::Payload::from_bytes(vec![b' '; 80_000]);
+        assert_eq!(chosen(&call), Some(2), "it is quicker to wait for the cache");
+        call.preferred.as_mut().unwrap().yields = true;
+        assert_ne!(chosen(&call), Some(2), "it has no room");
+        drop(busy);
+        assert_eq!(chosen(&call), Some(2));
+        call.candidates.drop_server(&snapshot.servers[2].id);
+        assert_eq!(chosen(&call).map(|at| choices(&call, Some(known), &runners)[at].server.index), Some(0));
     }
 
     #[tokio::test]

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use crate::affinity;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::keys::Keys;
 use crate::pick::Picking;
 use crate::queue::Queue;
+use crate::rate_limit::Ledger;
 use crate::retry::Budget;
 use crate::trace::Ring;
 
@@ -25,6 +27,10 @@ pub struct Shared {
     pub picking: Arc<Picking>,
     /// What waits for a slot: `queue`'s.
     pub queue: Arc<Queue>,
+    /// What everybody has used: `rate-limit`'s.
+    pub limits: Arc<Ledger>,
+    /// Who has which conversations: `affinity`'s.
+    pub affinity: Arc<affinity::Table>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
 }
@@ -37,8 +43,10 @@ impl Shared {
             instruments: Arc::default(),
             keys: Arc::default(),
             requests: Arc::default(),
+            limits: Arc::default(),
             picking: Arc::default(),
             queue: Arc::default(),
+            affinity: Arc::default(),
             budget: Arc::default(),
         }
     }

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
+use crate::affinity::AffinityLayer;
 use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
@@ -14,6 +15,7 @@ use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
 use crate::queue::QueueLayer;
+use crate::rate_limit::RateLimitLayer;
 use crate::retry::RetryLayer;
 use crate::shared;
 use crate::trace::TraceLayer;
@@ -97,17 +99,30 @@ pub enum Concern {
     Metrics,
     /// [`crate::auth`]
     Auth,
+    /// [`crate::rate_limit`]
+    RateLimit,
     /// [`crate::queue`]
     Queue,
     /// [`crate::model_route`]
     ModelRoute,
+    /// [`crate::affinity`]
+    Affinity,
     /// [`crate::retry`]
     Retry,
 }
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 6] = [Self::Trace, Self::Metrics, Self::Auth, Self::Queue, Self::ModelRoute, Self::Retry];
+    pub const ALL: [Self; 8] = [
+        Self::Trace,
+        Self::Metrics,
+        Self::Auth,
+        Self::RateLimit,
+        Self::Queue,
+        Self::ModelRoute,
+        Self::Affinity,
+        Self::Retry,
+    ];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
@@ -116,7 +131,9 @@ impl Concern {
             Self::Metrics => "metrics",
             Self::Auth => "auth",
             Self::Queue => "queue",
+            Self::RateLimit => "rate-limit",
             Self::ModelRoute => "model-route",
+            Self::Affinity => "affinity",
             Self::Retry => "retry",
         }
     }
@@ -199,8 +216,12 @@ pub struct Config {
     pub auth: crate::auth::Config,
     /// The `[queue]` table.
     pub queue: crate::queue::Config,
+    /// The `[rate-limit]` table.
+    pub rate_limit: crate::rate_limit::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
+    /// The `[affinity]` table.
+    pub affinity: crate::affinity::Config,
     /// The `[retry]` table.
     pub retry: crate::retry::Config,
 }
@@ -231,6 +252,12 @@ struct Rule {
 }
 
 const RULES: &[Rule] = &[
+    Rule { outer: Concern::Auth, inner: Concern::RateLimit, why: "a key's limits cannot hold before its key is known" },
+    Rule {
+        outer: Concern::RateLimit,
+        inner: Concern::Queue,
+        why: "who may not ask now must not wait in the queue, and a wait must not cost a second request",
+    },
     Rule {
         outer: Concern::Auth,
         inner: Concern::Queue,
@@ -246,6 +273,16 @@ const RULES: &[Rule] = &[
         outer: Concern::ModelRoute,
         inner: Concern::Retry,
         why: "a retry must choose among the servers that have the model, and a server that says 404 is not a failed attempt",
+    },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Affinity,
+        why: "a conversation can only be kept on a server that has its model",
+    },
+    Rule {
+        outer: Concern::Affinity,
+        inner: Concern::Retry,
+        why: "a retry must keep to the servers that a conversation prefers, and one that failed must not be preferred again",
     },
 ];
 
@@ -276,7 +313,14 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
         Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
+        Concern::RateLimit => {
+            push(inner, &RateLimitLayer::new(&config.rate_limit, shared.limits.clone(), shared.instruments.clone()))
+        }
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
+        Concern::Affinity => push(
+            inner,
+            &AffinityLayer::new(config.affinity.clone(), shared.affinity.clone(), shared.instruments.clone()),
+        ),
         Concern::Retry => {
             let (budget, cluster) = (shared.budget.clone(), shared.cluster.clone());
             push(inner, &RetryLayer::new(config.retry.clone(), budget, cluster, shared.instruments.clone()))
@@ -311,6 +355,16 @@ mod tests {
         let error = check(&[Concern::Retry, Concern::ModelRoute]).unwrap_err();
         assert!(error.to_string().contains("'model-route' must come first: a retry must choose"), "{error}");
         assert_eq!(check(&[Concern::Retry, Concern::Retry]), Err(OrderError::Twice(Concern::Retry)));
+    }
+
+    #[test]
+    fn affinity_stands_between_who_has_the_model_and_who_is_asked_next() {
+        use Concern::{Affinity, ModelRoute, Retry};
+        assert_eq!(check(&[ModelRoute, Affinity, Retry]), Ok(()));
+        let error = check(&[Affinity, ModelRoute]).unwrap_err().to_string();
+        assert!(error.contains("'model-route' must come first: a conversation can only be kept"), "{error}");
+        let error = check(&[Retry, Affinity]).unwrap_err().to_string();
+        assert!(error.contains("'affinity' must come first: a retry must keep"), "{error}");
     }
 
     #[test]

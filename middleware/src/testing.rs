@@ -109,9 +109,25 @@ pub(crate) fn call_in(cluster: &Arc<Cluster>, model: &str) -> Call {
     Call::new(head, Payload::from_bytes("{}"), cluster.snapshot().all())
 }
 
+/// A call with a body, as the edge makes it.
+pub(crate) fn call_with(cluster: &Arc<Cluster>, route: Route, body: &str) -> Call {
+    let pieces = [Bytes::copy_from_slice(body.as_bytes())];
+    let mut head = Head::new(route, Method::POST, PathAndQuery::from_static("/"));
+    head.peek = Peek::json(&pieces);
+    head.model = head.peek.model.as_deref().and_then(ModelName::parse);
+    Call::new(head, Payload::from_bytes(body.to_owned()), cluster.snapshot().all())
+}
+
 /// A good answer.
 pub(crate) fn reply(text: &'static str) -> Reply {
     Reply::full(StatusCode::OK, HeaderMap::new(), text)
+}
+
+/// A good answer of some server.
+pub(crate) fn reply_of(server: &str, text: &'static str) -> Reply {
+    let mut reply = reply(text);
+    reply.body.outcome_mut().servers.push(ServerId::new(server));
+    reply
 }
 
 /// A server's word that it does not have the model.

@@ -32,7 +32,7 @@ fn a_misspelt_key() {
       |
     2 | prot = 1
       | ^^^^
-    the keys of [proxy]: host, port, servers, threads, origins
+    the keys of [proxy]: host, port, servers, threads, origins, trusted-proxies
     ");
 }
 
