@@ -161,7 +161,7 @@ impl Api {
             Ok((payload, taken)) => {
                 request::look(&mut head, &payload);
                 let answer = self.send(head.clone(), payload).await;
-                written(answer, &head, &taken)
+                written(answer, &head, taken)
             }
             Err(error) => response::refused(head.route, &error),
         };
@@ -206,10 +206,11 @@ impl Api {
 /// The route of a request, what its path names, and what its answer must carry.
 type Found = (Option<Route>, Option<String>, Pass);
 
-/// Writes the answer of the stack.
-fn written(answer: Result<Reply, Error>, head: &Head, taken: &Taken) -> Response<HttpBody> {
+/// Writes the answer of the stack. A stream keeps what its request takes of the room: its body is needed to go on elsewhere.
+fn written(answer: Result<Reply, Error>, head: &Head, taken: Taken) -> Response<HttpBody> {
+    let is_cut = taken.is_cut();
     let mut answer = match answer {
-        Ok(reply) => response::written(reply, response::breaks_with_a_line(head.route)),
+        Ok(reply) => response::written(reply.hold(taken), response::breaks_with_a_line(head.route)),
         Err(error) => {
             let mut answer = response::refused(head.route, &error);
             answer.headers_mut().insert(RequestId::HEADER, head.id.header());
@@ -217,7 +218,7 @@ fn written(answer: Result<Reply, Error>, head: &Head, taken: &Taken) -> Response
         }
     };
     // As Go does it: who is answered early is not read to the end.
-    if taken.is_cut() {
+    if is_cut {
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     answer

@@ -151,7 +151,7 @@ impl<F: Fleet> Scatter<F> {
         let snapshot = call.candidates.snapshot().clone();
         let is_status = call.route == Route::Status;
         let candidates: Vec<Arc<Server>> =
-            snapshot.servers.iter().filter(|server| server.is_usable()).cloned().collect();
+            snapshot.servers.iter().filter(|server| server.is_reachable()).cloned().collect();
         let target = candidates.first().or(snapshot.servers.first()).cloned();
         let answer = match target {
             // A status is wanted most when no server answers: Ollama's keys are then left out, ours are not.
@@ -168,9 +168,9 @@ impl<F: Fleet> Scatter<F> {
     }
 }
 
-/// Leaves the first server of the list that takes calls and is a candidate.
+/// Leaves the first server of the list that can be reached and is a candidate.
 fn first_usable(candidates: &mut Candidates) {
-    let first = candidates.iter().find(|server| server.is_usable()).or_else(|| candidates.iter().next());
+    let first = candidates.iter().find(|server| server.is_reachable()).or_else(|| candidates.iter().next());
     if let Some(index) = first.map(|server| server.index) {
         candidates.only(index);
     }

@@ -71,6 +71,11 @@ pub fn servers(snapshot: &Snapshot, about: &About) -> Value {
 
 fn one(server: &Server, snapshot: &Snapshot) -> Value {
     let report = &server.report;
+    let circuit = match server.circuits.server_state() {
+        0 => "closed",
+        1 => "open",
+        _ => "half-open",
+    };
     let used = snapshot.models.values().filter_map(|known| Some((&known.name, known.runners.used(server)?)));
     let runners: Vec<Value> = used
         .map(|(model, runner)| {
@@ -88,6 +93,7 @@ fn one(server: &Server, snapshot: &Snapshot) -> Value {
         "state": server.state.as_str(),
         "online": server.state == State::Up,
         "usable": server.is_usable(),
+        "circuit": circuit,
         "reason": server.reason,
         "weight": server.weight.get(),
         "in_flight": server.load.in_flight(),

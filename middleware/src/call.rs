@@ -19,6 +19,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use crate::circuit::Limits;
 use crate::cluster::{Candidates, Known};
 use crate::error::Error;
 use crate::instruments::ModelMeters;
@@ -58,6 +59,8 @@ pub struct Call {
     pub fresh: bool,
     /// Attempts before this one.
     pub attempts: u32,
+    /// By which rules its server is judged, once `retry` has looked; without any it is not.
+    pub limits: Option<Arc<Limits>>,
 }
 
 /// What a client asked, peeked at once at the edge and never changed.
@@ -164,6 +167,7 @@ impl Call {
             lease: None,
             fresh: false,
             attempts: 0,
+            limits: None,
         }
     }
 
@@ -192,6 +196,7 @@ impl Call {
             lease: None,
             fresh: self.fresh,
             attempts: self.attempts,
+            limits: self.limits.clone(),
         })
     }
 }
@@ -445,11 +450,27 @@ impl Watcher for Hold {
     }
 }
 
+/// Where the chunks of a body come from: any stream of them, or something that also knows what became of the answer since
+/// its head.
+pub trait Source: Send {
+    /// The next chunk.
+    fn poll_chunk(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Chunk, Error>>>;
+
+    /// Adds to the outcome what has changed since the head. Asked once, when the body ends.
+    fn tell(&self, _outcome: &mut Outcome) {}
+}
+
+impl<S: Stream<Item = Result<Chunk, Error>> + Send> Source for S {
+    fn poll_chunk(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Chunk, Error>>> {
+        self.poll_next(cx)
+    }
+}
+
 /// A body of chunks, with those who follow it. No larger than a pointer, since it goes from layer to layer.
 pub struct Body(Box<Inner>);
 
 struct Inner {
-    chunks: Pin<Box<dyn Stream<Item = Result<Chunk, Error>> + Send>>,
+    chunks: Pin<Box<dyn Source>>,
     length: Option<u64>,
     delivered: u64,
     watchers: SmallVec<[Box<dyn Watcher>; 3]>,
@@ -459,7 +480,7 @@ struct Inner {
 
 impl Body {
     /// A body of these chunks.
-    pub fn new(chunks: impl Stream<Item = Result<Chunk, Error>> + Send + 'static) -> Self {
+    pub fn new(chunks: impl Source + 'static) -> Self {
         Self(Box::new(Inner {
             chunks: Box::pin(chunks),
             length: None,
@@ -525,6 +546,7 @@ impl Body {
 impl Inner {
     fn finish(&mut self, end: End) {
         if !std::mem::replace(&mut self.ended, true) {
+            self.chunks.tell(&mut self.outcome);
             for watcher in &mut self.watchers {
                 watcher.end(end, &self.outcome);
             }
@@ -537,7 +559,7 @@ impl Stream for Body {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self.get_mut().0;
-        let next = ready!(this.chunks.as_mut().poll_next(cx));
+        let next = ready!(this.chunks.as_mut().poll_chunk(cx));
         match &next {
             Some(Ok(chunk)) => {
                 if let Some(counters) = chunk.end {

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::affinity::Share;
+use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
 use crate::runner::Runners;
@@ -22,10 +23,6 @@ use crate::slots::Load;
 
 /// Shortest time between two snapshots.
 const REBUILD_PAUSE: Duration = Duration::from_millis(50);
-/// A server that failed is left alone this long, or until a check finds it well.
-const EJECTION: Duration = Duration::from_secs(10);
-/// Calls in a row that must fail before a server that can be reached is left alone.
-const FAILURES_TO_EJECT: u32 = 2;
 
 /// A server as the operator configured it.
 #[derive(Clone, Debug)]
@@ -128,8 +125,8 @@ pub struct Server {
     pub report: Arc<Report>,
     /// Live: what it is doing for us.
     pub load: Arc<Load>,
-    /// Live: how the last calls went.
-    pub health: Arc<Health>,
+    /// Live: whether it is left alone, after how the last calls went.
+    pub circuits: Arc<Circuits>,
     /// Live: how much of the conversations it has.
     pub share: Arc<Share>,
     /// Its metrics.
@@ -139,49 +136,12 @@ pub struct Server {
 impl Server {
     /// Whether calls should go there while others can take them.
     pub fn is_usable(&self) -> bool {
-        self.state != State::Down && !self.health.is_ejected()
-    }
-}
-
-/// How the last calls at a server went, seen from the calls themselves.
-#[derive(Debug)]
-pub struct Health {
-    born: Instant,
-    failures: AtomicU32,
-    /// Milliseconds since `born` until which the server is left alone; 0: it is not.
-    ejected_until: AtomicU64,
-}
-
-impl Default for Health {
-    fn default() -> Self {
-        Self { born: Instant::now(), failures: AtomicU32::new(0), ejected_until: AtomicU64::new(0) }
-    }
-}
-
-impl Health {
-    /// A call was answered.
-    pub fn succeeded(&self) {
-        // Reading first keeps the line shared between cores while all is well.
-        if self.failures.load(Ordering::Relaxed) != 0 {
-            self.failures.store(0, Ordering::Relaxed);
-        }
-        if self.ejected_until.load(Ordering::Relaxed) != 0 {
-            self.ejected_until.store(0, Ordering::Relaxed);
-        }
+        self.state != State::Down && !self.circuits.is_server_open()
     }
 
-    /// A call failed; one that could not even connect counts in full.
-    pub fn failed(&self, unreachable: bool) {
-        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
-        if unreachable || failures >= FAILURES_TO_EJECT {
-            let until = self.born.elapsed() + EJECTION;
-            self.ejected_until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        }
-    }
-
-    fn is_ejected(&self) -> bool {
-        let until = self.ejected_until.load(Ordering::Relaxed);
-        until != 0 && self.born.elapsed() < Duration::from_millis(until)
+    /// Whether it answers at all, as far as is known. One whose models fail can still list them.
+    pub fn is_reachable(&self) -> bool {
+        self.state != State::Down && !self.circuits.is_server_unreachable()
     }
 }
 
@@ -324,11 +284,32 @@ impl Candidates {
         self.bits.insert(index);
     }
 
+    /// Takes a server out.
+    pub fn drop_index(&mut self, index: usize) {
+        self.bits.remove(index);
+    }
+
     /// Takes a server out by its name.
     pub fn drop_server(&mut self, id: &ServerId) {
-        if let Some(server) = self.snapshot.servers.iter().find(|server| server.id == *id) {
-            self.bits.remove(server.index);
+        if let Some(index) = self.index_of(id) {
+            self.drop_index(index);
         }
+    }
+
+    /// Where a server stands in the snapshot.
+    pub fn index_of(&self, id: &ServerId) -> Option<usize> {
+        self.snapshot.servers.iter().find(|server| server.id == *id).map(|server| server.index)
+    }
+
+    /// Whether a server is in question.
+    pub fn contains(&self, id: &ServerId) -> bool {
+        self.index_of(id).is_some_and(|index| self.bits.contains(index))
+    }
+
+    /// Whether anybody but this server may still be asked.
+    pub fn has_other_than(&self, id: &ServerId) -> bool {
+        let index = self.index_of(id);
+        self.bits.iter().any(|other| Some(other) != index)
     }
 
     /// Whether nobody is left.
@@ -389,7 +370,7 @@ struct Entry {
     failures: u32,
     report: Arc<Report>,
     load: Arc<Load>,
-    health: Arc<Health>,
+    circuits: Arc<Circuits>,
     share: Arc<Share>,
     meters: Arc<ServerMeters>,
     /// What calls have changed there, until a report that was begun later.
@@ -437,17 +418,20 @@ impl Cluster {
             .collect();
         let entries = members
             .into_iter()
-            .map(|member| Entry {
-                meters: Arc::new(ServerMeters::new(&member.id)),
-                changes: Vec::new(),
-                member,
-                state: State::Unknown,
-                reason: String::new(),
-                failures: 0,
-                report: Arc::default(),
-                load: Arc::default(),
-                health: Arc::default(),
-                share: Arc::default(),
+            .map(|member| {
+                let meters = Arc::new(ServerMeters::new(&member.id));
+                Entry {
+                    circuits: Arc::new(Circuits::new(member.id.clone(), meters.clone())),
+                    meters,
+                    changes: Vec::new(),
+                    member,
+                    state: State::Unknown,
+                    reason: String::new(),
+                    failures: 0,
+                    report: Arc::default(),
+                    load: Arc::default(),
+                    share: Arc::default(),
+                }
             })
             .collect();
         let book = Book { entries, models: HashMap::new(), rebuilt: None, scheduled: false };
@@ -478,7 +462,7 @@ impl Cluster {
         entry.changes.retain(|change| change.at >= since);
         entry.changes.iter().for_each(|change| change.apply(&mut report));
         entry.failures = 0;
-        entry.health.succeeded();
+        entry.circuits.seen_well();
         let same = entry.state == State::Up && *entry.report == report;
         if same {
             return;
@@ -673,7 +657,7 @@ impl Cluster {
                     reason: entry.reason.clone(),
                     report: entry.report.clone(),
                     load: entry.load.clone(),
-                    health: entry.health.clone(),
+                    circuits: entry.circuits.clone(),
                     share: entry.share.clone(),
                     meters: entry.meters.clone(),
                 })
@@ -777,21 +761,6 @@ mod tests {
         cluster.report(0, Report::default());
         tokio::time::sleep(REBUILD_PAUSE).await;
         assert_eq!(cluster.snapshot().servers[0].state, State::Up);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_server_that_fails_is_left_alone_for_a_while() {
-        let health = Health::default();
-        health.failed(false);
-        assert!(!health.is_ejected());
-        health.failed(false);
-        assert!(health.is_ejected());
-        tokio::time::advance(EJECTION).await;
-        assert!(!health.is_ejected());
-        health.failed(true);
-        assert!(health.is_ejected());
-        health.succeeded();
-        assert!(!health.is_ejected());
     }
 
     #[tokio::test(start_paused = true)]

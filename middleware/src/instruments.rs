@@ -44,6 +44,10 @@ const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
 const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
+const RESUMES: &str = "olol_resumes_total";
+const CIRCUIT_STATE: &str = "olol_server_circuit_state";
+const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
+
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
@@ -73,6 +77,9 @@ pub const NAMES: &[&str] = &[
     SERVER_UP,
     SERVER_MODELS,
     SERVER_LOADED,
+    RESUMES,
+    CIRCUIT_STATE,
+    CIRCUIT_OPENED,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -124,6 +131,13 @@ pub fn describe() {
     describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
     describe_gauge!(SERVER_MODELS, Unit::Count, "Models on the server's disk");
     describe_gauge!(SERVER_LOADED, Unit::Count, "Models in the server's memory");
+    describe_counter!(
+        RESUMES,
+        Unit::Count,
+        "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed)"
+    );
+    describe_gauge!(CIRCUIT_STATE, Unit::Count, "Circuit of a server: 0 closed, 1 open (left alone), 2 half-open");
+    describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
     describe_gauge!(RELOAD_OK, Unit::Count, "1 if the configuration was good when it was last read, 0 if not");
     describe_gauge!(RELOADED_AT, Unit::Seconds, "When the configuration that is in use was read, seconds since 1970");
@@ -226,6 +240,11 @@ impl Instruments {
     pub fn retried(&self, cause: &'static str) {
         counter!(RETRIES, "cause" => cause).increment(1);
     }
+
+    /// A stream broke off; what came of it.
+    pub fn resumed(&self, result: &'static str) {
+        counter!(RESUMES, "result" => result).increment(1);
+    }
 }
 
 /// The first piece of an answer came so much earlier or later than it was predicted.
@@ -319,6 +338,14 @@ impl ServerMeters {
     }
 }
 
+impl ServerMeters {
+    /// A circuit has opened: that of the server, or that of one of its models.
+    pub fn opened(&self, scope: &'static str) {
+        counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)])
+            .increment(1);
+    }
+}
+
 /// Sets what is read rather than counted. Call before a scrape.
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
 pub fn observe(shared: &Shared) {
@@ -333,6 +360,7 @@ pub fn observe(shared: &Shared) {
         gauge!(SERVER_UP, label()).set(f64::from(u8::from(server.state == State::Up)));
         gauge!(SERVER_MODELS, label()).set(server.report.models.len() as f64);
         gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
+        gauge!(CIRCUIT_STATE, label()).set(f64::from(server.circuits.server_state()));
     }
 }
 

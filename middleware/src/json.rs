@@ -240,6 +240,29 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Tells of each member of the object at the start of a body: its key as it is written, what its value is, and where that
+/// stands. Returns where the closing brace of the object is.
+pub fn members(pieces: &[Bytes], mut each: impl FnMut(&[u8], Kind, Span)) -> Result<usize, Malformed> {
+    let mut reader = Reader::new(pieces);
+    if !reader.take(b'{')? {
+        return Err(Malformed);
+    }
+    if reader.take(b'}')? {
+        return Ok(reader.offset() - 1);
+    }
+    loop {
+        let key = reader.string()?;
+        if !reader.take(b':')? {
+            return Err(Malformed);
+        }
+        let (kind, span) = reader.value()?;
+        each(&cut(pieces, key), kind, span);
+        if !reader.take(b',')? {
+            return if reader.take(b'}')? { Ok(reader.offset() - 1) } else { Err(Malformed) };
+        }
+    }
+}
+
 /// The bytes of a span: borrowed where they lie in one piece, as they nearly always do.
 pub fn cut(pieces: &[Bytes], span: Span) -> Cow<'_, [u8]> {
     let mut bytes = Vec::new();
@@ -336,6 +359,24 @@ mod tests {
     fn what_ends_early_is_malformed() {
         for text in ["", " ", "\"a", "[1", "{\"a\":\"}", "\"a\\", "tru", "nul"] {
             assert_eq!(Reader::new(&pieces(text, 3)).value(), Err(Malformed), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn members_are_told_with_their_places() {
+        let text = r#" {"a" : "x", "b":{"c":1} , "d":null } rest"#;
+        for size in 1..text.len() {
+            let pieces = pieces(text, size);
+            let mut seen = Vec::new();
+            let end =
+                members(&pieces, |key, _, span| seen.push((key.to_vec(), cut(&pieces, span).into_owned()))).unwrap();
+            let wanted = [("a", r#""x""#), ("b", r#"{"c":1}"#), ("d", "null")];
+            assert_eq!(seen, wanted.map(|(key, value)| (key.as_bytes().to_vec(), value.as_bytes().to_vec())));
+            assert_eq!(&text[end..], "} rest");
+        }
+        assert_eq!(members(&pieces("{}", 1), |_, _, _| {}), Ok(1));
+        for text in ["", "[]", "{\"a\"}", "{\"a\":1", "{\"a\":1 \"b\":2}"] {
+            assert_eq!(members(&pieces(text, 2), |_, _, _| {}), Err(Malformed), "{text}");
         }
     }
 

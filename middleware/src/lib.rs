@@ -11,14 +11,16 @@
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
-//! | `retry` | [`retry`] | asks another server when one fails before its first byte |
+//! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
 //! | | [`pick`] | the leaf: takes the cheapest of the candidates and a slot on it |
 //!
-//! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
+//! Layers narrow, pick chooses; [`circuit`] tells whom to leave alone. [`stack`] is the only file that knows all layers;
+//! [`shared`] holds what must outlive a stack.
 
 pub mod affinity;
 pub mod auth;
 pub mod call;
+pub mod circuit;
 pub mod cluster;
 pub mod error;
 mod form;

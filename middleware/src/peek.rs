@@ -271,16 +271,20 @@ impl Key {
         if plain {
             return Self::ALL.iter().find(|(name, _)| name.as_bytes().eq_ignore_ascii_case(raw)).map(|(_, key)| *key);
         }
-        let folded: String = json::unescape(raw)
-            .chars()
-            .map(|c| match c {
-                '\u{17f}' => 's',
-                '\u{212a}' => 'k',
-                other => other.to_ascii_lowercase(),
-            })
-            .collect();
+        let folded = fold(raw);
         Self::ALL.iter().find(|(name, _)| *name == folded).map(|(_, key)| *key)
     }
+}
+
+/// A key as Go compares it: unescaped, and in lower case.
+pub(crate) fn fold(raw: &[u8]) -> String {
+    let folded = json::unescape(raw);
+    let folded = folded.chars().map(|c| match c {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        other => other.to_ascii_lowercase(),
+    });
+    folded.collect()
 }
 
 /// Whether a `keep_alive` is no time at all: the number 0, or a Go duration of zeros.

@@ -23,8 +23,9 @@ use tokio::time::Instant;
 use tower::Service;
 
 use crate::call::{Answer, Call, Chunk, End, Outcome, Reply, Watcher};
+use crate::circuit::Trial;
 use crate::cluster::{Known, Server};
-use crate::error::{Error, Phase};
+use crate::error::Error;
 use crate::instruments::{self, ModelMeters};
 use crate::names::ModelName;
 use crate::pattern::Pattern;
@@ -240,7 +241,9 @@ impl Picked {
             call.note("pick", "makes the server load the model", [("cause", Fact::Word(cause.as_str()))]);
         }
         let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
+        let trial = Trial::of(call, &self.server, self.known.as_deref().zip(runner.as_ref()));
         Visit {
+            trial,
             server: self.server,
             lease: self.lease,
             runner,
@@ -544,6 +547,9 @@ async fn follow(
         Ok(mut reply) => {
             visit.loading = None;
             visit.server.meters.attempt(true);
+            if let Some(trial) = &mut visit.trial {
+                trial.answered(reply.status);
+            }
             let outcome = reply.body.outcome_mut();
             outcome.servers.push(visit.server.id.clone());
             outcome.attempts = attempts;
@@ -552,11 +558,8 @@ async fn follow(
         }
         Err(error) => {
             visit.server.meters.attempt(false);
-            if let Error::Server { phase, reused, .. } = &error
-                // A pooled connection that had died says nothing about its server.
-                && !reused
-            {
-                visit.server.health.failed(*phase == Phase::Connecting);
+            if let Some(trial) = visit.trial.take() {
+                trial.failed(&error);
             }
             Err(error)
         }
@@ -574,6 +577,8 @@ struct Visit {
     first: Option<Instant>,
     /// Whether more than one piece came.
     streamed: bool,
+    /// How it goes, for the circuits.
+    trial: Option<Trial>,
     /// Calls that the runner was answering when this one came.
     others: u32,
     predicted: Cost,
@@ -597,13 +602,11 @@ impl Watcher for Visit {
         if let (Some(_), Some(runner)) = (self.first, &self.runner) {
             runner.ends();
         }
-        match end {
-            End::Whole => {
-                self.server.health.succeeded();
-                self.learn(outcome);
-            }
-            End::Broken(_) => self.server.health.failed(false),
-            End::Dropped => {}
+        if let Some(trial) = &mut self.trial {
+            trial.ended(end);
+        }
+        if end == End::Whole {
+            self.learn(outcome);
         }
         self.lease = None;
     }
@@ -665,12 +668,16 @@ mod tests {
         assert_eq!(counts(&cluster, 40)["1"], 30);
     }
 
-    #[tokio::test]
-    async fn a_failing_server_is_skipped_while_another_is_left() {
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_down_is_skipped_while_another_is_left() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        cluster.snapshot().servers[0].health.failed(true);
+        let falls = async |index| {
+            cluster.check_failed(index, "no answer".into(), 1);
+            tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        };
+        falls(0).await;
         assert_eq!(counts(&cluster, 10)["1"], 10);
-        cluster.snapshot().servers[1].health.failed(true);
+        falls(1).await;
         assert_eq!(counts(&cluster, 10).len(), 2);
     }
 

@@ -29,8 +29,13 @@ impl LoadOptions {
         let (Dialect::Ollama, Payload::Whole(pieces)) = (call.route.dialect(), &call.payload) else {
             return Named { takes: false, ..Named::default() };
         };
+        Self::in_body(pieces, call.peek.options)
+    }
+
+    /// The load options in the body of a native request whose `options` stand there.
+    pub(crate) fn in_body(pieces: &[Bytes], options: Option<Span>) -> Named {
         let mut named = Named { takes: true, ..Named::default() };
-        if let Some(span) = call.peek.options {
+        if let Some(span) = options {
             // What cannot be read is the server's to refuse.
             let _ = named.read(&json::cut(pieces, span), span.start);
         }

@@ -233,6 +233,14 @@ impl Route {
         )
     }
 
+    /// Whether the route can answer as a stream, token by token.
+    pub fn streams(self) -> bool {
+        matches!(
+            self,
+            Self::Generate | Self::Chat | Self::V1Chat | Self::V1Completions | Self::V1Responses | Self::V1Messages
+        )
+    }
+
     /// Whether sending a call twice does no harm when nothing is known of the first.
     pub fn is_idempotent(self) -> bool {
         self.infers()

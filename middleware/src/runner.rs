@@ -12,6 +12,7 @@ use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 use crate::call::{Call, Counters};
+use crate::circuit::Circuit;
 use crate::cluster::Server;
 use crate::place::{LoadOptions, Named};
 use crate::slots::{Line, Load};
@@ -87,6 +88,8 @@ pub struct Runner {
     pub(crate) line: Arc<Line>,
     /// How fast it is.
     pub speeds: Speeds,
+    /// Whether it is left alone, after how the last calls went.
+    pub(crate) circuit: Circuit,
     in_flight: AtomicU32,
     /// Those of them of which a piece has come: they have a slot.
     begun: AtomicU32,
@@ -157,6 +160,7 @@ impl Runner {
             load: server.load.clone(),
             line,
             speeds: Speeds::default(),
+            circuit: server.circuits.of_model(),
             in_flight: AtomicU32::new(0),
             begun: AtomicU32::new(0),
             configured: AtomicU32::new(0),
@@ -175,6 +179,11 @@ impl Runner {
     /// Calls that it is answering for us.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// Calls of which a piece of the answer has come, and not all.
+    pub fn answering(&self) -> u32 {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// Calls that wait for its model, here or on another server.

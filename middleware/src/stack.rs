@@ -322,7 +322,8 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
             &AffinityLayer::new(config.affinity.clone(), shared.affinity.clone(), shared.instruments.clone()),
         ),
         Concern::Retry => {
-            push(inner, &RetryLayer::new(config.retry.clone(), shared.budget.clone(), shared.instruments.clone()))
+            let (budget, cluster) = (shared.budget.clone(), shared.cluster.clone());
+            push(inner, &RetryLayer::new(config.retry.clone(), budget, cluster, shared.instruments.clone()))
         }
     })
 }

@@ -9,7 +9,7 @@ use http::{HeaderMap, Method, StatusCode};
 use tower::{Layer, Service, ServiceExt};
 use tower_test::mock::{Handle, Mock};
 
-use crate::call::{Body, Call, Head, Payload, Reply};
+use crate::call::{Body, Call, Chunk, Head, Payload, Reply};
 use crate::cluster::{Cluster, Member, Model, Report, Server};
 use crate::error::{BoxError, Error, Phase};
 use crate::names::{ModelName, ServerId};
@@ -144,6 +144,24 @@ fn from(server: &str, status: StatusCode) -> Reply {
     let mut body = Body::empty();
     body.outcome_mut().servers.push(ServerId::new(server));
     Reply { status, headers: HeaderMap::new(), body }
+}
+
+/// A stream of lines from a server, which perhaps dies behind them.
+pub(crate) fn stream(server: &str, lines: &[&'static str], dies: bool) -> Reply {
+    let lines: Vec<_> = lines.iter().map(|line| Ok(Chunk::from(Bytes::from_static(line.as_bytes())))).collect();
+    let end = dies.then(|| Err(failure(server, Phase::Streaming, false)));
+    let mut body = Body::new(futures_util::stream::iter(lines.into_iter().chain(end)));
+    body.outcome_mut().servers.push(ServerId::new(server));
+    body.outcome_mut().attempts = 1;
+    let kind = (http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/x-ndjson"));
+    Reply { status: StatusCode::OK, headers: HeaderMap::from_iter([kind]), body }
+}
+
+/// An answer of JSON from a server.
+pub(crate) fn json(server: &str, text: &'static str) -> Reply {
+    let mut reply = reply(text);
+    reply.body.outcome_mut().servers.push(ServerId::new(server));
+    reply
 }
 
 /// A server that fails.

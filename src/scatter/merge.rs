@@ -25,7 +25,7 @@ impl<F: Fleet> Scatter<F> {
     pub(super) async fn merged(self, call: Call) -> Result<Reply, Error> {
         let servers = call.candidates.snapshot().servers.clone();
         let asking =
-            servers.iter().filter(|server| server.is_usable() || servers.iter().all(|other| !other.is_usable()));
+            servers.iter().filter(|server| server.is_reachable() || servers.iter().all(|other| !other.is_reachable()));
         let asked: Vec<Arc<Server>> = asking.cloned().collect();
         let answers = join_all(asked.iter().map(|server| {
             let call = call.again();

@@ -27,7 +27,7 @@ impl<F: Fleet> Scatter<F> {
     /// Lets every server concerned do it and follows them all.
     pub(super) async fn progress(self, call: Call) -> Result<Reply, Error> {
         let everybody = call.candidates.snapshot().servers.clone();
-        let mut targets: Vec<Arc<Server>> = everybody.iter().filter(|server| server.is_usable()).cloned().collect();
+        let mut targets: Vec<Arc<Server>> = everybody.iter().filter(|server| server.is_reachable()).cloned().collect();
         if targets.is_empty() {
             targets.clone_from(&everybody);
         }

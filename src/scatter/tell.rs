@@ -32,7 +32,7 @@ impl<F: Fleet> Scatter<F> {
         let holds = |server: &Server| holders.iter().any(|holder| holder.index == server.index);
         let everybody = call.candidates.snapshot().servers.iter();
         let mut targets: Vec<Arc<Server>> =
-            everybody.filter(|server| holds(server) || (!is_unload && server.is_usable())).cloned().collect();
+            everybody.filter(|server| holds(server) || (!is_unload && server.is_reachable())).cloned().collect();
         if targets.is_empty() {
             // Nobody seems to be there: everybody is asked all the same.
             targets.clone_from(&call.candidates.snapshot().servers);

@@ -45,7 +45,7 @@ pub(super) fn steps(state: &mut State, request: &Seen) -> Vec<Step> {
         ("GET", "/api/tags") => json_answer(200, &store.tags()),
         ("GET", "/api/ps") => json_answer(200, &store.ps()),
         ("GET", "/v1/models") => whole(200, "application/json", format!("{}\n", store.v1_models())),
-        ("POST", "/api/show") => match store.show(&name) {
+        ("POST", "/api/show") => match store.show(&name, &parameters(state.num_predict)) {
             Some(shown) => json_answer(200, &shown),
             None => missing(&super::store::full(&name)),
         },
@@ -186,6 +186,12 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
             &json!({"model": name, "created_at": WHEN, "response": "", "done": true, "done_reason": "unload"}),
         );
     }
+    if request.json()["_debug_render_only"] == true && state.renders {
+        return rendered(request, &name);
+    }
+    if let Err(why) = speech(state, request) {
+        return error(400, &why);
+    }
     let mut steps = match &behaviour {
         Behaviour::LoadsUntil(gate) if !state.store.loaded().contains(&super::store::full(&name)) => {
             vec![Step::Wait(gate.clone())]
@@ -201,24 +207,111 @@ fn work(state: &mut State, request: &Seen) -> Vec<Step> {
     steps
 }
 
-/// The words of an answer.
-fn said(state: &State, request: &Seen) -> Vec<String> {
-    let asked = request.json()["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
-    if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() }
+/// The parameters of a model, as `show` writes them.
+fn parameters(num_predict: Option<i64>) -> String {
+    let most = num_predict.map(|most| format!("\nnum_predict                    {most}"));
+    format!("temperature                    0{}", most.unwrap_or_default())
+}
+
+/// What the prompt of a fake model ends in: what follows is the answer.
+const ASSISTANT: &str = "<|start|>assistant\n";
+
+/// The finished prompt, instead of an answer.
+fn rendered(request: &Seen, name: &str) -> Vec<Step> {
+    let body = request.json();
+    let said = |role: &str, text: &Value| format!("<|start|>{role}\n{}<|end|>", text.as_str().unwrap_or_default());
+    let messages = body["messages"].as_array().cloned().unwrap_or_default();
+    let turns: Vec<String> = messages
+        .iter()
+        .map(|message| said(message["role"].as_str().unwrap_or_default(), &message["content"]))
+        .collect();
+    let prompt = match request.path.as_str() {
+        _ if body["raw"] == true => request.text("prompt"),
+        "/api/generate" => [said("user", &body["prompt"]), ASSISTANT.to_owned()].concat(),
+        _ => [turns.concat(), ASSISTANT.to_owned()].concat(),
+    };
+    let images = messages.iter().filter(|message| message["images"].is_array()).count();
+    let info = json!({"rendered_template": prompt, "image_count": images});
+    json_answer(200, &json!({"model": name, "created_at": WHEN, "response": "", "done": false, "_debug_info": info}))
+}
+
+/// What a model says to a request.
+struct Speech {
+    /// A token each.
+    pieces: Vec<String>,
+    /// Why it ends.
+    reason: &'static str,
+    /// Tokens of the prompt, what was said before among them.
+    prompt: usize,
+}
+
+/// The words of an answer. To a raw prompt: what follows what the prompt says already.
+fn speech(state: &State, request: &Seen) -> Result<Speech, String> {
+    let body = request.json();
+    let asked = body["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
+    let words =
+        if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() };
+    let prompt = request.text("prompt");
+    let before = if body["raw"] == true { prompt.rsplit(ASSISTANT).next().unwrap_or_default() } else { "" };
+    let (mut pieces, mut spoken) = (Vec::new(), 0);
+    let mut rest = before;
+    for word in words {
+        if rest.is_empty() {
+            pieces.push(word);
+            continue;
+        }
+        spoken += 1;
+        if let Some(after) = rest.strip_prefix(word.as_str()) {
+            rest = after;
+        } else if let Some(unsaid) = word.strip_prefix(rest) {
+            pieces.push(unsaid.to_owned());
+            rest = "";
+        } else {
+            return Err(format!("the prompt says {before:?}, which the model would not say"));
+        }
+    }
+    let options = &body["options"];
+    let mut reason = "stop";
+    for stop in [&options["stop"], &body["stop"]].into_iter().filter_map(Value::as_array).flatten() {
+        let stop = stop.as_str().unwrap_or_default();
+        if let Some(at) = pieces.concat().find(stop) {
+            cut(&mut pieces, at);
+        }
+    }
+    let most = options["num_predict"].as_i64().or(body["max_tokens"].as_i64()).or(state.num_predict);
+    if let Some(most) = most.and_then(|most| usize::try_from(most).ok()).filter(|most| *most <= pieces.len()) {
+        pieces.truncate(most);
+        reason = "length";
+    }
+    Ok(Speech { pieces, reason, prompt: 5 + spoken })
+}
+
+/// Cuts words so that this many bytes are left.
+fn cut(pieces: &mut Vec<String>, mut left: usize) {
+    pieces.retain_mut(|piece| {
+        piece.truncate(left);
+        left -= piece.len();
+        !piece.is_empty()
+    });
 }
 
 fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
-    let text = said(state, request).concat();
+    let Ok(speech) = speech(state, request) else { return error(400, "no such prompt") };
+    let text = speech.pieces.concat();
     let body = match request.path.as_str() {
-        "/api/generate" => with_counts(json!({"model": name, "created_at": WHEN, "response": text, "done": true})),
+        "/api/generate" => {
+            with_counts(json!({"model": name, "created_at": WHEN, "response": text, "done": true}), &speech)
+        }
         "/api/chat" => with_counts(
             json!({"model": name, "created_at": WHEN, "message": {"role": "assistant", "content": text}, "done": true}),
+            &speech,
         ),
         _ => json!({"model": name, "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}],
             "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}}),
     };
     match state.behaviour {
-        Behaviour::StallsAfter => vec![Step::Stall],
+        // A single token is not after what it says.
+        Behaviour::StallsAfter if speech.reason != "length" => vec![Step::Stall],
         Behaviour::DiesAfter => vec![Step::Write(head(200, NATIVE, &[("Content-Length", "9999")])), Step::HangUp],
         _ => json_answer(200, &body),
     }
@@ -226,25 +319,51 @@ fn unstreamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
 
 fn streamed(state: &State, request: &Seen, name: &str) -> Vec<Step> {
     let form = Form::of(&request.path);
+    let Ok(speech) = speech(state, request) else { return error(400, "no such prompt") };
     let pace = || match &state.behaviour {
         Behaviour::Paced(gate) => Some(Step::Wait(gate.clone())),
         _ => None,
     };
     let mut steps = vec![begun(if form.is_native() { LINES } else { EVENTS })];
-    for word in &said(state, request) {
+    for (at, word) in speech.pieces.iter().enumerate() {
         steps.extend(pace());
-        steps.push(Step::Write(wire::chunk(&form.piece(name, word))));
+        steps.push(Step::Write(wire::chunk(&form.piece(name, word, at == 0))));
     }
-    match state.behaviour {
+    match &state.behaviour {
         Behaviour::DiesAfter => steps.push(Step::HangUp),
+        Behaviour::Breaks(text) => {
+            let line = line(&json!({"error": text}));
+            steps.push(Step::Write([wire::chunk(&line), wire::LAST_CHUNK.to_vec()].concat()));
+        }
         Behaviour::StallsAfter => steps.push(Step::Stall),
-        Behaviour::Floods => steps.push(Step::Repeat(wire::chunk(&form.piece(name, &"flood ".repeat(10_000))))),
-        _ => {
+        Behaviour::Floods => {
+            steps.push(Step::Repeat(wire::chunk(&form.piece(name, &"flood ".repeat(10_000), false))));
+        }
+        behaviour => {
             steps.extend(pace());
-            steps.push(Step::Write([wire::chunk(&form.last(name)), wire::LAST_CHUNK.to_vec()].concat()));
+            let usage = request.json()["stream_options"]["include_usage"] == true;
+            let last = form.last(name, &speech, request.json()["raw"] == true, usage);
+            steps.push(Step::Write([wire::chunk(&last), wire::LAST_CHUNK.to_vec()].concat()));
+            if let Behaviour::DiesAfterBytes(bytes) = behaviour {
+                steps = cut_off(steps, *bytes);
+            }
         }
     }
     steps
+}
+
+/// The head of an answer, so many bytes behind it, and the end of the connection.
+fn cut_off(steps: Vec<Step>, mut left: usize) -> Vec<Step> {
+    let mut steps = steps.into_iter();
+    let mut cut: Vec<Step> = steps.next().into_iter().collect();
+    for step in steps {
+        let Step::Write(mut bytes) = step else { continue };
+        bytes.truncate(left);
+        left -= bytes.len();
+        cut.push(Step::Write(bytes));
+    }
+    cut.push(Step::HangUp);
+    cut
 }
 
 /// How a stream is written.
@@ -270,13 +389,21 @@ impl Form {
         matches!(self, Self::Generate | Self::Chat)
     }
 
-    fn piece(self, model: &str, word: &str) -> Vec<u8> {
+    /// A piece as Ollama writes it.
+    fn piece(self, model: &str, word: &str, is_first: bool) -> Vec<u8> {
+        let (model, word) = (json!(model), json!(word));
         match self {
-            Self::Generate => line(&json!({"model": model, "created_at": WHEN, "response": word, "done": false})),
-            Self::Chat => line(
-                &json!({"model": model, "created_at": WHEN, "message": {"role": "assistant", "content": word}, "done": false}),
-            ),
-            Self::OpenAi => event("", &json!({"model": model, "choices": [{"index": 0, "delta": {"content": word}}]})),
+            Self::Generate => {
+                format!("{{\"model\":{model},\"created_at\":\"{WHEN}\",\"response\":{word},\"done\":false}}\n").into_bytes()
+            }
+            Self::Chat => format!(
+                "{{\"model\":{model},\"created_at\":\"{WHEN}\",\"message\":{{\"role\":\"assistant\",\"content\":{word}}},\"done\":false}}\n"
+            )
+            .into_bytes(),
+            Self::OpenAi => {
+                let role = if is_first { "\"role\":\"assistant\"," } else { "" };
+                openai(&model, &format!("{{\"index\":0,\"delta\":{{{role}\"content\":{word}}},\"finish_reason\":null}}"), "")
+            }
             Self::Anthropic => event(
                 "content_block_delta",
                 &json!({"type": "content_block_delta", "delta": {"type": "text_delta", "text": word}}),
@@ -284,25 +411,37 @@ impl Form {
         }
     }
 
-    fn last(self, model: &str) -> Vec<u8> {
+    /// The end as Ollama writes it.
+    fn last(self, model: &str, speech: &Speech, is_raw: bool, usage: bool) -> Vec<u8> {
+        let (model, reason) = (json!(model), speech.reason);
+        let (prompt, made) = (speech.prompt, speech.pieces.len());
+        let counts = format!(
+            "\"total_duration\":9,\"load_duration\":1,\"prompt_eval_count\":{prompt},\"prompt_eval_duration\":3,\"eval_count\":{made},\"eval_duration\":4"
+        );
         match self {
             Self::Generate => {
-                line(&with_counts(json!({"model": model, "created_at": WHEN, "response": "", "done": true})))
+                let context = if is_raw { "" } else { "\"context\":[1,2],"};
+                format!("{{\"model\":{model},\"created_at\":\"{WHEN}\",\"response\":\"\",\"done\":true,\"done_reason\":\"{reason}\",{context}{counts}}}\n").into_bytes()
             }
-            Self::Chat => line(&with_counts(
-                json!({"model": model, "created_at": WHEN, "message": {"role": "assistant", "content": ""}, "done": true}),
-            )),
+            Self::Chat => format!(
+                "{{\"model\":{model},\"created_at\":\"{WHEN}\",\"message\":{{\"role\":\"assistant\",\"content\":\"\"}},\"done\":true,\"done_reason\":\"{reason}\",{counts}}}\n"
+            )
+            .into_bytes(),
             // As in Ollama, the last event shares its chunk with the end of the stream.
             Self::OpenAi => {
-                let finish = event(
-                    "",
-                    &json!({"model": model, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}),
-                );
-                [finish, b"data: [DONE]\n\n".to_vec()].concat()
+                let finish = openai(&model, &format!("{{\"index\":0,\"delta\":{{}},\"finish_reason\":\"{reason}\"}}"), "");
+                let total = prompt + made;
+                let usage = usage.then(|| openai(&model, "", &format!(",\"usage\":{{\"prompt_tokens\":{prompt},\"completion_tokens\":{made},\"total_tokens\":{total}}}")));
+                [finish, usage.unwrap_or_default(), b"data: [DONE]\n\n".to_vec()].concat()
             }
             Self::Anthropic => event("message_stop", &json!({"type": "message_stop"})),
         }
     }
+}
+
+/// An event of OpenAI's chat.
+fn openai(model: &Value, choice: &str, more: &str) -> Vec<u8> {
+    format!("data: {{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1767225600,\"model\":{model},\"system_fingerprint\":\"fp_ollama\",\"choices\":[{choice}]{more}}}\n\n").into_bytes()
 }
 
 fn event(name: &str, data: &Value) -> Vec<u8> {
@@ -310,16 +449,16 @@ fn event(name: &str, data: &Value) -> Vec<u8> {
     format!("{name}data: {data}\n\n").into_bytes()
 }
 
-fn with_counts(mut last: Value) -> Value {
+fn with_counts(mut last: Value, speech: &Speech) -> Value {
     let counts = [
         ("total_duration", 9),
         ("load_duration", 1),
-        ("prompt_eval_count", 5),
+        ("prompt_eval_count", speech.prompt),
         ("prompt_eval_duration", 3),
-        ("eval_count", 2),
+        ("eval_count", speech.pieces.len()),
         ("eval_duration", 4),
     ];
-    last["done_reason"] = json!("stop");
+    last["done_reason"] = json!(speech.reason);
     for (name, count) in counts {
         last[name] = json!(count);
     }

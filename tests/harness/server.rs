@@ -26,11 +26,16 @@ pub struct Server {
 
 /// All that is known of a server; whoever waits for something watches it.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a trait of its own")]
 pub(super) struct State {
     pub(super) store: Store,
     pub(super) behaviour: Behaviour,
     pub(super) words: Vec<String>,
     pub(super) echoes: bool,
+    /// Whether it finishes prompts on request: an Ollama since 0.11.5 does.
+    pub(super) renders: bool,
+    /// What its models say of the length of their answers.
+    pub(super) num_predict: Option<i64>,
     scripts: HashMap<(String, String), Vec<Step>>,
     is_silent: bool,
     is_dead: bool,
@@ -63,6 +68,8 @@ pub(super) enum Behaviour {
     Answers,
     DiesBeforeHead,
     DiesAfter,
+    DiesAfterBytes(usize),
+    Breaks(String),
     DiesOnReuse,
     StallsBeforeHead,
     StallsAfter,
@@ -86,7 +93,7 @@ impl Server {
     }
 
     fn listen(address: Option<SocketAddr>, listener: Listener) -> Self {
-        let state = State { words: words(["Hello", " world"]), ..State::default() };
+        let state = State { words: words(["Hello", " world"]), renders: true, ..State::default() };
         let state = Arc::new(watch::Sender::new(state));
         let mut tasks = JoinSet::new();
         tasks.spawn(serving::accept(listener, state.clone()));
@@ -170,6 +177,31 @@ impl Server {
     /// Closes the connection after these words.
     pub fn dies_after<const N: usize>(&self, said: [&str; N]) -> &Self {
         self.says(said).behaves(Behaviour::DiesAfter)
+    }
+
+    /// Closes the connection so many bytes behind the head of a stream, wherever that is.
+    pub fn dies_after_bytes(&self, bytes: usize) -> &Self {
+        self.behaves(Behaviour::DiesAfterBytes(bytes))
+    }
+
+    /// Ends its streams with an error line after these words.
+    pub fn breaks_after<const N: usize>(&self, said: [&str; N], text: &str) -> &Self {
+        self.says(said).behaves(Behaviour::Breaks(text.to_owned()))
+    }
+
+    /// Has models that say no more than this many tokens, unless they are asked for more.
+    pub fn says_at_most(&self, tokens: i64) -> &Self {
+        self.change(|state| state.num_predict = Some(tokens))
+    }
+
+    /// Does not know how to finish a prompt without answering it.
+    pub fn renders_not(&self) -> &Self {
+        self.change(|state| state.renders = false)
+    }
+
+    /// Has another model under the same name.
+    pub fn has_another(&self, model: &str) -> &Self {
+        self.change(|state| state.store.exchange(model))
     }
 
     /// Closes a connection that is used a second time, instead of answering what is asked on it.

@@ -36,6 +36,15 @@ impl Store {
         self.models.push(Model { digest: hex(&Sha256::digest(&name)), name, modified_at });
     }
 
+    /// Puts another model on the disk under the name of one.
+    pub fn exchange(&mut self, name: &str) {
+        self.add(name, None);
+        let name = full(name);
+        for model in self.models.iter_mut().filter(|model| model.name == name) {
+            model.digest = hex(&Sha256::digest(format!("another {name}")));
+        }
+    }
+
     /// Removes a model; false if it is not there. One in memory stays there until it expires, as in Ollama.
     pub fn remove(&mut self, name: &str) -> bool {
         let before = self.models.len();
@@ -108,11 +117,11 @@ impl Store {
         json!({"object": "list", "data": if data.is_empty() { Value::Null } else { json!(data) }})
     }
 
-    /// `/api/show`.
-    pub fn show(&self, name: &str) -> Option<Value> {
+    /// `/api/show`, with these parameters of the model.
+    pub fn show(&self, name: &str, parameters: &str) -> Option<Value> {
         let model = self.models.iter().find(|model| model.name == full(name))?;
         Some(
-            json!({"license": "MIT", "modelfile": "FROM /models/blobs/sha256-00", "parameters": "temperature 0", "template": "{{ .Prompt }}",
+            json!({"license": "MIT", "modelfile": "FROM /models/blobs/sha256-00", "parameters": parameters, "template": "{{ .Prompt }}",
             "details": details(), "model_info": {"general.architecture": "llama"}, "capabilities": ["completion"],
             "modified_at": model.modified_at}),
         )

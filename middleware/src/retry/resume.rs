@@ -1,0 +1,569 @@
+//! A stream survives its server: when it breaks off, another server goes on from the text already sent.
+//!
+//! The other server has the same model by digest, finishes the client's prompt with its own template without generating, and
+//! is then asked, raw, for what follows that prompt and the text delivered so far. What it says is written in the form that
+//! the client reads, up to the last line with the counts of the whole. As a stream whose last line is not its own a resumed
+//! answer of `/api/generate` has no `context`: raw answers have none, and nobody else tells tokens.
+//!
+//! Where the text would not be what an unbroken answer had been, nobody goes on, and the stream ends as it broke: with tools,
+//! thinking, formats, images, probabilities (their parsers do not run on raw prompts, or what they need is gone). While
+//! nothing at all has been delivered any call is simply sent again.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use smallvec::SmallVec;
+use tower::{Service, ServiceExt};
+
+use super::ask::{self, Asking, No};
+use super::delivered::{Delivered, Form};
+use super::mould::{Account, Made, Mould};
+use super::request::Request;
+use super::{Resume, Rules, whole};
+use crate::call::{Body, Call, Chunk, Outcome, Reply, Source};
+use crate::cluster::{Bits, Candidates, Server, Snapshot};
+use crate::error::{Error, Phase};
+use crate::names::{ModelName, ServerId};
+use crate::trail::Fact;
+
+/// The most times that one stream goes on elsewhere.
+const MOST: u32 = 16;
+
+/// Lets the body of a good answer survive its server, where that is possible at all.
+pub(super) fn follow<S>(rules: Arc<Rules>, service: S, spare: Call, reply: Reply) -> Reply
+where
+    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    let has_others = spare.candidates.snapshot().servers.len() > 1;
+    let wanted = rules.config.resume == Resume::Auto && has_others;
+    if !wanted || !spare.route.infers() || !reply.status.is_success() || !whole::is_stream(&reply) {
+        return reply;
+    }
+    let Some(server) = reply.body.outcome().servers.last().cloned() else { return reply };
+    let outcome = reply.body.outcome().clone();
+    let flow = Flow {
+        delivered: Delivered::new(spare.route),
+        rules,
+        service,
+        spare,
+        body: reply.body,
+        mould: None,
+        server,
+        digest: None,
+        failed: SmallVec::new(),
+        tries: 0,
+        asked: 0,
+        resumes: 0,
+        pieces: 0,
+        eval: Duration::ZERO,
+    };
+    let mut body = Body::new(Following { course: Course::Flowing(Box::new(flow)), moved: SmallVec::new(), asked: 0 });
+    *body.outcome_mut() = outcome;
+    Reply { body, ..reply }
+}
+
+/// A stream that survives its server.
+struct Following<S> {
+    course: Course<S>,
+    /// The servers that went on with it.
+    moved: SmallVec<[ServerId; 2]>,
+    /// Attempts for that.
+    asked: u32,
+}
+
+enum Course<S> {
+    Flowing(Box<Flow<S>>),
+    /// It broke off, and somebody is asked to go on.
+    Broken(Search<S>),
+    /// This, and no more.
+    Last(Cut),
+    Over,
+}
+
+/// Looks for somebody who goes on, and returns the stream with what came of that.
+type Search<S> = BoxFuture<'static, (Box<Flow<S>>, Result<Step, Cut>)>;
+
+/// How a stream broke off: what its client gets if nobody goes on.
+type Cut = Result<Chunk, Error>;
+
+/// How a stream goes on.
+enum Step {
+    /// With the body of another server.
+    Flows,
+    /// With its last chunk.
+    Ends(Chunk),
+}
+
+/// What came of a stream.
+enum Took {
+    Give(Chunk),
+    /// Nothing that the client may have yet.
+    Nothing,
+    /// It broke off behind this.
+    Broken(Option<Chunk>, Cut),
+    Last(Cut),
+    Over,
+}
+
+/// A stream and all that is needed to go on with it.
+struct Flow<S> {
+    rules: Arc<Rules>,
+    service: S,
+    spare: Call,
+    delivered: Delivered,
+    body: Body,
+    /// How what comes is written for the client; the first server's words go on as they are.
+    mould: Option<Mould>,
+    /// Who answers now.
+    server: ServerId,
+    /// The model, by the digest that the first server had of it.
+    digest: Option<String>,
+    /// Servers that failed since the text last grew.
+    failed: SmallVec<[ServerId; 2]>,
+    /// Attempts since then.
+    tries: u32,
+    /// All attempts.
+    asked: u32,
+    /// How often somebody went on.
+    resumes: u32,
+    /// Pieces that there were when the stream last broke off.
+    pieces: u64,
+    /// Time for the tokens of the parts that are over.
+    eval: Duration,
+}
+
+/// Why nobody goes on.
+enum Halt {
+    /// It would not be right, or nobody is there who could.
+    Refused(&'static str),
+    /// It was tried.
+    Failed(&'static str),
+}
+
+impl<S> Source for Following<S>
+where
+    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    fn poll_chunk(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Chunk, Error>>> {
+        let this = self.get_mut();
+        loop {
+            match &mut this.course {
+                Course::Flowing(flow) => {
+                    let next = ready!(Pin::new(&mut flow.body).poll_next(cx));
+                    match flow.take(next) {
+                        Took::Give(chunk) => return Poll::Ready(Some(Ok(chunk))),
+                        Took::Nothing => {}
+                        Took::Broken(before, cut) => {
+                            this.search(cut);
+                            if let Some(before) = before {
+                                return Poll::Ready(Some(Ok(before)));
+                            }
+                        }
+                        Took::Last(last) => this.course = Course::Last(last),
+                        Took::Over => this.course = Course::Over,
+                    }
+                }
+                Course::Broken(search) => {
+                    let (flow, step) = ready!(search.as_mut().poll(cx));
+                    this.asked = flow.asked;
+                    this.course = match step {
+                        Ok(Step::Flows) => {
+                            this.moved.push(flow.server.clone());
+                            Course::Flowing(flow)
+                        }
+                        Ok(Step::Ends(chunk)) => Course::Last(Ok(chunk)),
+                        Err(cut) => Course::Last(cut),
+                    };
+                }
+                Course::Last(_) => {
+                    let Course::Last(last) = std::mem::replace(&mut this.course, Course::Over) else { continue };
+                    return Poll::Ready(Some(last));
+                }
+                Course::Over => return Poll::Ready(None),
+            }
+        }
+    }
+
+    fn tell(&self, outcome: &mut Outcome) {
+        outcome.servers.extend(self.moved.iter().cloned());
+        outcome.attempts += self.asked;
+    }
+}
+
+impl<S> Following<S>
+where
+    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    /// Looks for somebody who goes on, from now on.
+    fn search(&mut self, cut: Cut) {
+        if let Course::Flowing(mut flow) = std::mem::replace(&mut self.course, Course::Over) {
+            // The broken body ends here, and with it the place at its server.
+            flow.body = Body::empty();
+            self.course = Course::Broken(Box::pin(async move {
+                let step = flow.go_on().await;
+                let step = flow.told(step, cut);
+                (flow, step)
+            }));
+        }
+    }
+}
+
+impl<S> Flow<S> {
+    /// Takes what has come of the body.
+    fn take(&mut self, next: Option<Result<Chunk, Error>>) -> Took {
+        let mut chunk = match next {
+            Some(Ok(chunk)) => chunk,
+            None => return Took::Over,
+            // The client has all there is.
+            Some(Err(_)) if self.delivered.is_done() => return Took::Over,
+            Some(Err(error @ Error::Server { phase: Phase::Streaming, .. })) => return Took::Broken(None, Err(error)),
+            Some(Err(error)) => return Took::Last(Err(error)),
+        };
+        let Some(mould) = &mut self.mould else {
+            let Some(at) = self.delivered.see(&chunk.bytes) else { return Took::Give(chunk) };
+            let before = chunk.bytes.split_to(at);
+            self.rules.note_trouble(&self.spare, Some(&self.server));
+            return Took::Broken((at > 0).then(|| Chunk::from(before)), Ok(chunk));
+        };
+        match mould.take(chunk, &mut self.delivered) {
+            Made::Pieces(None) => Took::Nothing,
+            Made::Pieces(Some(chunk)) => Took::Give(chunk),
+            Made::Stopped(chunk) => Took::Last(Ok(chunk)),
+            Made::Trouble(before) => {
+                self.rules.note_trouble(&self.spare, Some(&self.server));
+                let source = "it ended in an error".into();
+                let server = self.server.clone();
+                Took::Broken(before, Err(Error::Server { server, phase: Phase::Streaming, reused: false, source }))
+            }
+        }
+    }
+
+    /// Says what has come of it: to the metrics, the log and the trail.
+    fn told(&self, step: Result<Step, Halt>, cut: Cut) -> Result<Step, Cut> {
+        let (id, pieces) = (&self.spare.id, self.delivered.pieces());
+        let (result, why) = match step {
+            Ok(step) => {
+                self.rules.instruments.resumed("ok");
+                tracing::info!(%id, server = %self.server, pieces, "a stream goes on at another server");
+                return Ok(step);
+            }
+            Err(Halt::Refused(why)) => ("refused", why),
+            Err(Halt::Failed(why)) => ("failed", why),
+        };
+        self.rules.instruments.resumed(result);
+        self.spare.note(
+            "retry",
+            "nobody goes on with the stream",
+            [("why", Fact::Word(why)), ("pieces", pieces.into())],
+        );
+        tracing::info!(%id, why, pieces, "a stream broke off, and nobody goes on");
+        Err(cut)
+    }
+}
+
+impl<S> Flow<S>
+where
+    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    /// Goes on with the stream elsewhere.
+    async fn go_on(&mut self) -> Result<Step, Halt> {
+        self.eval += self.delivered.since_first();
+        if self.delivered.pieces() > self.pieces {
+            self.failed.clear();
+            self.tries = 0;
+        }
+        self.pieces = self.delivered.pieces();
+        self.failed.push(self.server.clone());
+        if self.resumes >= MOST {
+            return Err(Halt::Refused("the stream has moved too often"));
+        }
+        if self.delivered.is_nothing() {
+            return self.begin_again().await;
+        }
+        let form = self.delivered.form().map_err(Halt::Refused)?;
+        let request = Request::read(&self.spare, form).map_err(Halt::Refused)?;
+        let made = i64::try_from(self.pieces).unwrap_or(i64::MAX);
+        if request.bounds().num_predict.is_some_and(|most| most > 0 && made >= most) {
+            return self.finish(form, &request, None);
+        }
+        if self.digest.is_none() {
+            self.digest = digest(self.spare.candidates.snapshot(), &self.server, self.spare.place.model.as_ref());
+        }
+        let digest = self.digest.clone().ok_or(Halt::Refused("the digest of the model is not known"))?;
+        loop {
+            let model = self.spare.place.model.clone();
+            let candidates = self.others(|server| {
+                ask::can_render(&server.report.version, form) && digest_of(server, model.as_ref()) == Some(&digest)
+            })?;
+            match self.go_on_at(candidates, form, &request).await {
+                Ok(step) => return Ok(step),
+                Err(No::Nobody(why)) => return Err(Halt::Refused(why)),
+                Err(No::Server(Some(server), why)) => self.cannot(server, why),
+                Err(No::Server(None, why)) => return Err(Halt::Failed(why)),
+            }
+        }
+    }
+
+    /// Sends the call again: nothing of its answer has been delivered.
+    async fn begin_again(&mut self) -> Result<Step, Halt> {
+        loop {
+            let candidates = self.others(|_| true)?;
+            let mut call = self.spare.again().ok_or(Halt::Refused("the body of the request is not at hand"))?;
+            call.candidates = candidates;
+            call.attempts = self.spare.attempts + self.asked;
+            call.fresh = false;
+            // Its client has waited for a slot already.
+            call.ticket = None;
+            let service = self.service.ready().await;
+            let answer = match service {
+                Ok(service) => service.call(call).await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(reply) if reply.status.is_success() && whole::is_stream(&reply) => {
+                    let server = reply.body.outcome().servers.last().cloned();
+                    let server = server.ok_or(Halt::Failed("nobody knows who answered"))?;
+                    self.goes_on(server, reply.body, None);
+                    return Ok(Step::Flows);
+                }
+                Ok(reply) => match reply.body.outcome().servers.last().cloned() {
+                    Some(server) => self.cannot(server, "it did not answer well"),
+                    None => return Err(Halt::Failed("nobody knows who answered")),
+                },
+                Err(error) => match error.server().cloned() {
+                    Some(server) => self.cannot(server, error.kind()),
+                    None => return Err(Halt::Failed(error.kind())),
+                },
+            }
+        }
+    }
+
+    /// Has one server go on.
+    async fn go_on_at(&mut self, candidates: Candidates, form: Form, request: &Request) -> Result<Step, No> {
+        let attempts = self.spare.attempts + self.asked;
+        let mut asking = Asking {
+            rules: &self.rules,
+            service: &mut self.service,
+            spare: &mut self.spare,
+            request,
+            candidates,
+            attempts,
+        };
+        let rendered = asking.render().await?;
+        let shown = asking.show().await?;
+        let bounds = request.bounds();
+        let most = bounds.num_predict.or(shown.bounds.num_predict).filter(|most| *most > 0);
+        let stops = bounds.stops.or_else(|| shown.bounds.stops.clone()).unwrap_or_default();
+        let before = asking.raw_prompt(&rendered, &shown);
+        let prompt = [before.as_str(), &self.delivered.text()].concat();
+        let mut made = self.delivered.pieces();
+        let mut of_prompt = None;
+        if !self.delivered.are_tokens(&stops) {
+            let counted = asking.count(&before, shown.thinks).await?;
+            of_prompt = Some(counted);
+            if most.is_some() {
+                made = asking.count(&prompt, shown.thinks).await?.saturating_sub(counted).max(made);
+            }
+        }
+        let left = most.map(|most| most - i64::try_from(made).unwrap_or(i64::MAX));
+        if left.is_some_and(|left| left <= 0) {
+            return self.finish(form, request, of_prompt).map_err(|_| No::Nobody("its pieces cannot be written"));
+        }
+        let reply = asking.follow(&prompt, left, shown.thinks).await?;
+        let account = Account { arrived: self.spare.arrived, made, prompt: of_prompt, eval: self.eval };
+        let mould = Mould::new(form, &self.delivered, stops, request.tells_usage, account);
+        let mould = mould.ok_or(No::Nobody("its pieces cannot be written"))?;
+        if form == Form::Generate && !request.is_raw {
+            self.spare.note("retry", "the answer will have no context", []);
+        }
+        self.goes_on(rendered.server, reply.body, Some(mould));
+        Ok(Step::Flows)
+    }
+
+    /// Ends the stream: it had all the tokens it may have.
+    fn finish(&mut self, form: Form, request: &Request, prompt: Option<u64>) -> Result<Step, Halt> {
+        let account = Account { arrived: self.spare.arrived, made: self.pieces, prompt, eval: self.eval };
+        let mould = Mould::new(form, &self.delivered, Vec::new(), request.tells_usage, account);
+        let mould = mould.ok_or(Halt::Refused("its pieces cannot be written"))?;
+        self.spare.note("retry", "the stream had its last token already", [("pieces", self.pieces.into())]);
+        Ok(Step::Ends(mould.finish(&mut self.delivered)))
+    }
+
+    fn goes_on(&mut self, server: ServerId, body: Body, mould: Option<Mould>) {
+        let facts = [
+            ("from", Fact::from(&self.server)),
+            ("to", Fact::from(&server)),
+            ("pieces", self.pieces.into()),
+            ("tries", self.tries.into()),
+        ];
+        self.spare.note("retry", "another server goes on with the stream", facts);
+        self.delivered.begin_part();
+        (self.server, self.body, self.mould) = (server, body, mould);
+        self.resumes += 1;
+    }
+
+    fn cannot(&mut self, server: ServerId, why: &'static str) {
+        self.spare.note("retry", "a server cannot go on", [("server", Fact::from(&server)), ("why", Fact::Word(why))]);
+        self.failed.push(server);
+    }
+
+    /// Those who may be asked to go on, of those that fit; an attempt has begun then.
+    fn others(&mut self, fits: impl Fn(&Server) -> bool) -> Result<Candidates, Halt> {
+        let had_tries = self.tries > 0;
+        let halt = |why| if had_tries { Halt::Failed(why) } else { Halt::Refused(why) };
+        if self.tries >= self.rules.config.attempts.get() {
+            return Err(halt("all attempts were in vain"));
+        }
+        let snapshot = self.rules.cluster.snapshot();
+        let mut bits = Bits::default();
+        for server in &snapshot.servers {
+            if self.spare.candidates.contains(&server.id) && !self.failed.contains(&server.id) && fits(server) {
+                bits.insert(server.index);
+            }
+        }
+        if bits.is_empty() {
+            return Err(halt("no other server can go on"));
+        }
+        if !self.rules.budget.withdraw(&self.rules.config) {
+            return Err(halt("the budget is spent"));
+        }
+        self.tries += 1;
+        self.asked += 1;
+        let mut candidates = snapshot.all();
+        candidates.keep(&bits);
+        Ok(candidates)
+    }
+}
+
+/// The digest of a model on a server.
+fn digest(snapshot: &Snapshot, server: &ServerId, model: Option<&ModelName>) -> Option<String> {
+    let server = snapshot.servers.iter().find(|known| known.id == *server)?;
+    digest_of(server, model).cloned()
+}
+
+fn digest_of<'a>(server: &'a Server, model: Option<&ModelName>) -> Option<&'a String> {
+    let mut models = server.report.models.iter();
+    let found = models.find(|held| ModelName::parse(&held.name).as_ref() == model)?;
+    Some(&found.digest).filter(|digest| !digest.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Cluster;
+    use crate::call::{End, Payload, Watcher};
+    use crate::cluster::{Model, Report};
+    use crate::retry::{Config, RetryLayer};
+    use crate::testing::{self, ask};
+    use std::sync::Mutex;
+
+    const HELLO: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\"Hello\",\"done\":false}\n";
+    const WORLD: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\" world\",\"done\":false}\n";
+    const DONE: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\"\",\"done\":true,\"done_reason\":\"stop\",\"total_duration\":9,\"prompt_eval_count\":6,\"eval_count\":2,\"eval_duration\":4}\n";
+
+    /// Servers with the same model, but for the last, which has another under its name.
+    async fn cluster(count: usize) -> Arc<Cluster> {
+        let cluster = testing::cluster(&vec![&["tiny"][..]; count]).await;
+        for index in 0..count {
+            let digest = if index + 1 == count { "other" } else { "same" };
+            let model = Model { name: "tiny".into(), digest: digest.into(), ..Model::default() };
+            cluster.report(index, Report { version: "0.33.0".into(), models: vec![model], ..Report::default() });
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        cluster
+    }
+
+    fn generate(cluster: &Arc<Cluster>) -> Call {
+        let call = testing::call_in(cluster, "tiny");
+        let mut head = crate::Head::new(
+            crate::Route::Generate,
+            http::Method::POST,
+            http::uri::PathAndQuery::from_static("/api/generate"),
+        );
+        head.model.clone_from(&call.model);
+        Call::new(head, Payload::from_bytes(r#"{"model":"tiny","prompt":"hi"}"#), call.candidates)
+    }
+
+    fn layer(cluster: &Arc<Cluster>) -> RetryLayer {
+        RetryLayer::new(Config::default(), Arc::default(), cluster.clone(), Arc::default())
+    }
+
+    /// Answers the questions that come before a stream goes on; returns whom the first may go to.
+    async fn prepares(inner: &mut tower_test::mock::Handle<Call, Reply>, server: &str) -> Vec<String> {
+        let (call, respond) = inner.next_request().await.unwrap();
+        respond.send_response(testing::json(server, r#"{"_debug_info":{"rendered_template":"<hi>"}}"#));
+        inner.next_request().await.unwrap().1.send_response(testing::json(server, "{}"));
+        call.candidates.iter().map(|server| server.id.to_string()).collect()
+    }
+
+    struct Ends(Arc<Mutex<Vec<(End, Outcome)>>>);
+
+    impl Watcher for Ends {
+        fn end(&mut self, end: End, outcome: &Outcome) {
+            self.0.lock().unwrap().push((end, outcome.clone()));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_goes_on_has_the_same_model_and_the_whole_is_told() {
+        let cluster = cluster(3).await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let call = generate(&cluster);
+        let head = call.head.clone();
+        let answer = ask(&mut service, call);
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let ends: Arc<Mutex<Vec<_>>> = Arc::default();
+        let reply = answer.await.unwrap().watch(Ends(ends.clone()));
+        let reading = tokio::spawn(reply.body.collect(9999));
+        assert_eq!(prepares(&mut inner, "1").await, ["1"], "the third has another model");
+        let (call, respond) = inner.next_request().await.unwrap();
+        assert_eq!(call.edits.unwrap().path.unwrap(), "/api/generate");
+        let Payload::Whole(pieces) = call.payload else { panic!("a stream") };
+        assert_eq!(pieces.concat(), br#"{"model":"tiny","prompt":"<hi>Hello","raw":true,"stream":true}"#);
+        respond.send_response(testing::stream("1", &[WORLD, DONE], false));
+        let text = reading.await.unwrap().unwrap();
+        let text = std::str::from_utf8(&text).unwrap();
+        assert!(text.starts_with(&[HELLO, WORLD].concat()), "{text}");
+        let (end, outcome) = ends.lock().unwrap().pop().unwrap();
+        let servers: Vec<_> = outcome.servers.iter().map(ToString::to_string).collect();
+        assert_eq!((end, servers, outcome.attempts), (End::Whole, vec!["0".to_owned(), "1".to_owned()], 2));
+        let counters = outcome.counters.unwrap();
+        assert_eq!((counters.prompt_tokens, counters.output_tokens), (5, 3));
+        let said: Vec<_> = head.trail.take().iter().map(|note| note.decision).collect();
+        assert_eq!(said, ["the answer will have no context", "another server goes on with the stream"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_nobody_can_go_on_with_ends_as_it_broke() {
+        let cluster = cluster(2).await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let call = generate(&cluster);
+        let head = call.head.clone();
+        let answer = ask(&mut service, call);
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let mut body = answer.await.unwrap().body;
+        assert_eq!(body.next().await.unwrap().unwrap().bytes, HELLO);
+        assert!(matches!(body.next().await, Some(Err(Error::Server { phase: Phase::Streaming, .. }))));
+        assert!(body.next().await.is_none());
+        let note = serde_json::to_value(head.trail.take()).unwrap();
+        assert_eq!(note[0]["facts"]["why"], "no other server can go on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_breaks_behind_the_end_breaks_nothing() {
+        let cluster = cluster(3).await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let answer = ask(&mut service, generate(&cluster));
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO, DONE], true));
+        let text = answer.await.unwrap().body.collect(9999).await.unwrap();
+        assert_eq!(text, [HELLO, DONE].concat());
+    }
+}
