@@ -29,6 +29,7 @@ use crate::peek::Peek;
 use crate::place::Named;
 use crate::route::Route;
 use crate::slots::{Lease, Ticket};
+use crate::tiers::Tiers;
 use crate::trail::{self, Trail};
 
 /// One request of a client, on its way to a server.
@@ -48,8 +49,12 @@ pub struct Call {
     pub preferred: Option<Box<Preferred>>,
     /// What its server must get otherwise than its client sent it.
     pub edits: Option<Box<Edits>>,
+    /// Which of the servers it would rather go to, or must.
+    pub tiers: Option<Arc<Tiers>>,
     /// When its client stops waiting.
     pub deadline: Option<Instant>,
+    /// How long a server may take to take a connection, if not as long as the pool lets it.
+    pub connect_limit: Option<Duration>,
     /// Its right to a slot, once `queue` has given it one. Without one it is not held back: the server queues it.
     pub ticket: Option<Arc<Ticket>>,
     /// A slot that it has waited for.
@@ -159,7 +164,9 @@ impl Call {
             candidates,
             preferred: None,
             edits: None,
+            tiers: None,
             deadline: None,
+            connect_limit: None,
             ticket: None,
             lease: None,
             fresh: false,
@@ -187,7 +194,9 @@ impl Call {
             candidates: self.candidates.clone(),
             preferred: self.preferred.clone(),
             edits: self.edits.clone(),
+            tiers: self.tiers.clone(),
             deadline: self.deadline,
+            connect_limit: self.connect_limit,
             ticket: self.ticket.clone(),
             lease: None,
             fresh: self.fresh,
@@ -448,8 +457,11 @@ impl Watcher for Hold {
 /// A body of chunks, with those who follow it. No larger than a pointer, since it goes from layer to layer.
 pub struct Body(Box<Inner>);
 
+/// The chunks of a body.
+pub type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, Error>> + Send>>;
+
 struct Inner {
-    chunks: Pin<Box<dyn Stream<Item = Result<Chunk, Error>> + Send>>,
+    chunks: Chunks,
     length: Option<u64>,
     delivered: u64,
     watchers: SmallVec<[Box<dyn Watcher>; 3]>,
@@ -490,6 +502,22 @@ impl Body {
     /// Its length in bytes, if that is known.
     pub fn length(&self) -> Option<u64> {
         self.0.length
+    }
+
+    /// Lets its chunks come out of something that takes them. Who follows the body sees what comes out.
+    #[must_use]
+    pub fn through<S>(mut self, change: impl FnOnce(Chunks) -> S) -> Self
+    where
+        S: Stream<Item = Result<Chunk, Error>> + Send + 'static,
+    {
+        let chunks = self.take_chunks();
+        self.0.chunks = Box::pin(change(chunks));
+        self
+    }
+
+    /// Takes its chunks away, to put others in their place: see [`Body::through`].
+    pub fn take_chunks(&mut self) -> Chunks {
+        std::mem::replace(&mut self.0.chunks, Box::pin(futures_util::stream::empty()))
     }
 
     /// A body of nothing.
