@@ -14,8 +14,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use olol_middleware::auth;
-use olol_middleware::stack;
+use olol_middleware::pattern::Pattern;
 use olol_middleware::units::{Seconds, SomeSeconds, Whole};
+use olol_middleware::{alias, stack};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
@@ -102,6 +103,10 @@ pub struct Config {
     pub auth: olol_middleware::auth::Config,
     /// The `rate-limit` layer.
     pub rate_limit: olol_middleware::rate_limit::Config,
+    /// The `timeout` layer.
+    pub timeout: olol_middleware::timeout::Config,
+    /// The `alias` layer.
+    pub alias: olol_middleware::alias::Config,
     /// The `queue` layer.
     pub queue: olol_middleware::queue::Config,
     /// The `model-route` layer.
@@ -176,7 +181,59 @@ impl Config {
         self.resolved_servers()?;
         self.checked_origins()?;
         self.resolved_address()?;
-        Ok(())
+        self.checked_layers()?;
+        self.checked_rules()
+    }
+
+    fn checked_layers(&self) -> Result<(), Wrong> {
+        let alias = |fault: alias::Fault| match fault.at {
+            alias::At::Name(name) => Wrong { key: Key::of(["alias", "models", &name]), what: fault.what },
+            alias::At::Rule(at) => Wrong { key: Key::of(["alias", "rules"]).at(at), what: fault.what },
+        };
+        self.alias.check().map_err(alias)?;
+        let rule =
+            |(at, what): (usize, &str)| Wrong { key: Key::of(["timeout", "rules"]).at(at), what: what.to_owned() };
+        self.timeout.check().map_err(rule)
+    }
+
+    /// Rules name servers that there are.
+    fn checked_rules(&self) -> Result<(), Wrong> {
+        let Some((key, server)) = self.strangers().into_iter().find(|(_, server)| server.is_plain()) else {
+            return Ok(());
+        };
+        let servers = self.resolved_servers()?;
+        let names: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
+        let hint = match words::nearest(server.as_str(), &names) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("the servers are {}", names.join(", ")),
+        };
+        Err(Wrong { key, what: format!("there is no server `{server}`; {hint}") })
+    }
+
+    /// The servers that rules name and nobody is, with their places. None while nobody has said who there is.
+    fn strangers(&self) -> Vec<(Key, Pattern)> {
+        let Ok(servers) = self.resolved_servers() else { return Vec::new() };
+        if servers.is_empty() || self.proxy.servers == [source::USUAL_SERVER] {
+            return Vec::new();
+        }
+        let mut named: Vec<(Key, Pattern)> = Vec::new();
+        for (at, rule) in self.alias.rules.iter().enumerate() {
+            let key = Key::of(["alias", "rules"]).at(at);
+            let at = |key: Key| move |(at, server): (usize, &Pattern)| (key.clone().at(at), server.clone());
+            named.extend(rule.servers.iter().enumerate().map(at(key.child("servers"))));
+            for (tier, servers) in rule.tiers.iter().enumerate() {
+                named.extend(servers.iter().enumerate().map(at(key.child("tiers").at(tier))));
+            }
+            let weights = key.child("weights");
+            named.extend(rule.weights.keys().map(|name| (weights.child(name.as_str()), name.clone())));
+        }
+        named.retain(|(_, server)| !servers.iter().any(|other| server.matches(other.id.as_str())));
+        named
+    }
+
+    /// What is strange, but may be meant so.
+    pub fn oddities(&self) -> Vec<String> {
+        self.strangers().into_iter().map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
     }
 
     /// Address to listen on.
@@ -246,6 +303,8 @@ impl Config {
             metrics: self.metrics.clone(),
             auth: self.auth.clone(),
             rate_limit: self.rate_limit.clone(),
+            timeout: self.timeout.clone(),
+            alias: self.alias.clone(),
             queue: self.queue,
             model_route: self.model_route.clone(),
             affinity: self.affinity.clone(),

@@ -52,6 +52,8 @@ pub struct Ask {
     pub payload: Payload,
     /// Whether to keep away from pooled connections.
     pub fresh: bool,
+    /// How long a new connection may take, if not as long as usual.
+    pub connect_limit: Option<Duration>,
     /// Whether the answer may tell counts of tokens.
     pub infers: bool,
 }
@@ -65,6 +67,7 @@ impl Ask {
             headers: HeaderMap::new(),
             payload: Payload::empty(),
             fresh: false,
+            connect_limit: None,
             infers: false,
         }
     }
@@ -83,6 +86,7 @@ impl Ask {
             headers: self.headers.clone(),
             payload: self.payload.again()?,
             fresh: self.fresh,
+            connect_limit: self.connect_limit,
             infers: self.infers,
         })
     }
@@ -121,7 +125,7 @@ impl Ollama {
     pub fn send(&self, ask: Ask) -> impl Future<Output = Result<Reply, Error>> + Send + use<> {
         // What can be sent only once is not risked on a connection that may have died.
         let fresh = ask.fresh || matches!(ask.payload, Payload::Stream { .. });
-        let infers = ask.infers;
+        let (infers, limit) = (ask.infers, ask.connect_limit);
         let request = self.request(ask);
         let ollama = self.clone();
         let asking = match if fresh { None } else { self.0.links.pooled() } {
@@ -130,14 +134,18 @@ impl Ollama {
                 Either::Left(link.ask(request).map_err(move |error| ollama.lost(true, error)))
             }
             // Boxed: seldom, and larger than all the rest.
-            None => Either::Right(Box::pin(self.clone().ask_anew(request))),
+            None => Either::Right(Box::pin(self.clone().ask_anew(request, limit))),
         };
         asking.map_ok(move |(link, response)| exchange::reply(ollama, link, response, infers))
     }
 
     /// Sends a request over a new connection.
-    async fn ask_anew(self, request: Request<Outgoing>) -> Result<(Box<Link>, Response<Incoming>), Error> {
-        let link = self.0.links.connect().await.map_err(|error| self.failed(Phase::Connecting, false, error))?;
+    async fn ask_anew(
+        self,
+        request: Request<Outgoing>,
+        limit: Option<Duration>,
+    ) -> Result<(Box<Link>, Response<Incoming>), Error> {
+        let link = self.0.links.connect(limit).await.map_err(|error| self.failed(Phase::Connecting, false, error))?;
         link.ask(request).await.map_err(|error| self.lost(false, error))
     }
 

@@ -278,6 +278,7 @@ fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
         path: call.path.clone().into(),
         headers,
         fresh: call.fresh,
+        connect_limit: call.connect_limit,
         infers: call.route.infers(),
         payload: call.payload,
     };

@@ -58,6 +58,9 @@ impl Proxy {
     /// Starts a proxy with a configuration that was read from `source`, and is read again when that changes.
     pub async fn start_from(config: &Config, source: Option<Source>) -> anyhow::Result<Self> {
         config.validate()?;
+        for strange in config.oddities() {
+            tracing::warn!("{strange}");
+        }
         let wanted = config.address()?;
         let listener =
             TcpListener::bind(wanted).await.map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;

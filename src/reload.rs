@@ -232,6 +232,9 @@ impl Reloader {
         let differ = |one, other| differences(one, other).map_err(|error| ConfigError::Invalid(error.to_string()));
         let (changed, needs_restart) = (differ(&old.config, &config)?, differ(&config, &wanted)?);
         let origins = config.origins()?;
+        for strange in config.oddities() {
+            tracing::warn!("{strange}");
+        }
         let stack = stack::build(&config.layers(), &self.shared, self.leaf.clone());
         self.stack.store(Arc::new(stack));
         self.origins.store(Arc::new(origins));

@@ -270,6 +270,7 @@ fn ask(head: RelayHead, payload: Payload) -> Result<Ask, Status> {
         headers: from_wire(head.headers),
         payload,
         fresh: head.fresh,
+        connect_limit: None,
     })
 }
 

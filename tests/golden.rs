@@ -8,6 +8,7 @@ use std::path::Path;
 
 use harness::wire::{self, Headers};
 use harness::{Answer, Cluster, Ending, Olol, Request, Server, Step, Way, answers};
+use olol_middleware::{ModelName, Route};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -59,6 +60,39 @@ async fn every_recorded_exchange_comes_through_over_http() {
 #[tokio::test]
 async fn every_recorded_exchange_comes_through_over_an_agent() {
     replay(Way::Agents).await;
+}
+
+/// Asked for by a name of the operator's own, a model gets the request that was recorded, and the answer is the recorded
+/// one with that name in it.
+#[tokio::test]
+async fn every_recorded_exchange_comes_through_under_another_name() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(1).await.over(way);
+        let server = cluster.server(0);
+        let olol = Olol::launch(&cluster, "[alias.models]\n\"mine-*\" = \"$1\"").await;
+        olol.is_up().await;
+        let mut differing = Vec::new();
+        let mut replayed = std::collections::BTreeMap::<String, usize>::new();
+        for exchange in recorded().iter().filter(|exchange| exchange.is_replayable()) {
+            let Some((model, mine)) = exchange.under_another_name() else { continue };
+            let path = &exchange.request.path;
+            let before = server.seen(path).len();
+            plays(server, exchange);
+            let answer = olol.ask(&mine.request.to_request()).await;
+            let seen = server.seen(path).split_off(before).pop().map(|seen| String::from_utf8(seen.body).unwrap());
+            let mut found = mine.differences(&answer, &[]);
+            if seen.as_deref() != Some(exchange.request.body.as_deref().unwrap_or_default()) {
+                found.push(format!("request body at the server: {seen:?}"));
+            }
+            if answer.header("x-olol-model") != model {
+                found.push(format!("served: {}", answer.header("x-olol-model")));
+            }
+            differing.extend(found.into_iter().map(|what| format!("{}: {what}", exchange.name)));
+            *replayed.entry(path.clone()).or_default() += 1;
+        }
+        assert!(differing.is_empty(), "over {way:?}:\n{}", differing.join("\n"));
+        assert!(replayed.values().sum::<usize>() > 80 && replayed.len() >= 11, "only {replayed:?}");
+    }
 }
 
 #[tokio::test]
@@ -152,6 +186,49 @@ impl Exchange {
     /// Whether it needs nothing but the recorded server, and is a request.
     fn is_replayable(&self) -> bool {
         self.request.raw.is_none() && self.response.status != 0 && (self.seq.is_some() || self.state.is_none())
+    }
+
+    /// Its model, and the same exchange as it must be when the client calls that model `mine-…`; `None` if it is about no
+    /// model, or if it is the answer to a name that would be written otherwise.
+    fn under_another_name(&self) -> Option<(String, Self)> {
+        let mut mine = self.clone();
+        let route = Route::find(&self.request.path)?;
+        let text = self.request.body.as_deref().unwrap_or_default();
+        let (model, form) = match route {
+            Route::V1Model => (self.request.path.rsplit('/').next()?.to_owned(), "/@"),
+            Route::V1Audio => {
+                (text.split("name=\"model\"\r\n\r\n").nth(1)?.split("\r\n").next()?.to_owned(), "\r\n@\r\n")
+            }
+            _ if route.infers() || route == Route::Show => {
+                (serde_json::from_str::<Value>(text).ok()?["model"].as_str()?.to_owned(), "\"model\":\"@\"")
+            }
+            _ => return None,
+        };
+        let (old, new) = (form.replace('@', &model), form.replace('@', &format!("mine-{model}")));
+        let is_canonical = ModelName::parse(&model)?.as_str().trim_end_matches(":latest") == model;
+        if !is_canonical
+            || self.response.body().contains("(cut here by the recorder)")
+            || text.matches(&old).count() > 1
+        {
+            return None;
+        }
+        mine.request.path = self.request.path.replace(&old, &new);
+        mine.request.body = self.request.body.as_ref().map(|body| body.replace(&old, &new));
+        mine.request.headers.retain(|(name, _)| name != "Content-Length");
+        if self.response.status == 200 && route != Route::Show {
+            let key = if route == Route::V1Model { "id" } else { "model" };
+            let (old, new) = (format!("\"{key}\":\"{model}\""), format!("\"{key}\":\"mine-{model}\""));
+            let response = &mut mine.response;
+            response
+                .body
+                .iter_mut()
+                .chain(response.chunks.iter_mut().flatten())
+                .for_each(|t| *t = t.replace(&old, &new));
+            let length = response.body().len().to_string();
+            let lengths = response.headers.iter_mut().filter(|(name, _)| name == "Content-Length");
+            lengths.for_each(|(_, value)| value.clone_from(&length));
+        }
+        Some((model, mine))
     }
 
     fn differences(&self, answer: &Answer, bodies: &[String]) -> Vec<String> {

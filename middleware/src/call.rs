@@ -30,6 +30,7 @@ use crate::peek::Peek;
 use crate::place::Named;
 use crate::route::Route;
 use crate::slots::{Lease, Ticket};
+use crate::tiers::Tiers;
 use crate::trail::{self, Trail};
 
 /// One request of a client, on its way to a server.
@@ -49,8 +50,12 @@ pub struct Call {
     pub preferred: Option<Box<Preferred>>,
     /// What its server must get otherwise than its client sent it.
     pub edits: Option<Box<Edits>>,
+    /// Which of the servers it would rather go to, or must.
+    pub tiers: Option<Arc<Tiers>>,
     /// When its client stops waiting.
     pub deadline: Option<Instant>,
+    /// How long a server may take to take a connection, if not as long as the pool lets it.
+    pub connect_limit: Option<Duration>,
     /// Its right to a slot, once `queue` has given it one. Without one it is not held back: the server queues it.
     pub ticket: Option<Arc<Ticket>>,
     /// A slot that it has waited for.
@@ -162,7 +167,9 @@ impl Call {
             candidates,
             preferred: None,
             edits: None,
+            tiers: None,
             deadline: None,
+            connect_limit: None,
             ticket: None,
             lease: None,
             fresh: false,
@@ -191,7 +198,9 @@ impl Call {
             candidates: self.candidates.clone(),
             preferred: self.preferred.clone(),
             edits: self.edits.clone(),
+            tiers: self.tiers.clone(),
             deadline: self.deadline,
+            connect_limit: self.connect_limit,
             ticket: self.ticket.clone(),
             lease: None,
             fresh: self.fresh,
@@ -469,8 +478,26 @@ impl<S: Stream<Item = Result<Chunk, Error>> + Send> Source for S {
 /// A body of chunks, with those who follow it. No larger than a pointer, since it goes from layer to layer.
 pub struct Body(Box<Inner>);
 
+/// The chunks of a body, from whatever makes them.
+pub struct Chunks(Pin<Box<dyn Source>>);
+
+impl Chunks {
+    /// Adds to an outcome what has changed since the head: for whoever puts itself before these chunks.
+    pub fn tell(&self, outcome: &mut Outcome) {
+        self.0.tell(outcome);
+    }
+}
+
+impl Stream for Chunks {
+    type Item = Result<Chunk, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.as_mut().poll_chunk(cx)
+    }
+}
+
 struct Inner {
-    chunks: Pin<Box<dyn Source>>,
+    chunks: Chunks,
     length: Option<u64>,
     delivered: u64,
     watchers: SmallVec<[Box<dyn Watcher>; 3]>,
@@ -482,7 +509,7 @@ impl Body {
     /// A body of these chunks.
     pub fn new(chunks: impl Source + 'static) -> Self {
         Self(Box::new(Inner {
-            chunks: Box::pin(chunks),
+            chunks: Chunks(Box::pin(chunks)),
             length: None,
             delivered: 0,
             watchers: SmallVec::new(),
@@ -511,6 +538,22 @@ impl Body {
     /// Its length in bytes, if that is known.
     pub fn length(&self) -> Option<u64> {
         self.0.length
+    }
+
+    /// Lets its chunks come out of something that takes them. Who follows the body sees what comes out.
+    #[must_use]
+    pub fn through<S>(mut self, change: impl FnOnce(Chunks) -> S) -> Self
+    where
+        S: Source + 'static,
+    {
+        let chunks = self.take_chunks();
+        self.0.chunks = Chunks(Box::pin(change(chunks)));
+        self
+    }
+
+    /// Takes its chunks away, to put others in their place: see [`Body::through`].
+    pub fn take_chunks(&mut self) -> Chunks {
+        std::mem::replace(&mut self.0.chunks, Chunks(Box::pin(futures_util::stream::empty())))
     }
 
     /// A body of nothing.
@@ -559,7 +602,7 @@ impl Stream for Body {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self.get_mut().0;
-        let next = ready!(this.chunks.as_mut().poll_chunk(cx));
+        let next = ready!(this.chunks.0.as_mut().poll_chunk(cx));
         match &next {
             Some(Ok(chunk)) => {
                 if let Some(counters) = chunk.end {

@@ -201,6 +201,12 @@ impl Bits {
         bits
     }
 
+    /// Adds those of another set.
+    pub fn add(&mut self, other: &Self) {
+        self.0.resize(self.0.len().max(other.0.len()), 0);
+        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word |= other);
+    }
+
     /// Adds a server.
     pub fn insert(&mut self, index: usize) {
         if self.0.len() <= index / 64 {

@@ -28,6 +28,9 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const TIMEOUTS: &str = "olol_timeouts_total";
+const ALIASED: &str = "olol_aliased_total";
+const ALIAS_RULES: &str = "olol_alias_rules_total";
 const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
 const QUEUE_DEPTH: &str = "olol_queue_depth";
 const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
@@ -61,6 +64,9 @@ pub const NAMES: &[&str] = &[
     ENDED,
     ERRORS,
     RETRIES,
+    TIMEOUTS,
+    ALIASED,
+    ALIAS_RULES,
     PREDICTION_ERROR,
     QUEUE_DEPTH,
     QUEUE_WAIT,
@@ -102,6 +108,17 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_counter!(
+        ALIASED,
+        Unit::Count,
+        "Calls that asked for another model than they named, by the name or pattern"
+    );
+    describe_counter!(ALIAS_RULES, Unit::Count, "Calls that a rule has sent to certain servers, by rule");
+    describe_counter!(
+        TIMEOUTS,
+        Unit::Count,
+        "Calls that were given up, by what took too long (first-byte, idle, total)"
+    );
     describe_histogram!(
         PREDICTION_ERROR,
         Unit::Seconds,
@@ -275,6 +292,36 @@ pub fn queued(priority: Priority, how: Waited, after: Duration) {
         Waited::Left => "left",
     };
     histogram!(QUEUE_WAIT, "priority" => priority.as_str(), "outcome" => outcome).record(after.as_secs_f64());
+}
+
+/// Counts how often a name or a rule of the configuration was used.
+#[derive(Debug)]
+pub struct UseMeter {
+    metric: &'static str,
+    label: Label,
+    counter: OnceLock<Counter>,
+}
+
+impl UseMeter {
+    /// For a name that stands for a model.
+    pub fn alias(name: Arc<str>) -> Self {
+        Self { metric: ALIASED, label: Label::new("name", name), counter: OnceLock::new() }
+    }
+
+    /// For a rule that says which servers come first.
+    pub fn rule(rule: Arc<str>) -> Self {
+        Self { metric: ALIAS_RULES, label: Label::new("rule", rule), counter: OnceLock::new() }
+    }
+
+    /// It was used.
+    pub fn used(&self) {
+        self.counter.get_or_init(|| counter!(self.metric, vec![self.label.clone()])).increment(1);
+    }
+}
+
+/// A call is given up, since something took too long.
+pub fn timed_out(phase: &'static str) {
+    counter!(TIMEOUTS, "phase" => phase).increment(1);
 }
 
 /// The metrics of one model.

@@ -320,6 +320,17 @@ pub fn unescape(inner: &[u8]) -> String {
     out
 }
 
+/// A text as Go writes it in JSON, quotes included.
+pub fn quoted(text: &str) -> String {
+    let quoted = serde_json::Value::from(text).to_string();
+    if !quoted.contains(['<', '>', '&', '\u{2028}', '\u{2029}']) {
+        return quoted;
+    }
+    let escapes =
+        [('<', "\\u003c"), ('>', "\\u003e"), ('&', "\\u0026"), ('\u{2028}', "\\u2028"), ('\u{2029}', "\\u2029")];
+    escapes.into_iter().fold(quoted, |text, (char, escape)| text.replace(char, escape))
+}
+
 /// Four hexadecimal digits and what follows them; U+FFFD if there are none.
 fn hex(text: &str) -> (u32, &str) {
     match text.get(..4).and_then(|digits| u32::from_str_radix(digits, 16).ok()) {
@@ -378,6 +389,12 @@ mod tests {
         for text in ["", "[]", "{\"a\"}", "{\"a\":1", "{\"a\":1 \"b\":2}"] {
             assert_eq!(members(&pieces(text, 2), |_, _, _| {}), Err(Malformed), "{text}");
         }
+    }
+
+    #[test]
+    fn a_text_is_written_as_go_writes_it() {
+        assert_eq!(quoted("a\"b"), r#""a\"b""#);
+        assert_eq!(quoted("<a>&\u{2028}"), r#""\u003ca\u003e\u0026\u2028""#);
     }
 
     #[test]

@@ -8,16 +8,21 @@
 //! | `metrics` | [`metrics`](mod@metrics) | counts and times |
 //! | `auth` | [`auth`] | finds the client's key, and refuses what it may not do |
 //! | `rate-limit` | [`rate_limit`] | holds clients to what they may use |
+//! | `timeout` | [`timeout`] | gives up on what takes too long |
+//! | `alias` | [`alias`] | puts models in the place of names, and follows the operator's rules for servers |
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
 //! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
 //! | | [`pick`] | the leaf: takes the cheapest of the candidates and a slot on it |
 //!
-//! Layers narrow, pick chooses; [`circuit`] tells whom to leave alone. [`stack`] is the only file that knows all layers;
-//! [`shared`] holds what must outlive a stack.
+//! What several of them use: [`rename`] asks for another model and lets the answer keep the client's name, [`tiers`] says
+//! which servers come first, [`pattern`] is how the configuration names things, [`circuit`] tells whom to leave alone.
+//!
+//! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
 pub mod affinity;
+pub mod alias;
 pub mod auth;
 pub mod call;
 pub mod circuit;
@@ -27,6 +32,7 @@ mod form;
 pub mod instruments;
 pub mod json;
 pub mod keys;
+pub mod listing;
 pub mod metrics;
 pub mod model_route;
 pub mod names;
@@ -36,12 +42,15 @@ pub mod pick;
 pub mod place;
 pub mod queue;
 pub mod rate_limit;
+pub mod rename;
 pub mod retry;
 pub mod route;
 pub mod runner;
 pub mod shared;
 pub mod slots;
 pub mod stack;
+pub mod tiers;
+pub mod timeout;
 pub mod trace;
 pub mod trail;
 pub mod units;

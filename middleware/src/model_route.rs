@@ -14,6 +14,7 @@ use tower::{Layer, Service, ServiceExt};
 use crate::call::{Answer, Call, Head, Reply};
 use crate::cluster::{Candidates, Cluster, Known, Snapshot};
 use crate::error::Error;
+use crate::names::ModelName;
 use crate::place::LoadOptions;
 use crate::route::Scope;
 use crate::trail::Fact;
@@ -114,6 +115,7 @@ where
             } else {
                 None
             },
+            model: call.place.model.clone(),
             head: call.head.clone(),
         };
         let answer = self.inner.call(call);
@@ -127,6 +129,8 @@ struct Asked {
     believed: (Arc<Snapshot>, Option<Arc<Known>>),
     /// The call, and who was in question before it was narrowed.
     spare: Option<(Call, Candidates)>,
+    /// What servers were asked for.
+    model: Option<ModelName>,
     head: Arc<Head>,
 }
 
@@ -141,7 +145,7 @@ where
 {
     let reply = answer.await?;
     if reply.status != StatusCode::NOT_FOUND {
-        router.learn(&asked.head, &reply, asked.believed);
+        router.learn(&asked.head, asked.model.as_ref(), &reply, asked.believed);
         return Ok(reply);
     }
     match asked.spare {
@@ -171,8 +175,14 @@ impl Router {
     }
 
     /// Remembers what a good answer shows about the model, unless that was `believed` when it was asked.
-    fn learn(&self, head: &Head, reply: &Reply, believed: (Arc<Snapshot>, Option<Arc<Known>>)) {
-        let (Some(model), Some(server)) = (&head.model, reply.body.outcome().servers.last()) else { return };
+    fn learn(
+        &self,
+        head: &Head,
+        model: Option<&ModelName>,
+        reply: &Reply,
+        believed: (Arc<Snapshot>, Option<Arc<Known>>),
+    ) {
+        let (Some(model), Some(server)) = (model, reply.body.outcome().servers.last()) else { return };
         if !head.route.infers() || !reply.status.is_success() {
             return;
         }
@@ -228,7 +238,8 @@ impl Router {
             let Some(call) = spare.again() else { return Ok(refusal) };
             let reply = next.ready().await?.call(call).await?;
             if reply.status != StatusCode::NOT_FOUND {
-                self.learn(&spare.head, &reply, (spare.candidates.snapshot().clone(), spare.known.clone()));
+                let believed = (spare.candidates.snapshot().clone(), spare.known.clone());
+                self.learn(&spare.head, Some(&model), &reply, believed);
                 return Ok(reply);
             }
             refusal = reply;
@@ -279,6 +290,23 @@ mod tests {
         assert_eq!(names(&call), ["1"]);
         respond.send_response(testing::reply("hi"));
         assert_eq!(answer.await.unwrap().status, StatusCode::OK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_an_answer_shows_is_learnt_of_the_model_that_was_asked_for() {
+        let cluster = testing::cluster(&[&["tiny", "mine"], &["tiny"]]).await;
+        let (mut service, mut inner) = testing::spawn(&ModelRouteLayer::new(Config::default(), cluster.clone()));
+        let mut call = testing::call_in(&cluster, "mine");
+        call.place.model = ModelName::parse("tiny");
+        let answer = ask(&mut service, call);
+        let mut reply = testing::reply("hi");
+        reply.body.outcome_mut().servers.push(crate::ServerId::new("1"));
+        inner.next_request().await.unwrap().1.send_response(reply);
+        answer.await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        let snapshot = cluster.snapshot();
+        let loaded = |name| snapshot.known(&ModelName::parse(name).unwrap()).unwrap().loaded.iter().collect::<Vec<_>>();
+        assert_eq!([loaded("tiny"), loaded("mine")], [vec![1], vec![]]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,8 +20,10 @@ pub struct Peek {
     pub destination: Option<String>,
     /// The digests in `files` and `adapters` of a `create`; the one in the path of a blob.
     pub digests: Vec<String>,
-    /// Where the value of `model` stands, quotes included.
+    /// Where the name of the model stands, whether `model` or `name` tells it: in JSON with its quotes.
     pub model_span: Option<Span>,
+    /// Whether that name stands there without quotes: in a form.
+    pub model_is_bare: bool,
     /// Where the value of `options` stands.
     pub options: Option<Span>,
     /// Where the value of `keep_alive` stands.
@@ -72,14 +74,9 @@ impl Peek {
 
     /// Looks for the `model` field of a multipart form.
     pub fn multipart(pieces: &[Bytes]) -> Self {
-        const FIELD: &[u8] = b"name=\"model\"";
-        let model = pieces.iter().find_map(|piece| {
-            let after = &piece[memchr::memmem::find(piece, FIELD)? + FIELD.len()..];
-            let value = &after[memchr::memmem::find(after, b"\r\n\r\n")? + 4..];
-            let value = &value[..memchr::memmem::find(value, b"\r\n")?];
-            Some(String::from_utf8_lossy(value).into_owned())
-        });
-        Self { model, asks: true, ..Self::default() }
+        let found = field(pieces, b"name=\"model\"");
+        let model = found.map(|span| String::from_utf8_lossy(&json::cut(pieces, span)).into_owned());
+        Self { model, model_span: found, model_is_bare: true, asks: true, ..Self::default() }
     }
 
     /// The most tokens that the answer may have, in whichever words; `None` if that is not said.
@@ -93,11 +90,43 @@ impl Peek {
     }
 }
 
+/// The value of the field of a form in whose head this stands.
+fn field(pieces: &[Bytes], named: &[u8]) -> Option<Span> {
+    let head = find(pieces, named, 0)? + named.len();
+    let start = find(pieces, b"\r\n\r\n", head)? + 4;
+    Some(Span { start, end: find(pieces, b"\r\n", start)? })
+}
+
+/// Where some bytes stand for the first time from an offset on, in one piece or across several.
+fn find(pieces: &[Bytes], wanted: &[u8], from: usize) -> Option<usize> {
+    let mut start = 0;
+    // The last bytes before a piece: what is sought may begin there.
+    let mut before = Vec::new();
+    for piece in pieces {
+        let skipped = from.saturating_sub(start).min(piece.len());
+        let (rest, at) = (&piece[skipped..], start + skipped);
+        before.extend_from_slice(&rest[..rest.len().min(wanted.len() - 1)]);
+        if let Some(found) = memchr::memmem::find(&before, wanted) {
+            return Some(at + rest.len().min(wanted.len() - 1) - before.len() + found);
+        }
+        if let Some(found) = memchr::memmem::find(rest, wanted) {
+            return Some(at + found);
+        }
+        if rest.len() >= wanted.len() {
+            before.clear();
+            before.extend_from_slice(&rest[rest.len() + 1 - wanted.len()..]);
+        }
+        before.drain(..before.len().saturating_sub(wanted.len() - 1));
+        start += piece.len();
+    }
+    None
+}
+
 /// The members on the way, before the rules that span several of them are applied.
 #[derive(Default)]
 struct Members {
     peek: Peek,
-    name: Option<String>,
+    name: Option<(String, Span)>,
 }
 
 impl Members {
@@ -137,9 +166,9 @@ impl Members {
         match key {
             Key::Model => {
                 self.peek.model = text();
-                self.peek.model_span = Some(span);
+                self.peek.model_span = self.peek.model.is_some().then_some(span);
             }
-            Key::Name => self.name = text(),
+            Key::Name => self.name = text().map(|text| (text, span)),
             Key::Source => self.peek.source = text(),
             Key::From => self.peek.from = text(),
             Key::Destination => self.peek.destination = text(),
@@ -204,10 +233,14 @@ impl Members {
     }
 
     fn finish(self) -> Peek {
-        let said = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
         let mut peek = self.peek;
-        if !said(&peek.model) {
-            peek.model = self.name.or_else(|| peek.source.clone()).or(peek.model);
+        let is_said = peek.model.as_ref().is_some_and(|text| !text.is_empty());
+        if let (false, Some((text, span))) = (is_said, self.name) {
+            peek.model = Some(text);
+            peek.model_span = Some(span);
+        } else if let (false, Some(text)) = (is_said, &peek.source) {
+            peek.model = Some(text.clone());
+            peek.model_span = None;
         }
         peek
     }
@@ -403,11 +436,34 @@ mod tests {
     }
 
     #[test]
-    fn a_form_names_its_model() {
-        let form = Bytes::from_static(
-            b"--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nRIFF",
-        );
-        assert_eq!(Peek::multipart(&[form]).model.as_deref(), Some("whisper"));
+    fn the_place_of_the_name_is_that_of_the_member_that_tells_it() {
+        for (text, wanted) in [
+            (r#"{"name":"a","model":"tiny"}"#, r#""tiny""#),
+            (r#"{"model":"","name":"tiny"}"#, r#""tiny""#),
+            (r#"{"model":"a","MODEL":"t\u0069ny"}"#, r#""t\u0069ny""#),
+            (r#"{"model":"tiny","model":null}"#, r#""tiny""#),
+            (r#"{"model":7,"name":"tiny"}"#, r#""tiny""#),
+        ] {
+            let peek = peek(text);
+            let span = peek.model_span.unwrap();
+            assert_eq!((&text[span.start..span.end], peek.model_is_bare), (wanted, false), "{text}");
+        }
+        assert_eq!(peek(r#"{"model":7}"#).model_span, None);
+        assert_eq!(peek(r#"{"model":"","source":"tiny"}"#).model_span, None, "a copy means what it says");
+    }
+
+    #[test]
+    fn a_form_names_its_model_however_it_is_cut() {
+        let form = "--x\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nRIFF\r\n--x\r\n\
+            Content-Disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x--\r\n";
+        for size in 1..=form.len() {
+            let pieces: Vec<Bytes> = form.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+            let peek = Peek::multipart(&pieces);
+            assert_eq!(peek.model.as_deref(), Some("whisper"), "in pieces of {size}");
+            let span = peek.model_span.unwrap();
+            assert_eq!((&form[span.start..span.end], peek.model_is_bare), ("whisper", true));
+        }
+        assert_eq!(Peek::multipart(&[Bytes::from_static(b"--x\r\n")]).model, None);
     }
 
     proptest::proptest! {

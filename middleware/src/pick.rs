@@ -262,6 +262,7 @@ impl Picked {
 struct Choice<'a> {
     server: &'a Arc<Server>,
     runner: Option<&'a Arc<Runner>>,
+    weight: NonZeroU32,
     cost: Cost,
     is_loaded: bool,
     has_room: bool,
@@ -271,7 +272,7 @@ impl Choice<'_> {
     /// Calls per unit of weight, this one included; two are compared without dividing.
     fn is_less_loaded(&self, other: &Self) -> bool {
         let load = |choice: &Self| u64::from(choice.server.load.in_flight()) + 1;
-        load(self) * u64::from(other.server.weight.get()) < load(other) * u64::from(self.server.weight.get())
+        load(self) * u64::from(other.weight.get()) < load(other) * u64::from(self.weight.get())
     }
 
     fn has_fewer_calls(&self, other: &Self) -> bool {
@@ -335,6 +336,7 @@ impl Picking {
                 });
             }
         }
+        keep_tier(&mut choices, call);
         let preferred = preferred(&choices, call);
         let how = if preferred.is_some() { "preferred by affinity" } else { policy.as_str() };
         let at = preferred.unwrap_or_else(|| self.choose(policy, &choices, call));
@@ -403,12 +405,26 @@ fn known(call: &Call) -> Option<Arc<Known>> {
 
 fn nobody(call: &Call) -> Error {
     call.note("pick", "nobody is left", []);
-    let why = if call.candidates.snapshot().servers.is_empty() {
-        "the proxy has no servers; name some with --servers"
-    } else {
-        "every server that could be asked has failed"
+    if call.candidates.snapshot().servers.is_empty() {
+        return Error::NoServer("the proxy has no servers; name some with --servers".to_owned());
+    }
+    let Some(tiers) = call.tiers.as_ref().filter(|tiers| tiers.is_demand()) else {
+        return Error::NoServer("every server that could be asked has failed".to_owned());
     };
-    Error::NoServer(why.to_owned())
+    let (rule, wanted) = (tiers.rule(), tiers.wanted());
+    let model = call.place.model.as_ref().map_or("the model", ModelName::as_str);
+    Error::NoServer(format!("rule '{rule}' demands {wanted} for {model}, and none of those has it or is left"))
+}
+
+/// Keeps those of the first tier of a rule in which somebody has room. While nobody has, all stay.
+fn keep_tier(choices: &mut Choices<'_>, call: &Call) {
+    let Some(tiers) = call.tiers.as_ref().filter(|tiers| tiers.is_ordered()) else { return };
+    let found = tiers.of(call.candidates.snapshot());
+    let with_room = choices.iter().filter(|choice| choice.has_room);
+    if let Some(first) = with_room.map(|choice| found.tier(choice.server)).min() {
+        choices.retain(|choice| found.tier(choice.server) == first);
+        call.note("pick", "a tier comes first", [("rule", tiers.rule().clone().into()), ("tier", (first + 1).into())]);
+    }
 }
 
 /// The place of the one where `affinity` would have the call go, as far as that layer says it should: the first with room,
@@ -432,14 +448,16 @@ fn preferred(choices: &Choices<'_>, call: &Call) -> Option<usize> {
 fn choices<'a>(call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]) -> Choices<'a> {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let tokens = call.payload.length().unwrap_or(0) as f32 / BYTES_PER_TOKEN;
+    let found = call.tiers.as_ref().map(|tiers| tiers.of(call.candidates.snapshot()));
     let choice = |server: &'a Arc<Server>| {
         let runner = runner::find(runners, server);
+        let weight = found.as_ref().map_or(server.weight, |found| found.weight(server));
         let is_loaded = known.is_none_or(|known| known.loaded.contains(server.index));
         let cost = match known {
             Some(known) => predict(call, known, runner, is_loaded, uncached(call, server, tokens)),
             None => Cost::default(),
         };
-        Choice { server, runner, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
+        Choice { server, runner, weight, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
     };
     call.candidates.iter().map(choice).collect()
 }
@@ -603,7 +621,8 @@ impl Watcher for Visit {
             runner.ends();
         }
         if let Some(trial) = &mut self.trial {
-            trial.ended(end);
+            // A limit of the operator's is no word on the server.
+            trial.ended(if end == End::Broken("timeout") { End::Dropped } else { end });
         }
         if end == End::Whole {
             self.learn(outcome);
@@ -639,6 +658,7 @@ mod tests {
     use super::*;
     use crate::call::Preferred;
     use crate::testing;
+    use crate::tiers::Tiers;
     use std::collections::HashMap;
 
     fn pick(cluster: &Arc<crate::Cluster>, model: &str) -> Picked {
@@ -679,6 +699,68 @@ mod tests {
         assert_eq!(counts(&cluster, 10)["1"], 10);
         falls(1).await;
         assert_eq!(counts(&cluster, 10).len(), 2);
+    }
+
+    /// A rule with one server in each of two tiers, the last one first.
+    fn last_first(weights: Vec<(Pattern, NonZeroU32)>) -> Arc<Tiers> {
+        let tier = |name: &str| vec![Pattern::parse(name).unwrap()];
+        Arc::new(Tiers::new("r".into(), vec![tier("2"), tier("1")], weights, false))
+    }
+
+    fn picked(cluster: &Arc<crate::Cluster>, tiers: &Arc<Tiers>, calls: usize) -> (Vec<String>, Vec<Picked>) {
+        let one = |_| {
+            let mut call = testing::call_in(cluster, "tiny");
+            call.tiers = Some(tiers.clone());
+            let picked = Picking::default().pick(&mut call).unwrap();
+            (picked.server.id.to_string(), picked)
+        };
+        (0..calls).map(one).unzip()
+    }
+
+    #[tokio::test]
+    async fn a_tier_is_asked_when_those_before_it_have_no_room() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
+        snapshot.servers.iter().for_each(|server| known.runners.at(server).reported(2));
+        // Where the model is in memory already counts less than what the rule says.
+        cluster.note_loaded(&crate::ServerId::new("0"), &known.name, true);
+        cluster.catch_up().await;
+        let tiers = last_first(Vec::new());
+        let (names, held) = picked(&cluster, &tiers, 6);
+        assert_eq!(names, ["2", "2", "1", "1", "0", "0"]);
+        assert_eq!(picked(&cluster, &tiers, 3).0.len(), 3, "all are asked when all are full");
+        drop(held);
+        assert_eq!(picked(&cluster, &tiers, 1).0, ["2"]);
+        cluster.check_failed(2, "gone".to_owned(), 1);
+        cluster.catch_up().await;
+        assert_eq!(picked(&cluster, &tiers, 1).0, ["1"], "who fails is passed over");
+    }
+
+    #[tokio::test]
+    async fn a_rule_may_weigh_servers_otherwise() {
+        let cluster = testing::weighted_cluster(&[1, 3]).await;
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
+        snapshot.servers.iter().for_each(|server| known.runners.at(server).reported(99));
+        let weights = vec![(Pattern::parse("0").unwrap(), NonZeroU32::MIN.saturating_add(8))];
+        let tiers = Arc::new(Tiers::new("r".into(), Vec::new(), weights, false));
+        let (names, _held) = picked(&cluster, &tiers, 40);
+        assert_eq!(names.iter().filter(|name| *name == "0").count(), 30);
+    }
+
+    #[tokio::test]
+    async fn who_demands_servers_that_are_gone_is_told_of_the_rule() {
+        let cluster = testing::cluster(&[&["tiny"], &["other"]]).await;
+        let mut call = testing::call_in(&cluster, "tiny");
+        let tier = vec![Pattern::parse("1").unwrap()];
+        call.tiers = Some(Arc::new(Tiers::new("big ones".into(), vec![tier], Vec::new(), true)));
+        call.candidates.keep(&crate::cluster::Bits::default());
+        let error = Pick::new(testing::Always, Arc::default()).call(call).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "no server can answer now: rule 'big ones' demands 1 for tiny:latest, and none of those has it or is left"
+        );
     }
 
     #[tokio::test]

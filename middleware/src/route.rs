@@ -248,6 +248,42 @@ impl Route {
             || matches!(self, Self::Show | Self::V1Model | Self::Recommendations)
     }
 
+    /// The word for it in the configuration.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Root => "root",
+            Self::Version => "version",
+            Self::Status => "status",
+            Self::Tags => "tags",
+            Self::Ps => "ps",
+            Self::Show => "show",
+            Self::Generate => "generate",
+            Self::Chat => "chat",
+            Self::Embed => "embed",
+            Self::Embeddings => "embeddings",
+            Self::Pull => "pull",
+            Self::Push => "push",
+            Self::Create => "create",
+            Self::Blob => "blobs",
+            Self::Copy => "copy",
+            Self::Delete => "delete",
+            Self::Me => "me",
+            Self::Signout => "signout",
+            Self::UserKey => "user-keys",
+            Self::WebSearch => "web-search",
+            Self::WebFetch => "web-fetch",
+            Self::Recommendations => "model-recommendations",
+            Self::V1Chat => "v1-chat",
+            Self::V1Completions => "v1-completions",
+            Self::V1Embeddings => "v1-embeddings",
+            Self::V1Models => "v1-models",
+            Self::V1Model => "v1-model",
+            Self::V1Responses => "v1-responses",
+            Self::V1Audio => "v1-audio",
+            Self::V1Messages => "v1-messages",
+        }
+    }
+
     /// The word for logs and metrics: the path, parameters left out.
     pub fn as_str(self) -> &'static str {
         match self {

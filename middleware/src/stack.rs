@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tower::{Layer, Service, ServiceExt};
 
 use crate::affinity::AffinityLayer;
+use crate::alias::AliasLayer;
 use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
 use crate::error::Error;
@@ -18,6 +19,7 @@ use crate::queue::QueueLayer;
 use crate::rate_limit::RateLimitLayer;
 use crate::retry::RetryLayer;
 use crate::shared;
+use crate::timeout::TimeoutLayer;
 use crate::trace::TraceLayer;
 
 /// A stack of layers, or a part of one: a service without a type of its own, shared by counting.
@@ -101,6 +103,10 @@ pub enum Concern {
     Auth,
     /// [`crate::rate_limit`]
     RateLimit,
+    /// [`crate::timeout`]
+    Timeout,
+    /// [`crate::alias`]
+    Alias,
     /// [`crate::queue`]
     Queue,
     /// [`crate::model_route`]
@@ -113,11 +119,13 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Trace,
         Self::Metrics,
         Self::Auth,
         Self::RateLimit,
+        Self::Timeout,
+        Self::Alias,
         Self::Queue,
         Self::ModelRoute,
         Self::Affinity,
@@ -130,6 +138,8 @@ impl Concern {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
             Self::Auth => "auth",
+            Self::Timeout => "timeout",
+            Self::Alias => "alias",
             Self::Queue => "queue",
             Self::RateLimit => "rate-limit",
             Self::ModelRoute => "model-route",
@@ -214,6 +224,10 @@ pub struct Config {
     pub metrics: crate::metrics::Config,
     /// The `[auth]` table.
     pub auth: crate::auth::Config,
+    /// The `[timeout]` table.
+    pub timeout: crate::timeout::Config,
+    /// The `[alias]` table.
+    pub alias: crate::alias::Config,
     /// The `[queue]` table.
     pub queue: crate::queue::Config,
     /// The `[rate-limit]` table.
@@ -264,6 +278,16 @@ const RULES: &[Rule] = &[
         why: "who may not ask must not wait, and whose turn it is depends on the key",
     },
     Rule {
+        outer: Concern::Alias,
+        inner: Concern::Queue,
+        why: "a call must wait for a slot of the model that is really asked for",
+    },
+    Rule {
+        outer: Concern::Alias,
+        inner: Concern::ModelRoute,
+        why: "servers have the models that names stand for, not the names",
+    },
+    Rule {
         outer: Concern::Queue,
         inner: Concern::ModelRoute,
         why: "when a slot is free, or the servers have changed, it must be decided anew which servers have the model",
@@ -312,6 +336,10 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
         Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
         Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
+        Concern::Timeout => push(inner, &TimeoutLayer::new(config.timeout.clone())),
+        // Nearly every call would only pass through.
+        Concern::Alias if config.alias.is_empty() => inner,
+        Concern::Alias => push(inner, &AliasLayer::new(&config.alias)),
         Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
         Concern::RateLimit => {
             push(inner, &RateLimitLayer::new(&config.rate_limit, shared.limits.clone(), shared.instruments.clone()))

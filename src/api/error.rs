@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::io;
 
+use olol_middleware::json::quoted;
 use olol_middleware::{Dialect, Error};
 
 /// The body of an answer that tells of an error. Keys stand in Ollama's order.
@@ -42,12 +43,6 @@ pub(crate) fn body(dialect: Dialect, error: &Error) -> String {
             format!(r#"{{"type":"error","error":{{"type":"{kind}","message":{text}}},"request_id":"{id}"}}"#)
         }
     }
-}
-
-/// A text as Go writes it in JSON.
-fn quoted(text: &str) -> String {
-    let quoted = serde_json::Value::from(text).to_string();
-    quoted.replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026")
 }
 
 /// What Go says of a body that hyper cannot read; `None` if it is something else that went wrong.

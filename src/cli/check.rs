@@ -58,6 +58,9 @@ fn as_text(file: Option<&PathBuf>, effective: &Effective, settings: &[Setting]) 
         Some(file) => writeln!(text, "{} is good.\n", file.display())?,
         None => writeln!(text, "No file: defaults, environment and flags.\n")?,
     }
+    for strange in effective.config.oddities() {
+        writeln!(text, "Strange, if it is not meant so: {strange}\n")?;
+    }
     let (on, off) = layers(effective);
     let width = |layers: &[Concern]| layers.iter().map(|layer| layer.as_str().len()).max().unwrap_or(0);
     let wide = width(&on).max(width(&off));

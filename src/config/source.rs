@@ -10,7 +10,7 @@ use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
 
 /// The server that is asked when none is named: an agent on this machine.
-const USUAL_SERVER: &str = "localhost:50051";
+pub(super) const USUAL_SERVER: &str = "localhost:50051";
 
 /// A file, and what goes before it.
 #[derive(Clone, Debug, Default)]

@@ -284,6 +284,70 @@ fn an_origin_with_two_stars() {
 }
 
 #[test]
+fn a_rule_that_says_nothing() {
+    assert_snapshot!(error("[[alias.rules]]\nservers = [\"a\"]\n\n[[alias.rules]]\nmodels = [\"big*\"]\n"), @r"
+    olol.toml: line 4, column 1: alias.rules[1]: it must say something of servers: 'servers', 'tiers' or 'weights'
+      |
+    4 | [[alias.rules]]
+      | ^^^^^^^^^^^^^^^
+    ");
+}
+
+#[test]
+fn a_rule_for_a_server_that_there_is_not() {
+    let rules = "[proxy]\nservers = [\"gpu1@a:1\", \"attic@b:1\"]\n[[alias.rules]]\nmodels = [\"big*\"]\nservers = [\"gpu2\"]\n";
+    assert_snapshot!(error(rules), @r#"
+    olol.toml: line 5, column 12: alias.rules[0].servers[0]: there is no server `gpu2`; did you mean `gpu1`?
+      |
+    5 | servers = ["gpu2"]
+      |            ^^^^^^
+    "#);
+}
+
+#[test]
+fn a_name_that_stands_for_what_it_does_not_have() {
+    assert_snapshot!(error("[alias.models]\na = \"tiny\"\n\"b-*\" = [\"tiny\", \"$2\"]\n"), @r#"
+    olol.toml: line 3, column 9: alias.models."b-*": it cannot stand for '$2': it has 1 '*', so there is no '$2'
+      |
+    3 | "b-*" = ["tiny", "$2"]
+      |         ^^^^^^^^^^^^^^
+    "#);
+}
+
+#[test]
+fn a_limit_for_a_route_that_there_is_not() {
+    let text = error("[[timeout.rules]]\nroutes = [\"chat\", \"embedd\"]\nidle-s = 1\n");
+    assert_snapshot!(text.lines().take(4).collect::<Vec<_>>().join("\n"), @r#"
+    olol.toml: line 2, column 19: timeout.rules[0].routes[1]: unknown word `embedd`; did you mean `embed`?
+      |
+    2 | routes = ["chat", "embedd"]
+      |                   ^^^^^^^^
+    "#);
+}
+
+#[test]
+fn a_limit_below_nothing() {
+    assert_snapshot!(error("[timeout]\nidle-s = -1\n"), @r"
+    olol.toml: line 2, column 10: timeout.idle-s: invalid value: number `-1.0`, expected a number of seconds, a year at most, or 0 for no limit
+      |
+    2 | idle-s = -1
+      |          ^^
+    ");
+}
+
+#[test]
+fn rules_are_held_to_the_servers_that_somebody_named() {
+    let mut config: Config = toml::from_str("[[alias.rules]]\nservers = [\"gpu1\", \"x-*\"]").unwrap();
+    assert!(config.validate().is_ok() && config.oddities().is_empty(), "nobody knows yet who there is");
+    config.proxy.servers = vec!["gpu1@a:1".to_owned()];
+    assert!(config.validate().is_ok());
+    assert_eq!(config.oddities(), ["alias.rules[0].servers[1]: no server fits `x-*`"]);
+    config.proxy.servers = vec!["gpu2@a:1".to_owned()];
+    let error = config.validate().unwrap_err().to_string();
+    assert_eq!(error, "alias.rules[0].servers[0]: there is no server `gpu1`; did you mean `gpu2`?");
+}
+
+#[test]
 fn what_is_no_toml() {
     assert_snapshot!(error("[proxy]\nhost = localhost\n"), @r"
     olol.toml: line 2, column 8: string values must be quoted, expected literal string

@@ -226,16 +226,17 @@ impl Links {
         }
     }
 
-    /// A new connection.
-    pub(super) async fn connect(&self) -> Result<Box<Link>, BoxError> {
+    /// A new connection, within the usual time or another limit.
+    pub(super) async fn connect(&self, limit: Option<Duration>) -> Result<Box<Link>, BoxError> {
+        let limit = limit.unwrap_or(self.timeout);
         let connecting = async {
             let io = TokioIo::new(self.endpoint.connect().await?);
             let (sender, connection) = http1::Builder::new().handshake(io).await?;
             Ok(Box::new(Link { sender, connection, closed: false, idle_since: Instant::now() }))
         };
-        match tokio::time::timeout(self.timeout, connecting).await {
+        match tokio::time::timeout(limit, connecting).await {
             Ok(link) => link,
-            Err(_) => Err(format!("no connection after {} ms", self.timeout.as_millis()).into()),
+            Err(_) => Err(format!("no connection after {} ms", limit.as_millis()).into()),
         }
     }
 

@@ -39,6 +39,9 @@ pub const PHASE: &str = "olol-phase";
 /// Silence after which a connection is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(5);
 
+/// What an agent waits beyond a deadline: who asked it ends the call there, and the agent only where nobody does.
+const DEADLINE_GRACE: Duration = Duration::from_secs(1);
+
 /// Which of its two connections a call takes.
 #[derive(Clone, Copy)]
 enum Way {
@@ -70,18 +73,25 @@ impl Agent {
         context: super::Context,
     ) -> impl Future<Output = Result<Reply, Error>> + Send {
         let way = if matches!(ask.payload, Payload::Stream { .. }) { Way::Bulk } else { Way::Calls };
-        let fresh = ask.fresh;
+        let (fresh, limit) = (ask.fresh, ask.connect_limit);
         let mut request = Request::new(Messages(messages(ask, context)));
         request.metadata_mut().insert("te", tonic::metadata::MetadataValue::from_static("trailers"));
-        self.exchange(way, fresh, request)
+        self.exchange(way, fresh, limit, request)
     }
 
-    async fn exchange(self: Arc<Self>, way: Way, fresh: bool, request: Request<Messages>) -> Result<Reply, Error> {
+    async fn exchange(
+        self: Arc<Self>,
+        way: Way,
+        fresh: bool,
+        limit: Option<Duration>,
+        request: Request<Messages>,
+    ) -> Result<Reply, Error> {
         let line = match way {
             Way::Calls => &self.calls,
             Way::Bulk => &self.bulk,
         };
-        let (channel, reused) = line.get(fresh).await.map_err(|error| self.failed(Phase::Connecting, false, error))?;
+        let connected = line.get(fresh, limit).await;
+        let (channel, reused) = connected.map_err(|error| self.failed(Phase::Connecting, false, error))?;
         let mut stream = match client(channel).relay(request).await {
             Ok(response) => response.into_inner(),
             Err(status) => return Err(self.error(&status, Phase::Waiting, reused)),
@@ -106,7 +116,7 @@ impl Agent {
     /// The agent's state, whenever it changes.
     pub(super) async fn watch(&self, limit: Duration) -> Result<Streaming<ServerState>, BoxError> {
         let watching = async {
-            let (channel, _) = self.calls.get(false).await?;
+            let (channel, _) = self.calls.get(false, None).await?;
             let states = client(channel).watch(WatchRequest { interval_ms: 1000 }).await;
             states.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned().into())
         };
@@ -146,7 +156,8 @@ fn messages(ask: Ask, context: super::Context) -> BoxStream {
         path: ask.path.to_string(),
         headers: to_wire(&ask.headers),
         deadline_ms: context.deadline.map_or(0, |deadline| {
-            u64::try_from(deadline.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(0).max(1)
+            let left = deadline.saturating_duration_since(Instant::now()) + DEADLINE_GRACE;
+            u64::try_from(left.as_millis()).unwrap_or(u64::MAX)
         }),
         session: context.session,
         request_id: context.request_id,
@@ -328,18 +339,23 @@ impl Line {
         Self { endpoint, timeout, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
     }
 
-    /// The connection, and whether it was there before.
-    async fn get(&self, fresh: bool) -> Result<(Channel, bool), BoxError> {
+    /// The connection, and whether it was there before. A new one comes within the usual time or another limit.
+    async fn get(&self, fresh: bool, limit: Option<Duration>) -> Result<(Channel, bool), BoxError> {
         if let Some(channel) = self.ready(fresh) {
             return Ok((channel, true));
         }
+        let limit = limit.unwrap_or(self.timeout);
+        let made = tokio::time::timeout(limit, self.make(fresh)).await;
+        made.map_err(|_| format!("no connection after {} ms", limit.as_millis()))?
+    }
+
+    /// A new connection, or one that another has made in the meantime.
+    async fn make(&self, fresh: bool) -> Result<(Channel, bool), BoxError> {
         let _one_at_a_time = self.connecting.lock().await;
-        // Who waited here may find what another has made.
         if let Some(channel) = self.ready(fresh) {
             return Ok((channel, true));
         }
-        let connecting = tokio::time::timeout(self.timeout, self.connect()).await;
-        let sender = connecting.map_err(|_| format!("no connection after {} ms", self.timeout.as_millis()))??;
+        let sender = self.connect().await?;
         self.current.store(Some(Arc::new(sender.clone())));
         Ok((Channel(sender), false))
     }
