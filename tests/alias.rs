@@ -199,7 +199,8 @@ async fn what_is_demanded_is_asked_of_nobody_else() {
 
 #[tokio::test]
 async fn a_rule_may_weigh_servers_otherwise() {
-    let rule = "pick.slots = [{ slots = 99 }]\n[[alias.rules]]\nweights = { 0 = 3 }";
+    // Of weights alone: a conversation that begins somewhere by `affinity` is another question.
+    let rule = "stack.order = ['alias', 'model-route', 'retry']\npick.slots = [{ slots = 99 }]\n[[alias.rules]]\nweights = { 0 = 3 }";
     let cluster = Cluster::of(2).await.all_have_loaded("tiny");
     let olol = Olol::start(&cluster, rule).await;
     let _streams = running(&cluster, &olol, "tiny", 8).await;

@@ -116,7 +116,11 @@ async fn an_agent_that_is_killed_ends_its_streams_and_no_others() {
     cluster.server(1).is_paced_by(&gate);
     let agents = [Process::agent(cluster.server(0).address()).await, Process::agent(cluster.server(1).address()).await];
     let servers = format!("0@{},1@{}", agents[0].address(), agents[1].address());
-    let proxy = Process::proxy(&servers, &[]).await;
+    // One that goes on elsewhere is another question.
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("olol.toml");
+    std::fs::write(&config, "stack.order = ['model-route', 'retry']\nretry.resume = 'off'\n").unwrap();
+    let proxy = Process::proxy(&servers, &["--config", config.to_str().unwrap()]).await;
     proxy.has_up(2).await;
     let mut streams = Vec::new();
     for _ in 0..2 {

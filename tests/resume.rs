@@ -427,7 +427,7 @@ async fn a_client_that_leaves_while_somebody_is_asked_to_go_on_ends_the_asking()
 async fn a_model_that_fails_is_left_alone_and_its_server_is_not() {
     let cluster = Cluster::of(2).await.weighing([1000, 1]).all_have_loaded("tiny").all_have_loaded("other");
     cluster.server(0).fails("POST", "/api/chat", 500, "llama-server process has terminated: exit status 1");
-    let olol = Olol::start(&cluster, "[retry]\nbreaker-open-ms = 600000\nbreaker-max-open-ms = 600000").await;
+    let olol = Olol::start(&cluster, "stack.order = ['metrics', 'model-route', 'retry']\n[retry]\nbreaker-open-ms = 600000\nbreaker-max-open-ms = 600000").await;
     for _ in 0..9 {
         assert_eq!(olol.chat("tiny", "hi").await.server(), "1");
     }
@@ -442,7 +442,11 @@ async fn a_model_that_fails_is_left_alone_and_its_server_is_not() {
 async fn a_server_that_comes_back_is_asked_again() {
     let cluster = cluster(2, Way::Http).await;
     cluster.server(0).dies_before_head();
-    let olol = Olol::start(&cluster, "[retry]\nbreaker-open-ms = 1\nbreaker-max-open-ms = 1\nramp-s = 0").await;
+    let olol = Olol::start(
+        &cluster,
+        "stack.order = ['model-route', 'retry']\n[retry]\nbreaker-open-ms = 1\nbreaker-max-open-ms = 1\nramp-s = 0",
+    )
+    .await;
     for _ in 0..4 {
         assert_eq!(olol.chat("tiny", "hi").await.server(), "1");
     }

@@ -135,6 +135,8 @@ const PREFILL: f32 = 0.5;
 const BYTES_PER_TOKEN: f32 = 4.0;
 /// What is within this share of the cheapest, or within so many milliseconds, is as good.
 const NEAR: (f32, f32) = (0.2, 20.0);
+/// How much busier than the least busy candidate one may be that is preferred only as long as that costs nothing.
+const BUSIER: f64 = 1.2;
 
 /// The milliseconds until the first piece of an answer, and what they are made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -273,6 +275,10 @@ impl Choice<'_> {
     fn is_less_loaded(&self, other: &Self) -> bool {
         let load = |choice: &Self| u64::from(choice.server.load.in_flight()) + 1;
         load(self) * u64::from(other.weight.get()) < load(other) * u64::from(self.weight.get())
+    }
+
+    fn load(&self) -> f64 {
+        f64::from(self.server.load.in_flight() + 1) / f64::from(self.weight.get())
     }
 
     fn has_fewer_calls(&self, other: &Self) -> bool {
@@ -436,7 +442,10 @@ fn preferred(choices: &Choices<'_>, call: &Call) -> Option<usize> {
     let cost = |at: usize| choices[at].cost.total();
     let first = *places.first()?;
     let cheapest = cheapest(choices);
-    let will_do = |at: &usize| choices[*at].has_room && (!preferred.yields || choices[*at].cost.is_near(&cheapest));
+    let least = choices.iter().map(Choice::load).reduce(f64::min).unwrap_or(f64::INFINITY);
+    // Where a conversation begins is worth less than a shorter wait, and less than an even spread of the work to come.
+    let is_worth_it = |choice: &Choice<'_>| choice.cost.is_near(&cheapest) && choice.load() <= least * BUSIER;
+    let will_do = |at: &usize| choices[*at].has_room && (!preferred.yields || is_worth_it(&choices[*at]));
     let found = places.iter().copied().find(will_do);
     if preferred.yields {
         return found;

@@ -52,7 +52,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { max_requests: 512, max_bytes: 256 << 20, max_wait_s: SomeSeconds::new(300), age_s: Seconds::new(30) }
+        Self { max_requests: 4096, max_bytes: 256 << 20, max_wait_s: SomeSeconds::new(300), age_s: Seconds::new(30) }
     }
 }
 

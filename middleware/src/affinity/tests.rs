@@ -337,6 +337,10 @@ struct Bench {
 impl Bench {
     async fn of(count: usize, at_once: usize) -> Self {
         let cluster = servers(count).await;
+        // What becomes of calls that find no slot is another question.
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&crate::ModelName::parse("tiny").unwrap()).unwrap();
+        snapshot.servers.iter().for_each(|server| known.runners.at(server).reported(99));
         let (answered, running) = (vec![0; count], VecDeque::new());
         Self { cluster, layer: layer(), running, at_once, answered, later: 0, hits: 0 }
     }
