@@ -460,9 +460,13 @@ impl Entry {
 
     /// The first target that a server has which takes calls; else the first that any has; else the first.
     fn wanted(&self, snapshot: &Snapshot, captures: &[&str]) -> Option<Wanted> {
+        if let [only] = self.targets.as_slice() {
+            return only.wanted(captures);
+        }
         let targets = self.targets.iter().filter_map(|target| target.wanted(captures));
+        let is_usable = |at: usize| snapshot.servers.get(at).is_some_and(|server| server.is_usable());
         targets.min_by_key(|(_, model)| match snapshot.known(model) {
-            Some(known) if known.installed.iter().any(|at| snapshot.servers[at].is_usable()) => 0,
+            Some(known) if known.installed.iter().any(is_usable) => 0,
             Some(_) => 1,
             None => 2,
         })
@@ -514,7 +518,8 @@ impl Fit {
     }
 
     fn fits_model(&self, call: &Call) -> bool {
-        let models = [&call.model, &call.place.model];
+        let (named, asked) = (&call.model, &call.place.model);
+        let models = [named, if named == asked { &None } else { asked }];
         let is_meant = |pattern: &Pattern| models.into_iter().flatten().any(|model| pattern.matches_model(model));
         self.models.is_empty() || self.models.iter().any(is_meant)
     }

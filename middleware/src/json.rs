@@ -322,6 +322,10 @@ pub fn unescape(inner: &[u8]) -> String {
 
 /// A text as Go writes it in JSON, quotes included.
 pub fn quoted(text: &str) -> String {
+    let is_plain = |byte: u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\' | b'<' | b'>' | b'&');
+    if text.bytes().all(is_plain) {
+        return ["\"", text, "\""].concat();
+    }
     let quoted = serde_json::Value::from(text).to_string();
     if !quoted.contains(['<', '>', '&', '\u{2028}', '\u{2029}']) {
         return quoted;
@@ -393,7 +397,8 @@ mod tests {
 
     #[test]
     fn a_text_is_written_as_go_writes_it() {
-        assert_eq!(quoted("a\"b"), r#""a\"b""#);
+        assert_eq!(quoted("a b"), r#""a b""#);
+        assert_eq!(quoted("a\"b\\é\n"), r#""a\"b\\é\n""#);
         assert_eq!(quoted("<a>&\u{2028}"), r#""\u003ca\u003e\u0026\u2028""#);
     }
 

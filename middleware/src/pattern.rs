@@ -13,6 +13,10 @@ use crate::names::ModelName;
 #[serde(try_from = "String", into = "String")]
 pub struct Pattern {
     text: Arc<str>,
+    /// Bytes before the first `*`; all of them, if there is none.
+    begin: usize,
+    /// Bytes behind the last `*`; none, if there is none.
+    end: usize,
     /// The model that it names, if it is a plain name of one.
     model: Option<ModelName>,
 }
@@ -28,15 +32,20 @@ impl Pattern {
         if text.is_empty() || text.chars().any(|char| char.is_whitespace() || char.is_control()) {
             return Err(PatternError(text.to_owned()));
         }
-        let model = if text.contains('*') { None } else { ModelName::parse(text) };
-        Ok(Self { text: text.into(), model })
+        let (first, last) = (text.find('*'), text.rfind('*'));
+        let model = if first.is_some() { None } else { ModelName::parse(text) };
+        let end = last.map_or(0, |at| text.len() - at - 1);
+        Ok(Self { text: text.into(), begin: first.unwrap_or(text.len()), end, model })
     }
 
     /// Reads a pattern of models: a plain name is written as everybody else writes it, so that two spellings of it are one.
     pub fn of_models(text: &str) -> Result<Self, PatternError> {
         let pattern = Self::parse(text.trim())?;
         Ok(match &pattern.model {
-            Some(model) => Self { text: model.as_str().into(), ..pattern.clone() },
+            Some(model) => {
+                let text: Arc<str> = model.as_str().into();
+                Self { begin: text.len(), text, ..pattern.clone() }
+            }
             None => pattern,
         })
     }
@@ -58,7 +67,7 @@ impl Pattern {
 
     /// Whether it is a plain name.
     pub fn is_plain(&self) -> bool {
-        self.stars() == 0
+        self.begin == self.text.len()
     }
 
     /// How much of it is not left open, in bytes: of two that match, the one with more of it says more.
@@ -83,9 +92,9 @@ impl Pattern {
         if let Some(name) = &self.model {
             return name == model;
         }
-        let begin = self.text.split('*').next().unwrap_or_default();
-        let is_foreign = !begin.is_empty() && !begin.contains('/') && model.as_str().contains('/');
-        !is_foreign && spellings(model.as_str()).any(|text| self.matches(text))
+        let begin = &self.text[..self.begin];
+        spellings(model.as_str()).any(|text| self.matches(text))
+            && (begin.is_empty() || begin.contains('/') || !model.as_str().contains('/'))
     }
 
     /// The same of a name as a client wrote it. A text that is no name of a model is compared as it is.
@@ -95,9 +104,10 @@ impl Pattern {
 
     /// Whether a text is meant; tells each part that a `*` stands for.
     fn walk<'a>(&self, text: &'a str, mut open: impl FnMut(&'a str)) -> bool {
-        let mut parts = self.text.split('*');
-        let first = parts.next().unwrap_or_default();
-        let Some(last) = parts.next_back() else { return text.eq_ignore_ascii_case(first) };
+        if self.is_plain() {
+            return text.eq_ignore_ascii_case(&self.text);
+        }
+        let (first, last) = (&self.text[..self.begin], &self.text[self.text.len() - self.end..]);
         if text.len() < first.len() + last.len() || !is_at(text, first, 0) {
             return false;
         }
@@ -106,7 +116,9 @@ impl Pattern {
             return false;
         }
         let mut at = first.len();
-        for part in parts {
+        // What stands between the first star and the last, both left out.
+        let middle = self.text.get(self.begin + 1..self.text.len() - self.end - 1);
+        for part in middle.into_iter().flat_map(|middle| middle.split('*')) {
             let Some(found) = (at..(end + 1).saturating_sub(part.len())).find(|from| is_at(text, part, *from)) else {
                 return false;
             };

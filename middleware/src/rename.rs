@@ -8,12 +8,14 @@
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::LazyLock;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
+use memchr::memmem::Finder;
 use smallvec::SmallVec;
 
 use crate::call::{Call, Chunk, Chunks, Head, Outcome, Payload, Reply, Source};
@@ -226,6 +228,22 @@ enum At {
     Over,
 }
 
+/// What a look at a whole line shows.
+enum Glance {
+    /// The name, its second quote included.
+    Name(Range<usize>),
+    /// There is none to replace.
+    None,
+    /// Not enough.
+    Unsure,
+}
+
+/// The key of the name, in every answer that comes in lines.
+const MODEL: &[u8] = b"\"model\"";
+
+/// Finds it.
+static QUOTED: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(MODEL));
+
 /// A part of a piece that is left out, and whether the new name stands there instead.
 type Cut = (Range<usize>, bool);
 
@@ -265,13 +283,45 @@ impl Renamer {
         } else {
             let mut start = 0;
             for end in memchr::memchr_iter(b'\n', &piece) {
-                self.read(&piece[..end], start, &mut cuts);
-                self.begin();
+                match self.glance(&piece[start..end]) {
+                    Glance::Name(range) => cuts.push((start + range.start..start + range.end, true)),
+                    Glance::None => {}
+                    Glance::Unsure => {
+                        self.read(&piece[..end], start, &mut cuts);
+                        self.begin();
+                    }
+                }
                 start = end + 1;
             }
             self.read(&piece, start, &mut cuts);
         }
         if cuts.is_empty() { piece } else { self.spliced(&piece, &cuts) }
+    }
+
+    /// A look at a whole line, which nearly always shows where the name is, or that there is none.
+    fn glance(&self, line: &[u8]) -> Glance {
+        let is_fresh = self.at == if self.framing == Framing::Events { At::Field(0) } else { At::Before };
+        if !is_fresh || MODEL[1..MODEL.len() - 1] != *self.member.key {
+            return Glance::Unsure;
+        }
+        let Some(key) = QUOTED.find(line) else { return Glance::None };
+        let before = if self.framing == Framing::Events { line[..key].strip_prefix(FIELD) } else { Some(&line[..key]) };
+        // In an event, what is no data.
+        let Some(before) = before.map(<[u8]>::trim_ascii_start) else { return Glance::None };
+        let Some(before) = before.strip_prefix(b"{") else { return Glance::Unsure };
+        let value = &line[key + MODEL.len()..];
+        // Without an escape every quote is the border of a string, and without a brace all is in the outermost object.
+        let is_plain = !before.iter().any(|byte| matches!(byte, b'{' | b'}' | b'\\'));
+        let is_outside = memchr::memchr_iter(b'"', before).count().is_multiple_of(2);
+        let (true, true, Some(name)) = (is_plain, is_outside, value.strip_prefix(b":\"")) else {
+            return Glance::Unsure;
+        };
+        let start = line.len() - name.len();
+        match memchr::memchr2(b'"', b'\\', name) {
+            Some(0) if name[0] == b'"' => Glance::None,
+            Some(end) if name[end] == b'"' => Glance::Name(start..start + end + 1),
+            _ => Glance::Unsure,
+        }
     }
 
     fn spliced(&self, piece: &[u8], cuts: &[Cut]) -> Bytes {
@@ -572,7 +622,25 @@ mod tests {
                     break;
                 }
             }
-            prop_assert_eq!(renamed(Route::Chat, framing, &pieces), wanted);
+            prop_assert_eq!(&renamed(Route::Chat, framing, &pieces), &wanted);
+            prop_assert_eq!(renamed(Route::Chat, framing, &[sent.as_bytes()]), wanted);
+        }
+
+        #[test]
+        fn a_look_at_a_line_sees_what_reading_it_sees(
+            words in prop::collection::vec(
+                prop::sample::select(vec![
+                    "\"model\"", ":", "\"", "\"x\"", "{", "}", "[", ",", "\\", "data:", " ", "\n", "message", "\"message\":", "é",
+                ]),
+                0..24,
+            ),
+        ) {
+            let text = words.concat();
+            let bytes: Vec<&[u8]> = text.as_bytes().chunks(1).collect();
+            for (route, framing) in [(Route::Chat, Framing::Lines), (Route::V1Messages, Framing::Events)] {
+                let (whole, read) = (renamed(route, framing, &[text.as_bytes()]), renamed(route, framing, &bytes));
+                prop_assert_eq!(whole, read, "{}", text);
+            }
         }
 
         #[test]
