@@ -100,7 +100,7 @@ where
         }
         let mut call = call;
         let question = call.candidates.clone();
-        self.router.narrow(&mut call);
+        Router::narrow(&mut call);
         if call.route.infers() && self.router.config.load_options == Options::AsLoaded {
             call.place.options = Some(Arc::new(LoadOptions::of(&call)));
         }
@@ -157,7 +157,7 @@ where
 
 impl Router {
     /// Leaves only those who have the model, if anybody has.
-    fn narrow(&self, call: &mut Call) {
+    fn narrow(call: &mut Call) {
         let snapshot = call.candidates.snapshot();
         let Some(known) = call.place.model.as_ref().and_then(|model| snapshot.known(model)).cloned() else {
             call.note(
@@ -221,7 +221,7 @@ impl Router {
             loop {
                 spare.candidates.clone_from(&question);
                 spare.candidates.renew(self.cluster.snapshot());
-                self.narrow(&mut spare);
+                Self::narrow(&mut spare);
                 for server in &asked {
                     spare.candidates.drop_server(server);
                 }

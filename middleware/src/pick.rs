@@ -365,6 +365,10 @@ impl Picking {
     }
 
     /// The place of the chosen one in the list.
+    #[expect(
+        clippy::redundant_closure_for_method_calls,
+        reason = "the methods are of one lifetime, the pointer is of any"
+    )]
     fn choose(&self, policy: Policy, choices: &Choices<'_>, call: &Call) -> usize {
         let near = match policy {
             Policy::Predicted => nearest(choices),

@@ -321,9 +321,8 @@ async fn wait_for(ticket: &Arc<Ticket>, runners: &[Arc<Runner>], limit: Instant)
     });
     match timeout_at(limit.min(Instant::now() + LOOK_AGAIN), slot).await {
         Ok(Some(lease)) => Next::Slot(lease),
-        Ok(None) => Next::LookAgain,
         Err(_) if limit <= Instant::now() => Next::TooLong,
-        Err(_) => Next::LookAgain,
+        Ok(None) | Err(_) => Next::LookAgain,
     }
 }
 

@@ -233,7 +233,9 @@ impl Line {
             number
         };
         // A slot may have become free between the look that found none and now.
-        runners.iter().for_each(|runner| self.serve(runner));
+        for runner in runners {
+            self.serve(runner);
+        }
         Wait { line: self.clone(), number, taken, over: false }
     }
 
@@ -253,9 +255,7 @@ impl Line {
             self.length.fetch_sub(1, Ordering::SeqCst);
             drop(waiting);
             // Who has gone in the meantime gives the lease back by dropping it; then it is the next one's.
-            if waiter.give.send(lease).is_ok() {
-                continue;
-            }
+            let _ = waiter.give.send(lease);
         }
     }
 
