@@ -138,10 +138,10 @@ impl Concern {
             Self::Trace => "trace",
             Self::Metrics => "metrics",
             Self::Auth => "auth",
+            Self::RateLimit => "rate-limit",
             Self::Timeout => "timeout",
             Self::Alias => "alias",
             Self::Queue => "queue",
-            Self::RateLimit => "rate-limit",
             Self::ModelRoute => "model-route",
             Self::Affinity => "affinity",
             Self::Retry => "retry",
@@ -150,21 +150,17 @@ impl Concern {
 
     /// What it does for a call, in a few words.
     pub fn does(self) -> &'static str {
-        match self.as_str() {
-            "trace" => "tells the log what was asked and how it ended",
-            "metrics" => "counts requests, and times them to their first piece and to their end",
-            "auth" => "asks for a key, and holds its owner to what it allows",
-            "rate-limit" => "holds each client to the requests and tokens that it may use",
-            "timeout" => "ends what takes too long",
-            "alias" => "gives models other names, and prefers servers for them",
-            "queue" => "lets calls wait for a free place at a server, in fair turns",
-            "quant-fallback" => "takes another quantization of a model where that is better than waiting",
-            "model-route" => "narrows the candidates to those that have the model",
-            "affinity" => "leads a conversation back to the server that remembers it",
-            "hedge" => "sends short calls a second time when the first takes long",
-            "retry" => "asks another server when one fails",
-            "distribute" => "serves models that are larger than one machine",
-            _ => "",
+        match self {
+            Self::Trace => "tells the log what was asked and how it ended",
+            Self::Metrics => "counts requests, and times them to their first piece and to their end",
+            Self::Auth => "asks for a key, and holds its owner to what it allows",
+            Self::RateLimit => "holds each client to the requests and tokens that it may use",
+            Self::Timeout => "ends what takes too long",
+            Self::Alias => "gives models other names, and prefers servers for them",
+            Self::Queue => "lets calls wait for a free place at a server, in fair turns",
+            Self::ModelRoute => "narrows the candidates to those that have the model",
+            Self::Affinity => "leads a conversation back to the server that remembers it",
+            Self::Retry => "asks another server when one fails",
         }
     }
 }
@@ -291,6 +287,11 @@ const RULES: &[Rule] = &[
         outer: Concern::Queue,
         inner: Concern::ModelRoute,
         why: "when a slot is free, or the servers have changed, it must be decided anew which servers have the model",
+    },
+    Rule {
+        outer: Concern::Queue,
+        inner: Concern::Affinity,
+        why: "when a slot is free it must be decided anew where a conversation goes on",
     },
     Rule { outer: Concern::Queue, inner: Concern::Retry, why: "a call that waits for a slot is no failed attempt" },
     Rule {
