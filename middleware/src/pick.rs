@@ -271,12 +271,11 @@ struct Choice<'a> {
 }
 
 impl Choice<'_> {
-    /// Calls per unit of weight, this one included; two are compared without dividing.
     fn is_less_loaded(&self, other: &Self) -> bool {
-        let load = |choice: &Self| u64::from(choice.server.load.in_flight()) + 1;
-        load(self) * u64::from(other.weight.get()) < load(other) * u64::from(self.weight.get())
+        self.load() < other.load()
     }
 
+    /// Calls per unit of weight, this one included.
     fn load(&self) -> f64 {
         f64::from(self.server.load.in_flight() + 1) / f64::from(self.weight.get())
     }
@@ -312,21 +311,14 @@ impl Picking {
         let known = known(call);
         let runners = known.as_ref().map(|known| known.runners.all());
         let lease = call.lease.take();
-        let config = self.config.load();
-        let version = self.version.load(Ordering::Acquire);
-        let runner = |known: &Known, server: &Server| {
-            let runner = known.runners.at(server);
-            runner.configure(version, || config.slots(server, &known.name));
-            runner
-        };
-        let mut choices = choices(call, known.as_deref(), runners.as_ref().map_or(&[], |runners| runners));
+        let mut choices = self.choices(call, known.as_deref(), runners.as_ref().map_or(&[], |runners| runners));
         if choices.iter().any(|choice| choice.server.is_usable()) {
             choices.retain(|choice| choice.server.is_usable());
         }
         if choices.is_empty() {
             return Err(nobody(call));
         }
-        let policy = config.policy;
+        let policy = self.config.load().policy;
         let rows = call.dry.then(|| Fact::List(choices.iter().map(Choice::row).collect()));
         // Who has waited for a slot takes it, as long as it is one of a candidate.
         if let Some(lease) = lease {
@@ -355,13 +347,46 @@ impl Picking {
                 None
             }
             None => Some(server.load.lease()),
-            Some(known) if call.ticket.is_none() => Some(Lease::take_anyway(&runner(known, &server))),
+            Some(known) if call.ticket.is_none() => Some(Lease::take_anyway(&self.runner(known, &server))),
             Some(known) => {
-                let lease = choices[at].has_room.then(|| Lease::take(&runner(known, &server))).flatten();
+                let lease = choices[at].has_room.then(|| Lease::take(&self.runner(known, &server))).flatten();
                 Some(lease.ok_or_else(|| busy(&choices, at, known))?)
             }
         };
         Ok(Picked { server, known: known.clone(), cost, lease, rows: rows.map(|rows| (how, rows)) })
+    }
+
+    /// The candidates, each with what it would cost.
+    fn choices<'a>(&self, call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]) -> Choices<'a> {
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let tokens = call.payload.length().unwrap_or(0) as f32 / BYTES_PER_TOKEN;
+        let found = call.tiers.as_ref().map(|tiers| tiers.of(call.candidates.snapshot()));
+        let choice = |server: &'a Arc<Server>| {
+            let runner = runner::find(runners, server);
+            if let (Some(runner), Some(known)) = (runner, known) {
+                self.tell_slots(runner, server, known);
+            }
+            let weight = found.as_ref().map_or(server.weight, |found| found.weight(server));
+            let is_loaded = known.is_none_or(|known| known.loaded.contains(server.index));
+            let cost = match known {
+                Some(known) => predict(call, known, runner, is_loaded, uncached(call, server, tokens)),
+                None => Cost::default(),
+            };
+            Choice { server, runner, weight, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
+        };
+        call.candidates.iter().map(choice).collect()
+    }
+
+    /// The runner of a model on a server, perhaps a new one, with the slots that the operator said.
+    fn runner(&self, known: &Known, server: &Server) -> Arc<Runner> {
+        let runner = known.runners.at(server);
+        self.tell_slots(&runner, server, known);
+        runner
+    }
+
+    /// Tells a runner what the operator says of its slots, once for each version of the configuration.
+    fn tell_slots(&self, runner: &Arc<Runner>, server: &Server, known: &Known) {
+        runner.configure(self.version.load(Ordering::Acquire), || self.config.load().slots(server, &known.name));
     }
 
     /// The place of the chosen one in the list.
@@ -455,24 +480,6 @@ fn preferred(choices: &Choices<'_>, call: &Call) -> Option<usize> {
         return found;
     }
     Some(found.filter(|found| cost(*found) <= cost(first) || choices[first].has_room).unwrap_or(first))
-}
-
-/// The candidates, each with what it would cost.
-fn choices<'a>(call: &'a Call, known: Option<&Known>, runners: &'a [Arc<Runner>]) -> Choices<'a> {
-    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    let tokens = call.payload.length().unwrap_or(0) as f32 / BYTES_PER_TOKEN;
-    let found = call.tiers.as_ref().map(|tiers| tiers.of(call.candidates.snapshot()));
-    let choice = |server: &'a Arc<Server>| {
-        let runner = runner::find(runners, server);
-        let weight = found.as_ref().map_or(server.weight, |found| found.weight(server));
-        let is_loaded = known.is_none_or(|known| known.loaded.contains(server.index));
-        let cost = match known {
-            Some(known) => predict(call, known, runner, is_loaded, uncached(call, server, tokens)),
-            None => Cost::default(),
-        };
-        Choice { server, runner, weight, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
-    };
-    call.candidates.iter().map(choice).collect()
 }
 
 /// So much of the tokens of a prompt as a server is not believed to have in a cache.
@@ -784,7 +791,8 @@ mod tests {
         let runners: Vec<_> = snapshot.servers.iter().map(|server| known.runners.at(server)).collect();
         runners.iter().for_each(|runner| runner.reported(1));
         let mut call = testing::call_in(&cluster, "tiny");
-        let chosen = |call: &Call| preferred(&choices(call, Some(known), &runners), call);
+        let picking = Picking::default();
+        let chosen = |call: &Call| preferred(&picking.choices(call, Some(known), &runners), call);
         assert_eq!(chosen(&call), None);
         call.preferred = Some(Box::new(Preferred { servers: smallvec::smallvec![2, 0], ..Preferred::default() }));
         assert_eq!(chosen(&call), Some(2));
@@ -799,7 +807,27 @@ mod tests {
         drop(busy);
         assert_eq!(chosen(&call), Some(2));
         call.candidates.drop_server(&snapshot.servers[2].id);
-        assert_eq!(chosen(&call).map(|at| choices(&call, Some(known), &runners)[at].server.index), Some(0));
+        assert_eq!(chosen(&call).map(|at| picking.choices(&call, Some(known), &runners)[at].server.index), Some(0));
+    }
+
+    #[tokio::test]
+    async fn more_slots_are_there_at_once_also_where_none_is_free() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let slots =
+            |slots| Config { slots: vec![SlotRule { servers: any(), models: any(), slots }], ..Config::default() };
+        let picking = Picking::default();
+        let ticket = || {
+            let mut call = testing::call_in(&cluster, "tiny");
+            let (owner, ages_after) = (crate::slots::Owner::Nobody, Duration::ZERO);
+            let (arrived, priority) = (Instant::now(), crate::slots::Priority::Normal);
+            call.ticket = Some(Arc::new(crate::slots::Ticket { arrived, priority, owner, cost: 1, ages_after }));
+            call
+        };
+        picking.configure(slots(NonZeroU32::MIN));
+        let _first = picking.pick(&mut ticket()).unwrap();
+        assert!(matches!(picking.pick(&mut ticket()), Err(Error::Busy { .. })));
+        picking.configure(slots(NonZeroU32::MIN.saturating_add(1)));
+        assert!(picking.pick(&mut ticket()).is_ok());
     }
 
     #[tokio::test]

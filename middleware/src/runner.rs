@@ -42,23 +42,19 @@ pub struct Runners {
 impl Runners {
     /// The runner on a server.
     pub fn at(&self, server: &Server) -> Arc<Runner> {
-        let find = |list: &Vec<Arc<Runner>>| list.binary_search_by_key(&server.index, |runner| runner.server);
-        {
-            let list = self.list.load();
-            if let Ok(at) = find(&list) {
-                return list[at].clone();
-            }
+        if let Some(runner) = self.used(server) {
+            return runner;
         }
         let fresh = Arc::new(Runner::new(server, self.line.clone()));
         self.list.rcu(|list| {
             let mut list = Vec::clone(list);
-            if let Err(at) = find(&list) {
+            if let Err(at) = list.binary_search_by_key(&server.index, |runner| runner.server) {
                 list.insert(at, fresh.clone());
             }
             list
         });
-        let list = self.list.load();
-        find(&list).map_or(fresh, |at| list[at].clone())
+        // Another may have been quicker.
+        self.used(server).unwrap_or(fresh)
     }
 
     /// The runner on a server, if it was needed so far.
@@ -287,10 +283,15 @@ impl Runner {
     }
 
     /// Asks the operator's words once for each version of them.
-    pub(crate) fn configure(&self, version: u32, said: impl FnOnce() -> u32) {
-        if self.configured_in.load(Ordering::Acquire) != version {
-            self.configured.store(said().min(MOST), Ordering::Relaxed);
-            self.configured_in.store(version, Ordering::Release);
+    pub(crate) fn configure(self: &Arc<Self>, version: u32, said: impl FnOnce() -> u32) {
+        if self.configured_in.load(Ordering::Acquire) == version {
+            return;
+        }
+        let before = self.slots();
+        self.configured.store(said().min(MOST), Ordering::Relaxed);
+        self.configured_in.store(version, Ordering::Release);
+        if self.slots() > before {
+            self.line.serve(self);
         }
     }
 
@@ -373,17 +374,6 @@ impl Runner {
         self.learned.store(slots.clamp(1, MOST), Ordering::Relaxed);
         if slots > was {
             self.line.serve(self);
-        }
-    }
-
-    /// Its model was loaded anew, perhaps otherwise than before: what was learned of its slots is forgotten.
-    pub fn forget(&self) {
-        let mut book = self.book();
-        if book.known_since.take().is_some() {
-            book.samples.clear();
-            book.next = 0;
-            self.is_learned.store(false, Ordering::Relaxed);
-            self.learned.fetch_max(GUESS, Ordering::Relaxed);
         }
     }
 

@@ -243,11 +243,9 @@ impl Line {
     pub fn serve(&self, runner: &Arc<Runner>) {
         loop {
             let mut waiting = self.lock();
-            if waiting.is_wanted(runner.server).is_none() || !runner.enter() {
-                return;
-            }
+            let Some(class) = waiting.first_class(runner.server).filter(|_| runner.enter()) else { return };
             let lease = Lease::entered(runner);
-            let Some(waiter) = waiting.next(runner.server) else {
+            let Some(waiter) = waiting.classes[class].next(runner.server) else {
                 // Not while the lock is held: a lease that is dropped takes it.
                 drop(waiting);
                 return;
@@ -299,18 +297,12 @@ impl Line {
 
 impl Waiting {
     /// The class that comes first among those with somebody for this server: by urgency, age counted.
-    fn is_wanted(&self, server: usize) -> Option<usize> {
+    fn first_class(&self, server: usize) -> Option<usize> {
         let now = Instant::now();
         let urgency = |class: &Class| class.oldest(server).map(|ticket| (ticket.urgency(now), ticket.arrived));
         let classes = self.classes.iter().enumerate().filter_map(|(at, class)| Some((urgency(class)?, at)));
         // Of the same urgency, who has aged into it comes first: it has waited longer than any who were born to it.
         classes.min_by_key(|((urgency, arrived), _)| (*urgency, *arrived)).map(|(_, at)| at)
-    }
-
-    /// Takes out whose turn it is to get a slot of this server.
-    fn next(&mut self, server: usize) -> Option<Waiter> {
-        let class = self.is_wanted(server)?;
-        self.classes[class].next(server)
     }
 }
 
