@@ -168,9 +168,8 @@ impl Router {
             return;
         };
         call.candidates.keep(&known.installed);
-        let decision = "those that have it";
-        let candidates = call.candidates.count().into();
-        call.note("model-route", decision, [("model", Fact::from(&known.name)), ("candidates", candidates)]);
+        let facts = [("model", Fact::from(&known.name)), ("candidates", call.candidates.count().into())];
+        call.note("model-route", "those that have it", facts);
         call.known = Some(known);
     }
 
