@@ -789,7 +789,9 @@ mod tests {
         let snapshot = cluster.snapshot();
         let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
         let runners: Vec<_> = snapshot.servers.iter().map(|server| known.runners.at(server)).collect();
-        runners.iter().for_each(|runner| runner.reported(1));
+        for runner in &runners {
+            runner.reported(1);
+        }
         let mut call = testing::call_in(&cluster, "tiny");
         let picking = Picking::default();
         let chosen = |call: &Call| preferred(&picking.choices(call, Some(known), &runners), call);

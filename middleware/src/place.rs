@@ -193,7 +193,9 @@ mod tests {
 
     fn loaded(text: &[(usize, &str)]) -> LoadOptions {
         let mut options = LoadOptions::default();
-        text.iter().for_each(|(at, value)| options.0[*at] = Some((*value).into()));
+        for (at, value) in text {
+            options.0[*at] = Some((*value).into());
+        }
         options
     }
 

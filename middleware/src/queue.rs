@@ -348,7 +348,7 @@ mod tests {
         let queue = Arc::new(Queue::default());
         let pick = Pick::new(testing::Always, Arc::new(Picking::default()));
         let service = QueueLayer::new(config, queue.clone(), cluster.clone()).layer(pick);
-        Setting { cluster, service, queue }
+        Setting { cluster, queue, service }
     }
 
     async fn settle() {
