@@ -89,6 +89,8 @@ pub struct Head {
     pub client: Option<SocketAddr>,
     /// The key that its client has shown, once `auth` has looked.
     pub key: OnceLock<Arc<Key>>,
+    /// The time after which `timeout` gave up waiting for the first byte of its answer, if it did.
+    pub given_up: OnceLock<Duration>,
     /// When it came.
     pub arrived: Instant,
     /// Whether it only asks what would be done: layers decide and write their notes, but count nothing, and nothing is sent.
@@ -110,6 +112,7 @@ impl Head {
             model: None,
             client: None,
             key: OnceLock::new(),
+            given_up: OnceLock::new(),
             arrived: Instant::now(),
             dry: false,
             trail: Trail::default(),

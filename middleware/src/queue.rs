@@ -237,8 +237,8 @@ impl Rules {
             return Err(self.full());
         };
         let mut left = Left { ticket: ticket.clone(), how: Waited::Left };
-        let limit = ticket.arrived + self.config.max_wait_s.time();
-        let limit = spare.deadline.map_or(limit, |deadline| deadline.min(limit));
+        let patience = ticket.arrived + self.config.max_wait_s.time();
+        let limit = spare.deadline.map_or(patience, |deadline| deadline.min(patience));
         let mut runners = runners;
         loop {
             let slot = match wait_for(&ticket, &runners, limit).await {
@@ -247,7 +247,10 @@ impl Rules {
                 Next::TooLong => {
                     spare.note("queue", "waited too long", [("ms", Fact::ms(waited_ms(&ticket)))]);
                     left.how = Waited::TooLong;
-                    return Err(self.full());
+                    // Who gave the call no more time says so in its own words; the queue would have waited on.
+                    let is_due = spare.deadline.is_some_and(|deadline| deadline <= patience);
+                    let due = || Error::Timeout { what: "the wait for a slot", after: ticket.arrived.elapsed() };
+                    return Err(if is_due { due() } else { self.full() });
                 }
             };
             let Some(mut call) = spare.again() else { return Err(Error::busy()) };
@@ -393,6 +396,25 @@ mod tests {
         let refused = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap_err();
         assert!(matches!(refused, Error::Busy { .. }) && begun.elapsed() == Duration::from_secs(12));
         assert!(set.queue.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_no_more_time_is_not_told_that_the_queue_is_full() {
+        for (total, wait) in [(7, 12), (12, 12)] {
+            let mut set = setting(Config { max_wait_s: SomeSeconds::new(wait), ..Config::default() }).await;
+            let _one = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
+            let _two = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
+            let mut call = testing::call_in(&set.cluster, "tiny");
+            call.deadline = Some(Instant::now() + Duration::from_secs(total));
+            let error = ask(&mut set.service, call).await.unwrap_err();
+            assert!(matches!(error, Error::Timeout { after, .. } if after == Duration::from_secs(total)), "{error}");
+            // The same behind the layer that knows the limit, which tells it in its own words, whoever notices first.
+            let config = toml::from_str(&format!("total-s = {total}")).unwrap();
+            let mut service = crate::timeout::TimeoutLayer::new(config).layer(set.service.clone());
+            let error = ask(&mut service, testing::call_in(&set.cluster, "tiny")).await.unwrap_err();
+            assert_eq!(error.to_string(), format!("timed out: the whole answer took longer than {total} s"));
+            assert!(set.queue.is_empty());
+        }
     }
 
     #[tokio::test(start_paused = true)]
