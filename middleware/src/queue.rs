@@ -90,7 +90,7 @@ impl Queue {
         let requests = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
         let all = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // Counted before it is judged: leaves again if there is no room.
-        let inside = Inside { queue: self.clone(), bytes };
+        let inside = Inside { queue: self.clone(), bytes, is_counted: true };
         (requests <= config.max_requests && all <= config.max_bytes).then_some(inside)
     }
 
@@ -117,12 +117,29 @@ impl Queue {
 struct Inside {
     queue: Arc<Queue>,
     bytes: u64,
+    is_counted: bool,
+}
+
+impl Inside {
+    /// It is sent.
+    fn goes(&mut self) {
+        if std::mem::take(&mut self.is_counted) {
+            self.queue.requests.fetch_sub(1, Ordering::Relaxed);
+            self.queue.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// It waits again: who has been let in is not turned away.
+    fn comes_back(&mut self) {
+        self.queue.requests.fetch_add(1, Ordering::Relaxed);
+        self.queue.bytes.fetch_add(self.bytes, Ordering::Relaxed);
+        self.is_counted = true;
+    }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        self.queue.requests.fetch_sub(1, Ordering::Relaxed);
-        self.queue.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.goes();
     }
 }
 
@@ -231,12 +248,12 @@ impl Rules {
         S: Service<Call, Response = Reply, Error = Error>,
     {
         let Some(ticket) = spare.ticket.clone() else { return Err(Error::busy()) };
-        let Some(inside) = self.queue.enter(spare.payload.length().unwrap_or(0), &self.config) else {
+        let Some(mut inside) = self.queue.enter(spare.payload.length().unwrap_or(0), &self.config) else {
             spare.note("queue", "full", [("waiting", self.queue.len().into())]);
             instruments::queued(ticket.priority, Waited::Full, Duration::ZERO);
             return Err(self.full());
         };
-        let mut left = Left { ticket: ticket.clone(), how: Waited::Left };
+        let mut left = Left { ticket: ticket.clone(), how: Waited::Left, waited: None };
         let patience = ticket.arrived + self.config.max_wait_s.time();
         let limit = spare.deadline.map_or(patience, |deadline| deadline.min(patience));
         let mut runners = runners;
@@ -256,13 +273,18 @@ impl Rules {
             let Some(mut call) = spare.again() else { return Err(Error::busy()) };
             call.candidates.renew(self.cluster.snapshot());
             call.lease = slot;
+            // What its server takes for the answer is no wait for a slot.
+            let ms = waited_ms(&ticket);
+            (left.how, left.waited) = (Waited::Served, Some(ticket.arrived.elapsed()));
+            inside.goes();
             match service.ready().await?.call(call).await {
-                Err(Error::Busy { runners: others, .. }) if !others.is_empty() => runners = others,
+                Err(Error::Busy { runners: others, .. }) if !others.is_empty() => {
+                    runners = others;
+                    inside.comes_back();
+                    (left.how, left.waited) = (Waited::Left, None);
+                }
                 answer => {
-                    left.how = Waited::Served;
                     self.queue.left();
-                    drop((left, inside));
-                    let ms = waited_ms(&ticket);
                     spare.note("queue", "waited", [("ms", Fact::ms(ms))]);
                     return answer.map(|reply| marked(reply, ms));
                 }
@@ -279,11 +301,14 @@ impl Rules {
 struct Left {
     ticket: Arc<Ticket>,
     how: Waited,
+    /// How long it was, once it is over.
+    waited: Option<Duration>,
 }
 
 impl Drop for Left {
     fn drop(&mut self) {
-        instruments::queued(self.ticket.priority, self.how, self.ticket.arrived.elapsed());
+        let waited = self.waited.unwrap_or_else(|| self.ticket.arrived.elapsed());
+        instruments::queued(self.ticket.priority, self.how, waited);
     }
 }
 
@@ -373,6 +398,28 @@ mod tests {
         let three = three.await.unwrap();
         assert_eq!(three.headers[HEADER], "250");
         assert!(set.queue.is_empty() && !two.headers.contains_key(HEADER));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_wait_is_over_when_the_call_is_sent() {
+        let set = setting(Config::default()).await;
+        let known = set.cluster.snapshot().known(&ModelName::parse("tiny").unwrap()).unwrap().clone();
+        let runner = known.runners.at(&set.cluster.snapshot().servers[0]);
+        let busy = Lease::take(&runner).unwrap();
+        let layer = QueueLayer::new(Config::default(), set.queue.clone(), set.cluster.clone());
+        let (mut service, mut inner) = testing::spawn(&layer);
+        let answer = ask(&mut service, testing::call_in(&set.cluster, "tiny"));
+        let full = Error::Busy { runners: vec![runner], retry_after: None };
+        inner.next_request().await.unwrap().1.send_error(full);
+        settle().await;
+        assert_eq!(set.queue.len(), 1);
+        tokio::time::advance(Duration::from_millis(250)).await;
+        drop(busy);
+        let (_call, slow) = inner.next_request().await.unwrap();
+        assert!(set.queue.is_empty(), "it has its slot");
+        tokio::time::advance(Duration::from_secs(9)).await;
+        slow.send_response(testing::reply("hi"));
+        assert_eq!(answer.await.unwrap().headers[HEADER], "250");
     }
 
     #[tokio::test(start_paused = true)]
