@@ -212,6 +212,9 @@ impl<F: Fleet> Service<Call> for Pick<F> {
         match self.fleet.service(server) {
             Some(service) => {
                 let attempts = call.attempts + 1;
+                if let Some(asked) = &call.asked {
+                    asked.sent(&server.id, attempts);
+                }
                 let model = picked.known.as_ref().map(|known| known.meters.clone());
                 let visit = picked.visit(&mut call);
                 let answer = stack::send(service, call);

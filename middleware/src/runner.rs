@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::call::{Call, Counters};
 use crate::circuit::Circuit;
 use crate::cluster::Server;
+use crate::hedge::Times;
 use crate::place::{LoadOptions, Named};
 use crate::slots::{Line, Load};
 
@@ -37,6 +38,8 @@ pub struct Runners {
     /// Sorted by server.
     list: ArcSwap<Vec<Arc<Runner>>>,
     line: Arc<Line>,
+    /// How long answers about the model take, on whichever server: what `hedge` learns.
+    pub times: Times,
 }
 
 impl Runners {

@@ -452,7 +452,7 @@ where
         if bits.is_empty() {
             return Err(halt("no other server can go on"));
         }
-        if !self.rules.budget.withdraw(&self.rules.config) {
+        if !self.rules.budget.withdraw(&self.rules.allowance) {
             return Err(halt("the budget is spent"));
         }
         self.tries += 1;
