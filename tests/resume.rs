@@ -7,7 +7,7 @@ mod harness;
 
 use harness::answers::whole;
 use harness::olol::{chat, chat_at_once, v1_chat};
-use harness::{Answer, Cluster, Ending, Olol, Request, Server, Way};
+use harness::{Answer, Cluster, Ending, Olol, Request, Seen, Server, Way};
 use serde_json::{Value, json};
 
 /// What Ollama says in a stream when its runner dies.
@@ -181,7 +181,7 @@ async fn an_answer_that_had_its_last_token_is_over_and_only_its_prompt_is_counte
         let answer = olol.ask(&request).await;
         assert_like(&answer, &unbroken, path);
         // It was asked how long the prompt is, and for nothing that a client could have.
-        let asked: Vec<Value> = cluster.server(1).seen("/api/generate").iter().map(|seen| seen.json()).collect();
+        let asked: Vec<Value> = cluster.server(1).seen("/api/generate").iter().map(Seen::json).collect();
         let asked: Vec<&Value> = asked.iter().filter(|body| body["_debug_render_only"] != true).collect();
         assert!(asked.len() == 1 && asked[0]["options"]["num_predict"] == 1 && asked[0]["stream"] == false, "{path}");
         // Where nobody can tell, the answer is as whole as it is.

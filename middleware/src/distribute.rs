@@ -90,8 +90,8 @@ pub struct Rule {
 /// What is wrong with a table, and in which of its rules; `None`: in the table itself.
 pub type Fault = (Option<usize>, &'static str);
 
-const NO_SIZE: &str = "nobody tells how much memory servers have, so `when-too-big` must be told from which size on a model \
-                       is too big: too-big-gib";
+const NO_SIZE: &str =
+    "it needs too-big-gib, from which size on a model is too big: servers do not tell how much they can hold";
 
 impl Config {
     /// Whether no model belongs on a group.

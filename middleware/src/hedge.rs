@@ -656,7 +656,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn chats_and_other_routes_are_sent_once() {
         let cluster = cluster(2).await;
-        Short::ALL.into_iter().for_each(|short| learn(&cluster, short, 30));
+        for short in Short::ALL {
+            learn(&cluster, short, 30);
+        }
         let body = r#"{"model":"tiny"}"#;
         for (on, route) in [
             (config().on, Route::Chat),

@@ -333,7 +333,9 @@ impl Instruments {
 
     /// Makes known what is counted seldom, before it ever was: so that it can be seen that it was not.
     fn begin_at_zero(&self) {
-        Hedged::ALL.iter().for_each(|how| self.hedge_counter(*how).increment(0));
+        for how in Hedged::ALL {
+            self.hedge_counter(how).increment(0);
+        }
         self.no_group_counter().increment(0);
     }
 

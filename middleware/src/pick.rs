@@ -843,7 +843,9 @@ mod tests {
         let snapshot = cluster.snapshot();
         let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
         let runners: Vec<_> = snapshot.servers.iter().map(|server| known.runners.at(server)).collect();
-        runners.iter().for_each(|runner| runner.reported(1));
+        for runner in &runners {
+            runner.reported(1);
+        }
         let picking = Picking::default();
         let busy = Lease::take(&runners[0]);
         let _waits = runners[0].line.join(patient(&cluster).ticket.unwrap(), &runners[..1]);

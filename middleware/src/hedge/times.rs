@@ -81,17 +81,23 @@ impl Histogram {
         let count = |at: usize| {
             u64::from(one.buckets[at].load(Ordering::Relaxed)) + u64::from(other.buckets[at].load(Ordering::Relaxed))
         };
-        let all: u64 = (0..BUCKETS).map(count).sum();
+        let all: u64 = self.halves.iter().map(|half| u64::from(half.count.load(Ordering::Relaxed))).sum();
         if all < least.max(1) {
             return None;
         }
         let wanted = (all * percent).div_ceil(100);
-        let mut come = 0;
-        let at = (0..BUCKETS).find(|at| {
-            come += count(*at);
-            come >= wanted
-        });
-        Some(Duration::from_micros(end(at.unwrap_or(BUCKETS - 1)) * UNIT))
+        // Where additions were lost it is the last bucket that has any.
+        let (mut come, mut found) = (0, 0);
+        for at in 0..BUCKETS {
+            let here = count(at);
+            if here > 0 {
+                (come, found) = (come + here, at);
+            }
+            if come >= wanted {
+                break;
+            }
+        }
+        Some(Duration::from_micros(end(found) * UNIT))
     }
 }
 
