@@ -49,6 +49,9 @@ pub struct Proxy {
     _tasks: Vec<JoinSet<()>>,
 }
 
+/// The longest that the first clients wait until the servers have told what they have.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+
 impl Proxy {
     /// Starts a proxy whose configuration stays as it is.
     pub async fn start(config: &Config) -> anyhow::Result<Self> {
@@ -96,7 +99,12 @@ impl Proxy {
         let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, trusted, room, own, hop));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
-        let running = tokio::spawn(serve::serve(listener, Edge { api }, stop.clone(), grace));
+        let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
+        let running = tokio::spawn(async move {
+            // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
+            cluster.refresh(FIRST_LOOK).await;
+            serving.await
+        });
         Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
     }
 

@@ -16,6 +16,8 @@ const BROKEN: &str = "an error was encountered while running the model: unexpect
 /// An answer with characters of two, three and four bytes, of which every escape that Ollama writes is one.
 const WORDS: [&str; 4] = ["Gr\u{fc}n\u{2192}", " \"\\\n", " \u{1f600}", " Ende."];
 
+/// For streams that nobody can go on with.
+const IMPATIENT: &str = "retry.resume-wait-s = 0";
 /// No circuit opens, and no budget ends, however often a server dies.
 const PATIENT: &str = "[retry]\nbreaker-failures = 1000000\nbudget = 1.0\nreserve = 100000";
 
@@ -310,7 +312,7 @@ async fn a_server_that_cannot_go_on_faithfully_is_not_asked_to() {
         let cluster = cluster(2, Way::Http).await;
         is_unfit(cluster.server(1));
         cluster.server(0).dies_after(["Hel"]);
-        let olol = Olol::start(&cluster, "").await;
+        let olol = Olol::start(&cluster, IMPATIENT).await;
         let answer = olol.chat("tiny", "hi").await;
         assert_eq!(
             (answer.said().as_str(), answer.error().as_str(), answer.ending),
@@ -343,7 +345,7 @@ async fn who_has_the_model_only_on_disk_goes_on_too() {
 
 #[tokio::test]
 async fn resuming_can_be_switched_off_and_has_a_budget() {
-    for toml in ["[retry]\nresume = \"off\"", "[retry]\nbudget = 0.0\nper-second = 0\nreserve = 0"] {
+    for toml in ["[retry]\nresume = \"off\"", "[retry]\nresume-wait-s = 0\nbudget = 0.0\nper-second = 0\nreserve = 0"] {
         let cluster = cluster(2, Way::Http).await;
         cluster.server(0).dies_after(["Hel"]);
         let olol = Olol::start(&cluster, toml).await;

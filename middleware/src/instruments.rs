@@ -166,7 +166,7 @@ pub fn describe() {
     describe_counter!(
         RESUMES,
         Unit::Count,
-        "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed)"
+        "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
     describe_gauge!(CIRCUIT_STATE, Unit::Count, "Circuit of a server: 0 closed, 1 open (left alone), 2 half-open");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");

@@ -51,6 +51,8 @@ pub struct Config {
     pub reserve: u32,
     /// Whether a stream whose server dies goes on elsewhere from the text already sent.
     pub resume: Resume,
+    /// Seconds for which a stream waits, while nobody is there who could go on with it.
+    pub resume_wait_s: Seconds,
     /// Failures in a row after which a server, or one model on it, is left alone for a while.
     pub breaker_failures: NonZeroU32,
     /// Milliseconds for which it is left alone at first; twice as long after each try that fails.
@@ -82,6 +84,7 @@ impl Default for Config {
             per_second: 10,
             reserve: 100,
             resume: Resume::Auto,
+            resume_wait_s: Seconds::new(15),
             breaker_failures: NonZeroU32::MIN.saturating_add(2),
             breaker_open_ms: SomeMs::new(1000),
             breaker_max_open_ms: SomeMs::new(60_000),

@@ -17,6 +17,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use futures_util::future::BoxFuture;
 use smallvec::SmallVec;
+use tokio::time::Instant;
 use tower::{Service, ServiceExt};
 
 use super::ask::{self, Asking, No};
@@ -32,6 +33,9 @@ use crate::trail::Fact;
 
 /// The most times that one stream goes on elsewhere.
 const MOST: u32 = 16;
+/// How long a stream first waits for somebody who goes on with it, and the longest between two looks.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How long the end of an answer that is whole may wait for the length of its prompt.
 const COUNTS_WITHIN: Duration = Duration::from_secs(2);
 
@@ -59,6 +63,7 @@ where
         digest: None,
         failed: SmallVec::new(),
         tries: 0,
+        barren: 0,
         asked: 0,
         resumes: 0,
         pieces: 0,
@@ -129,6 +134,8 @@ struct Flow<S> {
     failed: SmallVec<[ServerId; 2]>,
     /// Attempts since then.
     tries: u32,
+    /// How often it broke off in a row without a word more: what is asked may be what breaks it.
+    barren: u32,
     /// All attempts.
     asked: u32,
     /// How often somebody went on.
@@ -141,10 +148,12 @@ struct Flow<S> {
 
 /// Why nobody goes on.
 enum Halt {
-    /// It would not be right, or nobody is there who could.
+    /// It would not be right.
     Refused(&'static str),
     /// It was tried.
     Failed(&'static str),
+    /// Nobody is there who could; somebody may be a little later.
+    Nobody(&'static str),
 }
 
 impl<S> Source for Following<S>
@@ -209,7 +218,7 @@ where
             // The broken body ends here, and with it the place at its server.
             flow.body = Body::empty();
             self.course = Course::Broken(Box::pin(async move {
-                let step = flow.go_on().await;
+                let step = flow.persist().await;
                 let step = flow.told(step, cut);
                 (flow, step)
             }));
@@ -258,6 +267,7 @@ impl<S> Flow<S> {
             }
             Err(Halt::Refused(why)) => ("refused", why),
             Err(Halt::Failed(why)) => ("failed", why),
+            Err(Halt::Nobody(why)) => ("nobody", why),
         };
         self.rules.instruments.resumed(result);
         self.spare.note(
@@ -275,18 +285,43 @@ where
     S: Service<Call, Response = Reply, Error = Error> + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
-    /// Goes on with the stream elsewhere.
-    async fn go_on(&mut self) -> Result<Step, Halt> {
+    /// Goes on with the stream elsewhere; while nobody is there who could, waits for somebody: whoever died may come back.
+    async fn persist(&mut self) -> Result<Step, Halt> {
         self.eval += self.delivered.since_first();
         if self.delivered.pieces() > self.pieces {
             self.failed.clear();
-            self.tries = 0;
+            (self.tries, self.barren) = (0, 0);
+        } else if self.resumes > 0 {
+            self.barren += 1;
         }
         self.pieces = self.delivered.pieces();
         self.failed.push(self.server.clone());
         if self.resumes >= MOST {
             return Err(Halt::Refused("the stream has moved too often"));
         }
+        if self.barren >= self.rules.config.attempts.get() {
+            return Err(Halt::Failed("it breaks off wherever it goes on"));
+        }
+        let patience = Instant::now() + self.rules.config.resume_wait_s.time();
+        let until = self.spare.deadline.map_or(patience, |deadline| patience.min(deadline));
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.go_on().await {
+                Err(Halt::Nobody(why)) if Instant::now() + pause < until => {
+                    self.spare.note("retry", "waits for somebody who goes on", [("why", Fact::Word(why))]);
+                    // Not all at the same moment, who broke off at the same moment.
+                    tokio::time::sleep(pause.mul_f64(0.75 + 0.5 * fastrand::f64())).await;
+                    pause = LONGEST_PAUSE.min(pause * 2);
+                    self.failed.clear();
+                    self.tries = 0;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Goes on with the stream elsewhere.
+    async fn go_on(&mut self) -> Result<Step, Halt> {
         if self.delivered.is_nothing() {
             return self.begin_again().await;
         }
@@ -308,7 +343,9 @@ where
     /// for, which is worth no load.
     async fn continued(&mut self, form: Form, request: &Request, only_counts: bool) -> Result<Step, Halt> {
         if self.digest.is_none() {
-            self.digest = digest(self.spare.candidates.snapshot(), &self.server, self.spare.place.model.as_ref());
+            let of = |snapshot: &Snapshot| digest(snapshot, &self.server, self.spare.place.model.as_ref());
+            // When the stream began its server may not have told yet what it has.
+            self.digest = of(self.spare.candidates.snapshot()).or_else(|| of(&self.rules.cluster.snapshot()));
         }
         let digest = self.digest.clone().ok_or(Halt::Refused("the digest of the model is not known"))?;
         loop {
@@ -322,7 +359,7 @@ where
                 Ok(step) => return Ok(step),
                 Err(No::Nobody(why)) => return Err(Halt::Refused(why)),
                 Err(No::Server(Some(server), why)) => self.cannot(server, why),
-                Err(No::Server(None, why)) => return Err(Halt::Failed(why)),
+                Err(No::Server(None, why)) => return Err(Halt::Nobody(why)),
             }
         }
     }
@@ -355,7 +392,7 @@ where
                 },
                 Err(error) => match error.server().cloned() {
                     Some(server) => self.cannot(server, error.kind()),
-                    None => return Err(Halt::Failed(error.kind())),
+                    None => return Err(Halt::Nobody(error.kind())),
                 },
             }
         }
@@ -437,10 +474,8 @@ where
 
     /// Those who may be asked to go on, of those that fit; an attempt has begun then.
     fn others(&mut self, fits: impl Fn(&Server) -> bool) -> Result<Candidates, Halt> {
-        let had_tries = self.tries > 0;
-        let halt = |why| if had_tries { Halt::Failed(why) } else { Halt::Refused(why) };
         if self.tries >= self.rules.config.attempts.get() {
-            return Err(halt("all attempts were in vain"));
+            return Err(Halt::Nobody("all attempts were in vain"));
         }
         let snapshot = self.rules.cluster.snapshot();
         let mut bits = Bits::default();
@@ -450,10 +485,10 @@ where
             }
         }
         if bits.is_empty() {
-            return Err(halt("no other server can go on"));
+            return Err(Halt::Nobody("no other server can go on"));
         }
         if !self.rules.budget.withdraw(&self.rules.allowance) {
-            return Err(halt("the budget is spent"));
+            return Err(Halt::Nobody("the budget is spent"));
         }
         self.tries += 1;
         self.asked += 1;
@@ -487,6 +522,7 @@ mod tests {
     use crate::cluster::{Model, Report};
     use crate::retry::{Config, RetryLayer};
     use crate::testing::{self, ask};
+    use crate::units::Seconds;
     use std::sync::Mutex;
 
     const HELLO: &str = "{\"model\":\"tiny\",\"created_at\":\"t\",\"response\":\"Hello\",\"done\":false}\n";
@@ -517,7 +553,13 @@ mod tests {
     }
 
     fn layer(cluster: &Arc<Cluster>) -> RetryLayer {
-        RetryLayer::new(Config::default(), Arc::default(), cluster.clone(), Arc::default())
+        waiting(cluster, 0)
+    }
+
+    /// A layer whose streams wait so many seconds for somebody who goes on.
+    fn waiting(cluster: &Arc<Cluster>, seconds: u64) -> RetryLayer {
+        let config = Config { resume_wait_s: Seconds::new(seconds), ..Config::default() };
+        RetryLayer::new(config, Arc::default(), cluster.clone(), Arc::default())
     }
 
     /// Answers the questions that come before a stream goes on; returns whom the first may go to.
@@ -597,6 +639,56 @@ mod tests {
         let text = reading.await.unwrap().unwrap();
         let text = std::str::from_utf8(&text).unwrap();
         assert!(text.contains("\"done_reason\":\"length\"") && text.contains("\"eval_count\":1"), "{text}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_waits_for_its_server_to_come_back() {
+        let cluster = cluster(2).await;
+        let (mut service, mut inner) = testing::spawn(&waiting(&cluster, 15));
+        let begun = Instant::now();
+        let answer = ask(&mut service, generate(&cluster));
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let reading = tokio::spawn(answer.await.unwrap().body.collect(9999));
+        for _ in 0..3 {
+            inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Connecting, false));
+        }
+        assert_eq!(prepares(&mut inner, "0").await, ["0"], "the other has another model");
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[WORLD, DONE], false));
+        let text = reading.await.unwrap().unwrap();
+        assert!(text.starts_with([HELLO, WORLD].concat().as_bytes()), "{text:?}");
+        assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_stream_waits_longer_than_it_may() {
+        let cluster = cluster(2).await;
+        let (mut service, mut inner) = testing::spawn(&waiting(&cluster, 15));
+        let answer = ask(&mut service, generate(&cluster));
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let broken = Instant::now();
+        let reading = tokio::spawn(answer.await.unwrap().body.collect(9999));
+        tokio::spawn(async move {
+            while let Some((_, respond)) = inner.next_request().await {
+                respond.send_error(testing::failure("0", Phase::Connecting, false));
+            }
+        });
+        assert!(reading.await.unwrap().is_err());
+        let waited = broken.elapsed().as_secs();
+        assert!((12..=15).contains(&waited), "{waited} s");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_breaks_off_wherever_it_goes_on_is_given_up() {
+        let cluster = cluster(2).await;
+        let (mut service, mut inner) = testing::spawn(&waiting(&cluster, 3600));
+        let answer = ask(&mut service, generate(&cluster));
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let reading = tokio::spawn(answer.await.unwrap().body.collect(9999));
+        for _ in 0..3 {
+            prepares(&mut inner, "0").await;
+            inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[], true));
+        }
+        assert!(reading.await.unwrap().is_err());
     }
 
     #[tokio::test(start_paused = true)]
