@@ -156,10 +156,35 @@ pub struct Known {
     pub loaded: Bits,
     /// Bytes of it on a disk; the most that a server says.
     pub size: u64,
+    /// What the servers say it is: one entry, as long as they agree.
+    pub makes: SmallVec<[Make; 1]>,
     /// Its runners on the servers.
     pub runners: Arc<Runners>,
     /// Its metrics.
     pub meters: Arc<ModelMeters>,
+}
+
+/// What some servers say a model is: those that say it of the same family, size and quantization.
+#[derive(Clone, Debug)]
+pub struct Make {
+    /// Who says so.
+    pub servers: Bits,
+    report: Arc<Report>,
+    at: usize,
+}
+
+impl Make {
+    /// The model, as one of them lists it.
+    pub fn model(&self) -> &Model {
+        &self.report.models[self.at]
+    }
+
+    fn is_of(&self, model: &Model) -> bool {
+        let own = self.model();
+        own.quantization == model.quantization
+            && own.parameter_size == model.parameter_size
+            && own.family == model.family
+    }
 }
 
 /// Everything that is known at one moment.
@@ -355,8 +380,22 @@ struct Found<'a> {
     installed: Bits,
     loaded: Bits,
     size: u64,
+    makes: SmallVec<[Make; 1]>,
     /// What servers say of it in their memory.
     memory: Vec<(usize, &'a Loaded)>,
+}
+
+impl Found<'_> {
+    /// A server says what it is.
+    fn makes(&mut self, server: &Server, at: usize, model: &Model) {
+        if let Some(make) = self.makes.iter_mut().find(|make| make.is_of(model)) {
+            make.servers.insert(server.index);
+            return;
+        }
+        let mut servers = Bits::default();
+        servers.insert(server.index);
+        self.makes.push(Make { servers, report: server.report.clone(), at });
+    }
 }
 
 /// What snapshots are made from.
@@ -671,11 +710,12 @@ impl Cluster {
             .collect();
         let mut found: HashMap<ModelName, Found<'_>> = HashMap::new();
         for server in &servers {
-            for model in &server.report.models {
+            for (at, model) in server.report.models.iter().enumerate() {
                 let Some(name) = ModelName::parse(&model.name) else { continue };
                 let found = found.entry(name).or_default();
                 found.installed.insert(server.index);
                 found.size = found.size.max(model.size);
+                found.makes(server, at, model);
             }
             for loaded in &server.report.loaded {
                 // A runner may outlive the model on the disk; only what can be asked for by name counts.
@@ -701,8 +741,8 @@ impl Cluster {
                     let loaded = found.memory.iter().find(|(server, _)| *server == runner.server);
                     runner.told(loaded.map(|(_, loaded)| loaded.context_length));
                 }
-                let Found { installed, loaded, size, .. } = found;
-                (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, meters }))
+                let Found { installed, loaded, size, makes, .. } = found;
+                (name.clone(), Arc::new(Known { name, installed, loaded, size, makes, runners, meters }))
             })
             .collect();
         let every = Bits::first(servers.len());

@@ -11,6 +11,7 @@
 //! | `timeout` | [`timeout`] | gives up on what takes too long |
 //! | `alias` | [`alias`] | puts models in the place of names, and follows the operator's rules for servers |
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
+//! | `quant-fallback` | [`quant_fallback`] | serves a model in another quantization where that one is not there |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
 //! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
@@ -40,6 +41,7 @@ pub mod pattern;
 pub mod peek;
 pub mod pick;
 pub mod place;
+pub mod quant_fallback;
 pub mod queue;
 pub mod rate_limit;
 pub mod rename;

@@ -59,6 +59,9 @@ struct Add {
     /// Who is served first when there is a queue: high, normal or low
     #[arg(long, value_name = "WORD", value_parser = priority, default_value = "normal")]
     priority: Priority,
+    /// Give it no other quantization of a model than it asks for, whatever [quant-fallback] says
+    #[arg(long)]
+    strict_quant: bool,
     /// Requests a minute
     #[arg(long, value_name = "COUNT")]
     rpm: Option<NonZeroU32>,
@@ -126,6 +129,7 @@ impl Add {
             may: self.may.clone(),
             admin: self.admin,
             priority: self.priority,
+            strict_quant: self.strict_quant,
             limits: Limits {
                 requests_per_minute: self.rpm,
                 concurrent: self.concurrent,
