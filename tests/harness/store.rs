@@ -18,6 +18,9 @@ struct Model {
     name: String,
     digest: String,
     modified_at: String,
+    family: String,
+    parameter_size: String,
+    quantization: String,
 }
 
 impl Default for Store {
@@ -33,7 +36,23 @@ impl Store {
         self.models.retain(|model| model.name != name);
         let later = format!("2026-01-01T00:00:{:02}Z", self.models.len());
         let modified_at = modified_at.map_or(later, str::to_owned);
-        self.models.push(Model { digest: hex(&Sha256::digest(&name)), name, modified_at });
+        self.models.push(Model {
+            digest: hex(&Sha256::digest(&name)),
+            quantization: quantization(&name),
+            family: "llama".to_owned(),
+            parameter_size: "1.5M".to_owned(),
+            name,
+            modified_at,
+        });
+    }
+
+    /// Says something else of a model than its name does.
+    pub fn describe(&mut self, name: &str, family: &str, parameter_size: &str, quantization: &str) {
+        for model in self.models.iter_mut().filter(|model| model.name == full(name)) {
+            family.clone_into(&mut model.family);
+            parameter_size.clone_into(&mut model.parameter_size);
+            quantization.clone_into(&mut model.quantization);
+        }
     }
 
     /// Puts another model on the disk under the name of one.
@@ -102,7 +121,7 @@ impl Store {
     /// `/api/ps`: latest expiry first.
     pub fn ps(&self) -> Value {
         let entry = |(at, name): (usize, &String)| {
-            json!({"name": name, "model": name, "size": 1000, "digest": hex(&Sha256::digest(name)), "details": details(),
+            json!({"name": name, "model": name, "size": 1000, "digest": hex(&Sha256::digest(name)), "details": Model::usual(),
                 "expires_at": format!("2026-01-01T01:00:{at:02}Z"), "size_vram": 0, "context_length": 2048})
         };
         json!({"models": self.loaded.iter().enumerate().rev().map(entry).collect::<Vec<_>>()})
@@ -122,7 +141,7 @@ impl Store {
         let model = self.models.iter().find(|model| model.name == full(name))?;
         Some(
             json!({"license": "MIT", "modelfile": "FROM /models/blobs/sha256-00", "parameters": parameters, "template": "{{ .Prompt }}",
-            "details": details(), "model_info": {"general.architecture": "llama"}, "capabilities": ["completion"],
+            "details": model.details(), "model_info": {"general.architecture": "llama"}, "capabilities": ["completion"],
             "modified_at": model.modified_at}),
         )
     }
@@ -131,7 +150,15 @@ impl Store {
 impl Model {
     fn listed(&self) -> Value {
         json!({"name": self.name, "model": self.name, "modified_at": self.modified_at, "size": 1000, "digest": self.digest,
-            "details": details(), "capabilities": ["completion"]})
+            "details": self.details(), "capabilities": ["completion"]})
+    }
+
+    fn details(&self) -> Value {
+        details(&self.family, &self.parameter_size, &self.quantization)
+    }
+
+    fn usual() -> Value {
+        details("llama", "1.5M", "Q4_0")
     }
 
     /// The seconds of the minute: enough to tell which is newer.
@@ -140,9 +167,16 @@ impl Model {
     }
 }
 
-fn details() -> Value {
-    json!({"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "1.5M",
-        "quantization_level": "Q4_0", "context_length": 2048})
+fn details(family: &str, parameter_size: &str, quantization: &str) -> Value {
+    json!({"parent_model": "", "format": "gguf", "family": family, "families": [family], "parameter_size": parameter_size,
+        "quantization_level": quantization, "context_length": 2048})
+}
+
+/// What the tag of a model says of it; `Q4_0` if that is nothing.
+fn quantization(name: &str) -> String {
+    let last = name.rsplit([':', '-']).next().unwrap_or_default();
+    let is_level = last == "f16" || last.starts_with('q') && last.contains('_');
+    if is_level { last.to_uppercase() } else { "Q4_0".to_owned() }
 }
 
 /// A name with its tag, as Ollama stores it.
