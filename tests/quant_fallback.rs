@@ -3,7 +3,7 @@
 mod harness;
 
 use harness::olol::{chat, chat_at_once, keep_alive, v1_chat};
-use harness::{Answer, Cluster, Gate, Olol, Request, Way, until};
+use harness::{Answer, Cluster, Gate, Olol, Request, Server, Way, until};
 use serde_json::{Value, json};
 
 const COMPATIBLE: &str = "quant-fallback.policy = \"compatible\"\n";
@@ -191,8 +191,8 @@ async fn a_look_tells_what_was_looked_at_and_counts_nothing() {
     let note = told["trail"].as_array().unwrap().iter().find(|note| note["layer"] == "quant-fallback").unwrap().clone();
     assert_eq!((&told["server"], &note["decision"]), (&json!("1"), &json!("in memory, and as good or better")));
     assert_eq!(note["facts"]["candidates"][0]["verdict"], "compatible");
-    assert_eq!(cluster.servers().iter().map(|server| server.work()).sum::<usize>(), 0);
+    assert_eq!(cluster.servers().iter().map(Server::work).sum::<usize>(), 0);
     olol.chat("tiny:q4_0", "hi").await;
-    let page = olol.get("/metrics").await.text().to_owned();
+    let page = olol.get("/metrics").await.text();
     assert!(page.contains("olol_quant_substitutions_total{from=\"q4_0\",to=\"q8_0\"}"), "{page}");
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use smallvec::SmallVec;
 
-use crate::names::{DEFAULT_TAG, ModelName};
+use crate::names::ModelName;
 
 /// A level of quantization that is known: one of a closed set, so that it may be a label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -112,7 +112,8 @@ impl<'de> Deserialize<'de> for Level {
     }
 }
 
-/// A model's name, taken apart: the same model in another quantization has the same stem.
+/// A model's name, taken apart: the same model in another quantization has the same stem. The tag `latest` is one like
+/// others: that it is another name of `q4_0` nobody says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Parts<'a> {
     /// The name, with what is left of its tag: `llama3:8b-chat` of `llama3:8b-chat-q4_0`; `tiny:` of `tiny:q4_0`.
@@ -125,10 +126,6 @@ impl<'a> Parts<'a> {
     pub(super) fn of(name: &'a ModelName) -> Self {
         let (text, tag) = (name.as_str(), name.tag());
         let before = &text[..text.len() - tag.len()];
-        // A name without a tag means this one.
-        if tag == DEFAULT_TAG {
-            return Self { stem: before, level: None };
-        }
         let last = tag.rsplit('-').next().unwrap_or(tag);
         let Some(level) = Level::parse(last) else { return Self { stem: text, level: None } };
         let mut rest = tag.strip_suffix(last).unwrap_or(tag);
@@ -146,12 +143,16 @@ impl<'a> Parts<'a> {
         let mut name: SmallVec<[u8; 128]> = SmallVec::from_slice(self.stem.as_bytes());
         let mut with = |parts: &[&str]| {
             name.truncate(self.stem.len());
-            parts.iter().for_each(|part| name.extend_from_slice(part.as_bytes()));
+            for part in parts {
+                name.extend_from_slice(part.as_bytes());
+            }
             if let Ok(name) = std::str::from_utf8(&name) {
                 each(name);
             }
         };
-        with(if has_tag { &[] } else { &[DEFAULT_TAG] });
+        if has_tag {
+            with(&[]);
+        }
         let hyphen = if has_tag { "-" } else { "" };
         for spelling in NAMES.into_iter().chain(SPELLINGS.map(|(spelling, _)| spelling)) {
             with(&[hyphen, spelling]);
@@ -187,7 +188,8 @@ mod tests {
             ("llama3:8b-chat-q4_0", "llama3:8b-chat", Some("q4_0")),
             ("llama3:8b", "llama3:8b", None),
             ("tiny:Q4_0", "tiny:", Some("q4_0")),
-            ("tiny", "tiny:", None),
+            // What is called so may be anything of that name.
+            ("tiny", "tiny:latest", None),
             ("a.b:5000/c/d:fp16", "a.b:5000/c/d:", Some("f16")),
             ("hf.co/x/y:UD-Q4_K_XL", "hf.co/x/y:", Some("q4_k_m")),
             ("x:it-ud-q4_k_m", "x:it", Some("q4_k_m")),

@@ -140,7 +140,8 @@ async fn what_is_reported_counts_and_not_the_tag() {
         (&["m:q4_0=Q8_0 *m:q5_0"], "m:q4_0", "m:q4_0"),
         (&["m:8b-q4_0 *m:8b=Q8_0"], "m:8b-q4_0", "m:8b"),
         (&["m:8b=Q4_K_M *m:8b-q8_0"], "m:8b", "m:8b-q8_0"),
-        (&["m:q4_0 *m=Q4_0"], "m:q4_0", "m:latest"),
+        (&["m:q4_0 *m=Q4_0"], "m:q4_0", "m:q4_0"),
+        (&["m:8b-q4_0 *m:8b=Q4_0"], "m:8b-q4_0", "m:8b"),
         // What an Ollama has no word for is what its tag says.
         (&["m:iq3_m=unknown *m:iq4_xs=unknown"], "m:iq3_m", "m:iq4_xs"),
     ] {
@@ -547,7 +548,7 @@ proptest! {
                 // A server has a name once.
                 let mut names = std::collections::HashSet::new();
                 let models = models.iter().filter(|(text, _)| names.insert(text.split('=').next().unwrap()));
-                models.map(|(text, is_loaded)| format!("{}{text} ", if *is_loaded { "*" } else { "" })).collect()
+                models.map(|(text, is_loaded)| [if *is_loaded { "*" } else { "" }, text, " "].concat()).collect()
             }).collect();
             let cluster = cluster(&texts.iter().map(String::as_str).collect::<Vec<_>>()).await;
             let config = if is_any { any() } else { compatible() };
