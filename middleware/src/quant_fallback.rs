@@ -39,7 +39,7 @@ use crate::slots::Line;
 use crate::trail::Fact;
 use crate::units::Seconds;
 
-use choice::{Choice, Look, Offer, is_there, word};
+use choice::{Choice, Look, Offer, Siblings, is_there, word};
 use lattice::Lattice;
 pub use lattice::{Accept, Ladder};
 pub use level::Level;
@@ -112,6 +112,7 @@ pub struct QuantFallbackLayer {
 struct Rules {
     config: Config,
     lattice: Lattice,
+    siblings: Siblings,
     cluster: Arc<Cluster>,
     works: Arc<Works>,
 }
@@ -120,7 +121,7 @@ impl QuantFallbackLayer {
     /// Falls back as configured. What is being made outlives this stack.
     pub fn new(config: Config, cluster: Arc<Cluster>, works: Arc<Works>) -> Self {
         let lattice = Lattice::new(&config.accept, &config.ladder);
-        Self { rules: Arc::new(Rules { config, lattice, cluster, works }) }
+        Self { rules: Arc::new(Rules { config, lattice, siblings: Siblings::default(), cluster, works }) }
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! A pure look at one snapshot: nothing is changed, counted or sent.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use quick_cache::sync::Cache;
 use smallvec::SmallVec;
 
 use super::level::{Level, Parts};
@@ -13,6 +14,9 @@ use crate::cluster::{Bits, Candidates, Known, Make, Snapshot};
 use crate::names::ModelName;
 use crate::slots::Line;
 use crate::trail::Fact;
+
+/// Of how many names the siblings are remembered.
+const REMEMBERED: usize = 1024;
 
 /// The same model in some quantization, as some servers have it.
 #[derive(Debug)]
@@ -55,6 +59,31 @@ pub(super) struct Look<'a> {
     snapshot: &'a Snapshot,
 }
 
+/// Which models are called like one, found once for a snapshot: that takes some microseconds.
+#[derive(Debug)]
+pub(super) struct Siblings(Cache<ModelName, (Weak<Snapshot>, Arc<[ModelName]>)>);
+
+impl Default for Siblings {
+    fn default() -> Self {
+        Self(Cache::new(REMEMBERED))
+    }
+}
+
+impl Siblings {
+    fn of(&self, snapshot: &Arc<Snapshot>, name: &ModelName) -> Arc<[ModelName]> {
+        let is_current = |of: &Weak<Snapshot>| std::ptr::eq(of.as_ptr(), Arc::as_ptr(snapshot));
+        if let Some((_, found)) = self.0.get(name).filter(|(of, _)| is_current(of)) {
+            return found;
+        }
+        let mut found = Vec::new();
+        Parts::of(name).names(|other| found.extend(snapshot.models.get(other).map(|other| other.name.clone())));
+        found.retain(|other| other != name);
+        let found: Arc<[ModelName]> = found.into();
+        self.0.insert(name.clone(), (Arc::downgrade(snapshot), found.clone()));
+        found
+    }
+}
+
 /// Family and number of parameters.
 type Kind<'a> = (&'a str, &'a str);
 
@@ -90,7 +119,13 @@ fn agreed<T: PartialEq>(mut all: impl Iterator<Item = T>) -> Result<Option<T>, (
 
 impl<'a> Look<'a> {
     /// Looks for all that could be meant by a call for `name`.
-    pub(super) fn new(rules: &Rules, call: &Call, snapshot: &'a Snapshot, name: &ModelName, policy: Policy) -> Self {
+    pub(super) fn new(
+        rules: &Rules,
+        call: &Call,
+        snapshot: &'a Arc<Snapshot>,
+        name: &ModelName,
+        policy: Policy,
+    ) -> Self {
         let parts = Parts::of(name);
         let known = snapshot.known(name);
         let own = || known.into_iter().flat_map(|known| known.makes.iter()).filter(|make| kind(make).is_some());
@@ -106,11 +141,11 @@ impl<'a> Look<'a> {
             policy,
             snapshot,
         };
-        parts.names(|other| {
-            if let Some(other) = snapshot.models.get(other).filter(|other| other.name != *name) {
+        for other in rules.siblings.of(snapshot, name).iter() {
+            if let Some(other) = snapshot.known(other) {
                 look.offer(other, call);
             }
-        });
+        }
         let wanted = match own_kind {
             Ok(Some(kind)) => Ok(Some(kind)),
             // Nobody says what it is: that of all that are called like it, if there is no doubt.
@@ -208,7 +243,13 @@ impl<'a> Look<'a> {
                 ("quantization", word(offer.level).into()),
                 ("servers", offer.servers.count().into()),
                 ("in-memory", offer.loaded.count().into()),
-                ("verdict", offer.refusal.unwrap_or(if is_compatible { "compatible" } else { "not as good" }).into()),
+                (
+                    "verdict",
+                    offer
+                        .refusal
+                        .unwrap_or(if is_compatible { "compatible" } else { "not accepted for this level" })
+                        .into(),
+                ),
             ])
         };
         Fact::List(self.offers.iter().map(row).collect())

@@ -154,9 +154,13 @@ impl<'a> Parts<'a> {
             with(&[]);
         }
         let hyphen = if has_tag { "-" } else { "" };
+        // Ollama's own has no such tags.
+        let is_of_a_registry = self.stem.contains('/');
         for spelling in NAMES.into_iter().chain(SPELLINGS.map(|(spelling, _)| spelling)) {
             with(&[hyphen, spelling]);
-            with(&[hyphen, DYNAMIC, "-", spelling]);
+            if is_of_a_registry {
+                with(&[hyphen, DYNAMIC, "-", spelling]);
+            }
         }
     }
 }
@@ -204,7 +208,7 @@ mod tests {
 
     #[test]
     fn every_name_of_a_stem_has_that_stem() {
-        for name in ["tiny:q4_0", "llama3:8b-q4_0", "a/b:x", "tiny"] {
+        for name in ["tiny:q4_0", "llama3:8b-q4_0", "a/b:x", "hf.co/a/b:ud-q4_k_xl", "tiny"] {
             let name = ModelName::parse(name).unwrap();
             let parts = Parts::of(&name);
             let mut found = Vec::new();

@@ -316,7 +316,7 @@ async fn who_only_asks_is_told_all_that_was_looked_at() {
     let verdict = |model: &str| &rows.iter().find(|row| row["model"] == model).unwrap()["verdict"];
     assert_eq!(
         [verdict("m:q8_0"), verdict("m:q3_k_s"), verdict("m:q5_0")],
-        [&json!("compatible"), &json!("not as good"), &json!("another family or size")]
+        [&json!("compatible"), &json!("not accepted for this level"), &json!("another family or size")]
     );
 }
 
