@@ -4,6 +4,8 @@ mod harness;
 
 use harness::olol::{chat, chat_at_once, keep_alive, v1_chat};
 use harness::{Answer, Cluster, Gate, Olol, Request, Server, Way, until};
+use olol::keys::{self, Order};
+use olol_middleware::Pattern;
 use serde_json::{Value, json};
 
 const COMPATIBLE: &str = "quant-fallback.policy = \"compatible\"\n";
@@ -195,4 +197,24 @@ async fn a_look_tells_what_was_looked_at_and_counts_nothing() {
     olol.chat("tiny:q4_0", "hi").await;
     let page = olol.get("/metrics").await.text();
     assert!(page.contains("olol_quant_substitutions_total{from=\"q4_0\",to=\"q8_0\"}"), "{page}");
+}
+
+#[tokio::test]
+async fn a_key_may_be_strict_and_gets_nothing_that_it_may_not_use() {
+    let cluster = Cluster::of(1).await;
+    cluster.server(0).has("tiny:q4_0").has_loaded("tiny:q8_0");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.toml");
+    let key = |name: &str, more: Order| keys::add(&file, &name.parse().unwrap(), &more).unwrap();
+    let plain = key("plain", Order::default());
+    let strict = key("strict", Order { strict_quant: true, ..Order::default() });
+    let bound = key("bound", Order { models: vec![Pattern::parse("tiny:q4_0").unwrap()], ..Order::default() });
+    let olol = Olol::start(&cluster, &format!("{COMPATIBLE}auth.file = {}", json!(file))).await;
+    for (key, wanted) in [(plain, "tiny:q8_0"), (strict, ""), (bound, "")] {
+        cluster.server(0).has("tiny:q4_0").has_loaded("tiny:q8_0");
+        olol.ask(&keep_alive("tiny:q4_0", 0).header("x-api-key", &key)).await;
+        olol.knows(&cluster).await;
+        let answer = olol.ask(&chat("tiny:q4_0", "hi").header("x-api-key", &key)).await;
+        assert_eq!(served(&answer), (200, wanted));
+    }
 }
