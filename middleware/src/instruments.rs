@@ -28,6 +28,8 @@ const TOKENS: &str = "olol_tokens_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const HEDGES: &str = "olol_hedges_total";
+const DISTRIBUTED: &str = "olol_distributed_total";
 const TIMEOUTS: &str = "olol_timeouts_total";
 const ALIASED: &str = "olol_aliased_total";
 const ALIAS_RULES: &str = "olol_alias_rules_total";
@@ -66,6 +68,8 @@ pub const NAMES: &[&str] = &[
     ENDED,
     ERRORS,
     RETRIES,
+    HEDGES,
+    DISTRIBUTED,
     TIMEOUTS,
     ALIASED,
     ALIAS_RULES,
@@ -112,6 +116,17 @@ pub fn describe() {
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_counter!(
+        HEDGES,
+        Unit::Count,
+        "Second tries of late calls: first to answer (won), beaten (lost), in vain (failed), for a client that left \
+         (left), and those that were not made (no_budget, no_server, no_slot)"
+    );
+    describe_counter!(
+        DISTRIBUTED,
+        Unit::Count,
+        "Calls for models that belong on a group of workers, by what became of them (no_group: sent to a server)"
+    );
     describe_counter!(
         ALIASED,
         Unit::Count,
@@ -182,6 +197,46 @@ pub struct Instruments {
     ended: [OnceLock<Counter>; 3],
     knocks: [OnceLock<Counter>; Knock::ALL.len()],
     placed: [[OnceLock<Counter>; Placed::ALL.len()]; Source::ALL.len()],
+    hedged: [OnceLock<Counter>; Hedged::ALL.len()],
+    distributed: OnceLock<Counter>,
+}
+
+/// What became of a second try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hedged {
+    /// It was the first to answer.
+    Won,
+    /// The first try was.
+    Lost,
+    /// It failed.
+    Failed,
+    /// The client left before either had answered.
+    Left,
+    /// It was not made: there had been too many.
+    NoBudget,
+    /// It was not made: nobody else could answer.
+    NoServer,
+    /// It was not made: those who could were busy.
+    NoSlot,
+}
+
+impl Hedged {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Won, Self::Lost, Self::Failed, Self::Left, Self::NoBudget, Self::NoServer, Self::NoSlot];
+
+    /// The word for the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Won => "won",
+            Self::Lost => "lost",
+            Self::Failed => "failed",
+            Self::Left => "left",
+            Self::NoBudget => "no_budget",
+            Self::NoServer => "no_server",
+            Self::NoSlot => "no_slot",
+        }
+    }
 }
 
 /// What `auth` found of a request.
@@ -270,6 +325,32 @@ impl Instruments {
     /// Another attempt is made.
     pub fn retried(&self, cause: &'static str) {
         counter!(RETRIES, "cause" => cause).increment(1);
+    }
+
+    /// A second try is over, or was not made.
+    pub fn hedged(&self, how: Hedged) {
+        self.hedge_counter(how).increment(1);
+    }
+
+    fn hedge_counter(&self, how: Hedged) -> &Counter {
+        self.hedged[how as usize].get_or_init(|| counter!(HEDGES, "result" => how.as_str()))
+    }
+
+    /// A call belongs to a group of workers, and there is none.
+    pub fn found_no_group(&self) {
+        self.no_group_counter().increment(1);
+    }
+
+    fn no_group_counter(&self) -> &Counter {
+        self.distributed.get_or_init(|| counter!(DISTRIBUTED, "result" => "no_group"))
+    }
+
+    /// Makes known what is counted seldom, before it ever was: so that it can be seen that it was not.
+    fn begin_at_zero(&self) {
+        for how in Hedged::ALL {
+            self.hedge_counter(how).increment(0);
+        }
+        self.no_group_counter().increment(0);
     }
 
     /// A stream broke off; what came of it.
@@ -421,6 +502,7 @@ impl ServerMeters {
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
 pub fn observe(shared: &Shared) {
     let snapshot = shared.cluster.snapshot();
+    shared.instruments.begin_at_zero();
     gauge!(QUEUE_DEPTH).set(shared.queue.len() as f64);
     observe_keys(&shared.keys);
     observe_limits(&shared.limits);

@@ -4,7 +4,7 @@
 //! change its mind or be fair. So we count what we send, and learn where a runner is full: an agent reads it from the runner
 //! itself, the operator may say it, and otherwise [`learn`] finds it from how answers overlapped.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::call::{Call, Counters};
 use crate::circuit::Circuit;
 use crate::cluster::Server;
+use crate::hedge::Times;
 use crate::place::{LoadOptions, Named};
 use crate::slots::{Line, Load};
 
@@ -37,6 +38,8 @@ pub struct Runners {
     /// Sorted by server.
     list: ArcSwap<Vec<Arc<Runner>>>,
     line: Arc<Line>,
+    /// How long answers about the model take, on whichever server: what `hedge` learns.
+    pub times: Times,
 }
 
 impl Runners {
@@ -101,8 +104,6 @@ pub struct Runner {
     is_learned: AtomicBool,
     /// Calls that are waiting for it to be loaded.
     loading: AtomicU32,
-    /// How often a call made it load.
-    loads: AtomicU64,
     /// The load options that calls have named for what is loaded, or is loading.
     options: ArcSwap<LoadOptions>,
     /// Context of a slot as the server tells it, tokens; 0: it does not, or nothing is loaded.
@@ -165,7 +166,6 @@ impl Runner {
             learned: AtomicU32::new(GUESS),
             is_learned: AtomicBool::new(false),
             loading: AtomicU32::new(0),
-            loads: AtomicU64::new(0),
             options: ArcSwap::default(),
             context: AtomicU32::new(0),
             book: Mutex::new(Book { samples: Vec::new(), next: 0, known_since: None, born: Instant::now() }),
@@ -211,9 +211,9 @@ impl Runner {
         }
     }
 
-    /// Whether a call would find a free slot.
+    /// Whether a call would find a free slot that nobody waits for.
     pub fn has_room(&self) -> bool {
-        self.in_flight() < self.slots()
+        self.in_flight() < self.slots() && !self.line.waits_for(self.server)
     }
 
     /// The server's agent read how many slots there are; 0: it could not.
@@ -223,22 +223,26 @@ impl Runner {
         }
     }
 
-    /// The server told what is in its memory: the context of this runner, or that it is not there.
-    pub fn told(&self, loaded: Option<u32>) {
-        self.context.store(loaded.unwrap_or(0), Ordering::Relaxed);
-        if loaded.is_none() && !self.is_loading() && !self.options.load().is_empty() {
-            self.options.store(Arc::default());
+    /// The server told what is in its memory: the context of this runner and the load options of the model that it is listed
+    /// under, or that it is not there. Who loaded it may not have been us; then it has those options, as far as one can tell.
+    pub fn told(&self, loaded: Option<(u32, Option<&LoadOptions>)>) {
+        self.context.store(loaded.map_or(0, |(context, _)| context), Ordering::Relaxed);
+        if self.is_loading() {
+            return;
+        }
+        let is_empty = self.options.load().is_empty();
+        match loaded {
+            None if !is_empty => self.options.store(Arc::default()),
+            Some((context, Some(named))) if is_empty && !named.is_empty() => {
+                self.options.store(Arc::new(if context > 0 { named.without_context() } else { named.clone() }));
+            }
+            _ => {}
         }
     }
 
     /// Whether a load is going on.
     pub fn is_loading(&self) -> bool {
         self.loading.load(Ordering::Relaxed) > 0
-    }
-
-    /// How often a call made it load.
-    pub fn loads(&self) -> u64 {
-        self.loads.load(Ordering::Relaxed)
     }
 
     /// Why a call would make it load, if it would.
@@ -259,14 +263,11 @@ impl Runner {
             self.loading.fetch_add(1, Ordering::Relaxed);
             Loading(self.clone())
         });
-        if cause.is_some() {
-            self.loads.fetch_add(1, Ordering::Relaxed);
-        }
         let Some(named) = named else { return (cause, loading) };
         let had = self.options.load();
         let has = match cause {
             Some(Cause::Cold) => named.options.clone(),
-            Some(Cause::Options) if !named.takes_options() => LoadOptions::default(),
+            Some(Cause::Options) if !named.takes_options() => named.options.clone(),
             _ => had.after(&named.options),
         };
         if cause != Some(Cause::Cold) {
@@ -451,12 +452,16 @@ impl Sample {
 ///
 /// An answer has a slot for its last `busy` microseconds; where a server says nothing of that and does not stream, for at
 /// least as long as the fastest of the others took for as many tokens. The most answers that had a slot at the same moment
-/// are a lower bound; a tenth of each is left out, since what we see of an end and of the next begin may cross on the way. It is the number of slots once several answers have visibly waited: they would have begun earlier if
-/// there had been more.
+/// are a lower bound; a tenth of each is left out, since what we see of an end and of the next begin may cross on the way. It is the number of
+/// slots once several answers have visibly waited: they would have begun earlier if there had been more.
 pub fn learn(samples: &[Sample]) -> Option<u32> {
+    let shows = u64::try_from(WAIT_SHOWS.as_micros()).unwrap_or(u64::MAX);
+    // Nearly always, and much less work: nobody was there long enough to have waited.
+    if samples.iter().filter(|one| one.took() > shows).count() < WAITED_ENOUGH {
+        return None;
+    }
     let pace = samples.iter().filter(|one| one.tokens > 0).map(|one| one.took() / one.tokens).min().unwrap_or(0);
     let busy = |one: &Sample| one.busy.max(pace * one.tokens).min(one.took());
-    let shows = u64::try_from(WAIT_SHOWS.as_micros()).unwrap_or(u64::MAX);
     let waited = |one: &&Sample| one.took() - busy(one) > shows.max(busy(one) / 4);
     if samples.iter().filter(waited).count() < WAITED_ENOUGH {
         return None;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::affinity;
+use crate::budget::Budget;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::keys::Keys;
@@ -10,7 +11,6 @@ use crate::pick::Picking;
 use crate::quant_fallback::Works;
 use crate::queue::Queue;
 use crate::rate_limit::Ledger;
-use crate::retry::Budget;
 use crate::trace::Ring;
 
 /// The state that layers are views of, by layer.
@@ -36,6 +36,8 @@ pub struct Shared {
     pub works: Arc<Works>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
+    /// How many second tries are left: `hedge`'s.
+    pub hedges: Arc<Budget>,
 }
 
 impl Shared {
@@ -52,6 +54,7 @@ impl Shared {
             affinity: Arc::default(),
             works: Arc::default(),
             budget: Arc::default(),
+            hedges: Arc::default(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A proxy in front of a cluster, in the process of the test.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use olol::agent::Agent;
@@ -24,7 +24,7 @@ pub struct Olol {
     agents: Vec<Agent>,
     spool: TempDir,
     /// Stands for the folder where a user keeps configuration: what the machine of the test has there counts for nothing.
-    _home: TempDir,
+    home: TempDir,
 }
 
 impl Olol {
@@ -41,16 +41,21 @@ impl Olol {
         Self { agents, ..Self::at(servers, toml).await }
     }
 
-    /// Starts a proxy with the configuration in a file, which it reads again when that changes.
+    /// Starts a proxy with the configuration in a file, which it reads again when that changes. Servers are called as the
+    /// file calls them.
     pub async fn from_file(cluster: &Cluster, file: &Path) -> Self {
-        let (agents, servers) = cluster.reach().await;
+        let (agents, mut servers) = cluster.reach().await;
+        for (server, name) in servers.iter_mut().zip(servers_in(file)) {
+            let (_, way) = server.split_once('@').unwrap();
+            *server = format!("{name}@{way}");
+        }
         let home = tempfile::tempdir().unwrap();
         let keys = Set::Keys(home.path().join("keys.toml"));
         let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
-        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap(), _home: home };
+        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap(), home };
         olol.knows(cluster).await;
         olol
     }
@@ -65,12 +70,17 @@ impl Olol {
         if config.auth.file.as_os_str().is_empty() {
             config.auth.file = home.path().join("keys.toml");
         }
-        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, _home: home }
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, home }
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.proxy.address()
+    }
+
+    /// Its file of keys, unless the test named another.
+    pub fn keys(&self) -> PathBuf {
+        self.home.path().join("keys.toml")
     }
 
     /// The agents, in the order of their servers.
@@ -152,6 +162,12 @@ impl Olol {
     pub async fn stop(self) -> bool {
         patiently("the proxy stops", self.proxy.stop()).await
     }
+}
+
+/// The names of the servers in a file of configuration.
+pub fn servers_in(file: &Path) -> Vec<String> {
+    let servers = Config::read(file).unwrap_or_else(|error| panic!("{error}")).servers().unwrap();
+    servers.iter().map(|server| server.id.to_string()).collect()
 }
 
 /// A chat as a stream.
