@@ -109,6 +109,8 @@ pub struct Config {
     pub alias: olol_middleware::alias::Config,
     /// The `queue` layer.
     pub queue: olol_middleware::queue::Config,
+    /// The `quant-fallback` layer.
+    pub quant_fallback: olol_middleware::quant_fallback::Config,
     /// The `model-route` layer.
     pub model_route: olol_middleware::model_route::Config,
     /// The `affinity` layer.
@@ -315,6 +317,7 @@ impl Config {
             timeout: self.timeout.clone(),
             alias: self.alias.clone(),
             queue: self.queue,
+            quant_fallback: self.quant_fallback.clone(),
             model_route: self.model_route.clone(),
             affinity: self.affinity.clone(),
             hedge: self.hedge.clone(),

@@ -147,6 +147,8 @@ struct Entry {
     admin: bool,
     #[serde(default)]
     priority: Priority,
+    #[serde(default)]
+    strict_quant: bool,
     limits: Option<Limits>,
     expires: Option<Expires>,
     #[serde(default)]
@@ -303,6 +305,7 @@ fn parse(text: &str, path: &Path) -> Result<Vec<(Digest, Key)>, KeysError> {
                     .map_or(Rights::ALL, |words| words.iter().fold(Rights::NONE, |all, more| all.and(*more))),
                 admin: entry.admin,
                 priority: entry.priority,
+                strict_quant: entry.strict_quant,
                 limits: entry.limits,
                 expires: entry.expires.as_ref().map(|expires| expires.0),
                 outbound,
@@ -331,6 +334,8 @@ pub struct Order {
     pub admin: bool,
     /// Who is served first.
     pub priority: Priority,
+    /// Whether it gets no other quantization of a model than it asks for.
+    pub strict_quant: bool,
     /// What it may use.
     pub limits: Limits,
     /// When it ends.
@@ -406,6 +411,9 @@ impl Order {
         }
         if self.priority != Priority::default() {
             table["priority"] = value(self.priority.as_str());
+        }
+        if self.strict_quant {
+            table["strict-quant"] = value(true);
         }
         if let Some(expires) = self.expires {
             table["expires"] = value(expires);
@@ -633,12 +641,14 @@ mod tests {
             may: Some(vec!["infer".to_owned()]),
             admin: true,
             priority: Priority::Low,
+            strict_quant: true,
             limits,
             expires: Some("2027-01-31".parse().unwrap()),
         };
         assert_ne!(add(&path, &bob, &order).unwrap(), text);
         let kept = std::fs::read_to_string(&path).unwrap();
         assert!(kept.contains("second floor") && kept.contains("[keys.\"bob b\".limits]"), "{kept}");
+        assert!(read(&path).unwrap().iter().any(|(_, key)| &*key.name == "bob b" && key.strict_quant), "{kept}");
         let error = add(&path, &bob, &order).unwrap_err().to_string();
         assert!(error.contains("there is a key 'bob b' already"), "{error}");
         assert_eq!(&*remove(&path, &key.id).unwrap(), "ada");

@@ -13,7 +13,7 @@ const FEW: usize = 4;
 /// How many orders are tried then.
 const SAMPLE: usize = 150;
 /// Layers that are off unless something is said have it said.
-const ON: &str = "hedge.on = [\"embed\"]\ndistribute.policy = \"always\"";
+const ON: &str = "hedge.on = [\"embed\"]\ndistribute.policy = \"always\"\nquant-fallback.policy = \"any\"";
 
 #[tokio::test]
 async fn every_order_that_the_rules_allow_serves_and_lives_through_a_server_that_dies() {

@@ -173,12 +173,37 @@ pub struct Known {
     pub loaded: Bits,
     /// Bytes of it on a disk; the most that a server says.
     pub size: u64,
+    /// What the servers say it is: one entry, as long as they agree.
+    pub makes: SmallVec<[Make; 1]>,
     /// Its runners on the servers; shared with the other names of the same weights.
     pub runners: Arc<Runners>,
     /// The load options that it names by itself, for calls that name none.
     pub defaults: Option<Arc<LoadOptions>>,
     /// Its metrics.
     pub meters: Arc<ModelMeters>,
+}
+
+/// What some servers say a model is: those that say it of the same family, size and quantization.
+#[derive(Clone, Debug)]
+pub struct Make {
+    /// Who says so.
+    pub servers: Bits,
+    report: Arc<Report>,
+    at: usize,
+}
+
+impl Make {
+    /// The model, as one of them lists it.
+    pub fn model(&self) -> &Model {
+        &self.report.models[self.at]
+    }
+
+    fn is_of(&self, model: &Model) -> bool {
+        let own = self.model();
+        own.quantization == model.quantization
+            && own.parameter_size == model.parameter_size
+            && own.family == model.family
+    }
 }
 
 /// Everything that is known at one moment.
@@ -689,12 +714,12 @@ impl Cluster {
         let (findings, left) = found.settle(&book.models, &servers);
         let models = findings
             .into_iter()
-            .map(|Finding { name, installed, loaded, size, defaults, runners }| {
+            .map(|Finding { name, installed, loaded, size, makes, defaults, runners }| {
                 let entry = book.models.entry(name.clone());
                 let entry = entry.or_insert_with(|| (Arc::new(ModelMeters::new(&name)), runners.clone()));
                 entry.1 = runners.clone();
                 let meters = entry.0.clone();
-                (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, defaults, meters }))
+                (name.clone(), Arc::new(Known { name, installed, loaded, size, makes, runners, defaults, meters }))
             })
             .collect();
         let every = Bits::first(servers.len());

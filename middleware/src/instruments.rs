@@ -33,6 +33,8 @@ const DISTRIBUTED: &str = "olol_distributed_total";
 const TIMEOUTS: &str = "olol_timeouts_total";
 const ALIASED: &str = "olol_aliased_total";
 const ALIAS_RULES: &str = "olol_alias_rules_total";
+const QUANT_SUBSTITUTIONS: &str = "olol_quant_substitutions_total";
+const QUANT_FETCHES: &str = "olol_quant_fetches_total";
 const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
 const QUEUE_DEPTH: &str = "olol_queue_depth";
 const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
@@ -71,6 +73,8 @@ pub const NAMES: &[&str] = &[
     TIMEOUTS,
     ALIASED,
     ALIAS_RULES,
+    QUANT_SUBSTITUTIONS,
+    QUANT_FETCHES,
     PREDICTION_ERROR,
     QUEUE_DEPTH,
     QUEUE_WAIT,
@@ -129,6 +133,16 @@ pub fn describe() {
         "Calls that asked for another model than they named, by the name or pattern"
     );
     describe_counter!(ALIAS_RULES, Unit::Count, "Calls that a rule has sent to certain servers, by rule");
+    describe_counter!(
+        QUANT_SUBSTITUTIONS,
+        Unit::Count,
+        "Calls that were served by another quantization, by the one that was asked for and the one that answered"
+    );
+    describe_counter!(
+        QUANT_FETCHES,
+        Unit::Count,
+        "Quantizations that nobody had and that were fetched, by how (make, pull) and result (ok, failed)"
+    );
     describe_counter!(
         TIMEOUTS,
         Unit::Count,
@@ -398,6 +412,16 @@ impl UseMeter {
     pub fn used(&self) {
         self.counter.get_or_init(|| counter!(self.metric, vec![self.label.clone()])).increment(1);
     }
+}
+
+/// A call was served by another quantization than it asked for. Both are of the levels that are known.
+pub fn quant_substituted(from: &'static str, to: &'static str) {
+    counter!(QUANT_SUBSTITUTIONS, "from" => from, "to" => to).increment(1);
+}
+
+/// A quantization that nobody had was made or pulled, or could not be.
+pub fn quant_fetched(how: &'static str, is_good: bool) {
+    counter!(QUANT_FETCHES, "how" => how, "result" => if is_good { "ok" } else { "failed" }).increment(1);
 }
 
 /// A call is given up, since something took too long.

@@ -44,6 +44,8 @@ pub struct Key {
     pub admin: bool,
     /// How urgent its calls are.
     pub priority: Priority,
+    /// Whether nothing may stand for the quantization of a model that it asks for.
+    pub strict_quant: bool,
     /// Its own limits, before those of `[rate-limit]`.
     pub limits: Option<Limits>,
     /// When it ends.

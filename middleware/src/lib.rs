@@ -11,6 +11,7 @@
 //! | `timeout` | [`timeout`] | gives up on what takes too long |
 //! | `alias` | [`alias`] | puts models in the place of names, and follows the operator's rules for servers |
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
+//! | `quant-fallback` | [`quant_fallback`] | serves a model in another quantization where that one is not there |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
 //! | `hedge` | [`hedge`] | asks a second server when the first is late with a short answer |
@@ -46,6 +47,7 @@ pub mod pattern;
 pub mod peek;
 pub mod pick;
 pub mod place;
+pub mod quant_fallback;
 pub mod queue;
 pub mod rate_limit;
 pub mod rename;

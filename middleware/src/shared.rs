@@ -8,6 +8,7 @@ use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::keys::Keys;
 use crate::pick::Picking;
+use crate::quant_fallback::Works;
 use crate::queue::Queue;
 use crate::rate_limit::Ledger;
 use crate::trace::Ring;
@@ -31,6 +32,8 @@ pub struct Shared {
     pub limits: Arc<Ledger>,
     /// Who has which conversations: `affinity`'s.
     pub affinity: Arc<affinity::Table>,
+    /// Which quantizations are being made or pulled: `quant-fallback`'s.
+    pub works: Arc<Works>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
     /// How many second tries are left: `hedge`'s.
@@ -49,6 +52,7 @@ impl Shared {
             picking: Arc::default(),
             queue: Arc::default(),
             affinity: Arc::default(),
+            works: Arc::default(),
             budget: Arc::default(),
             hedges: Arc::default(),
         }

@@ -17,6 +17,7 @@ use crate::hedge::HedgeLayer;
 use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
+use crate::quant_fallback::{self, QuantFallbackLayer};
 use crate::queue::QueueLayer;
 use crate::rate_limit::RateLimitLayer;
 use crate::retry::RetryLayer;
@@ -111,6 +112,8 @@ pub enum Concern {
     Alias,
     /// [`crate::queue`]
     Queue,
+    /// [`crate::quant_fallback`]
+    QuantFallback,
     /// [`crate::model_route`]
     ModelRoute,
     /// [`crate::affinity`]
@@ -125,7 +128,7 @@ pub enum Concern {
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Trace,
         Self::Metrics,
         Self::Auth,
@@ -133,6 +136,7 @@ impl Concern {
         Self::Timeout,
         Self::Alias,
         Self::Queue,
+        Self::QuantFallback,
         Self::ModelRoute,
         Self::Affinity,
         Self::Hedge,
@@ -150,6 +154,7 @@ impl Concern {
             Self::Timeout => "timeout",
             Self::Alias => "alias",
             Self::Queue => "queue",
+            Self::QuantFallback => "quant-fallback",
             Self::ModelRoute => "model-route",
             Self::Affinity => "affinity",
             Self::Hedge => "hedge",
@@ -168,6 +173,7 @@ impl Concern {
             Self::Timeout => "ends what takes too long",
             Self::Alias => "gives models other names, and prefers servers for them",
             Self::Queue => "lets calls wait for a free place at a server, in fair turns",
+            Self::QuantFallback => "serves a model in another quantization, where that one is not there",
             Self::ModelRoute => "narrows the candidates to those that have the model",
             Self::Affinity => "leads a conversation back to the server that remembers it",
             Self::Hedge => "asks a second server when the first is late with a short answer",
@@ -240,6 +246,8 @@ pub struct Config {
     pub queue: crate::queue::Config,
     /// The `[rate-limit]` table.
     pub rate_limit: crate::rate_limit::Config,
+    /// The `[quant-fallback]` table.
+    pub quant_fallback: quant_fallback::Config,
     /// The `[model-route]` table.
     pub model_route: crate::model_route::Config,
     /// The `[affinity]` table.
@@ -298,6 +306,42 @@ const RULES: &[Rule] = &[
         outer: Concern::Alias,
         inner: Concern::ModelRoute,
         why: "servers have the models that names stand for, not the names",
+    },
+    Rule { outer: Concern::Auth, inner: Concern::QuantFallback, why: "what may stand for a model depends on the key" },
+    Rule {
+        outer: Concern::Alias,
+        inner: Concern::QuantFallback,
+        why: "quantizations are of the models that names stand for",
+    },
+    Rule {
+        outer: Concern::Queue,
+        inner: Concern::QuantFallback,
+        why: "when a slot is free it must be decided anew which quantization is in memory",
+    },
+    Rule {
+        outer: Concern::QuantFallback,
+        inner: Concern::ModelRoute,
+        why: "servers are chosen by the quantization that is really asked for",
+    },
+    Rule {
+        outer: Concern::QuantFallback,
+        inner: Concern::Affinity,
+        why: "a conversation goes on where the quantization that is really asked for has its history",
+    },
+    Rule {
+        outer: Concern::QuantFallback,
+        inner: Concern::Retry,
+        why: "a retry must ask for the quantization that was chosen",
+    },
+    Rule {
+        outer: Concern::QuantFallback,
+        inner: Concern::Hedge,
+        why: "a second try must ask for the quantization that was chosen",
+    },
+    Rule {
+        outer: Concern::QuantFallback,
+        inner: Concern::Distribute,
+        why: "whether a model is too big for a server depends on its quantization",
     },
     Rule {
         outer: Concern::Queue,
@@ -410,6 +454,12 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
         Concern::Queue => push(inner, &QueueLayer::new(config.queue, shared.queue.clone(), shared.cluster.clone())),
         Concern::RateLimit => {
             push(inner, &RateLimitLayer::new(&config.rate_limit, shared.limits.clone(), shared.instruments.clone()))
+        }
+        // Nothing would be done.
+        Concern::QuantFallback if config.quant_fallback.policy == quant_fallback::Policy::Off => inner,
+        Concern::QuantFallback => {
+            let (cluster, works) = (shared.cluster.clone(), shared.works.clone());
+            push(inner, &QuantFallbackLayer::new(config.quant_fallback.clone(), cluster, works))
         }
         Concern::ModelRoute => push(inner, &ModelRouteLayer::new(config.model_route.clone(), shared.cluster.clone())),
         Concern::Affinity => push(

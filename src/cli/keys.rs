@@ -59,6 +59,9 @@ struct Add {
     /// Who is served first when there is a queue: high, normal or low
     #[arg(long, value_name = "WORD", value_parser = priority, default_value = "normal")]
     priority: Priority,
+    /// Give it no other quantization of a model than it asks for, whatever [quant-fallback] says
+    #[arg(long)]
+    strict_quant: bool,
     /// Requests a minute
     #[arg(long, value_name = "COUNT")]
     rpm: Option<NonZeroU32>,
@@ -126,6 +129,7 @@ impl Add {
             may: self.may.clone(),
             admin: self.admin,
             priority: self.priority,
+            strict_quant: self.strict_quant,
             limits: Limits {
                 requests_per_minute: self.rpm,
                 concurrent: self.concurrent,
@@ -163,7 +167,11 @@ fn table(keys: &[Key]) -> String {
             if models.is_empty() { "all".to_owned() } else { models },
             key.priority.as_str().to_owned(),
             key.expires.map_or_else(|| "never".to_owned(), day),
-            if key.admin { "admin".to_owned() } else { String::new() },
+            [(key.admin, "admin"), (key.strict_quant, "strict-quant")]
+                .into_iter()
+                .filter_map(|(is_so, word)| is_so.then_some(word))
+                .collect::<Vec<_>>()
+                .join(", "),
         ]);
     }
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -194,6 +202,7 @@ mod tests {
                 models: Some([Pattern::parse("tiny*").unwrap()].into()),
                 may: Rights::INFER.and(Rights::LIST),
                 expires: Some(SystemTime::UNIX_EPOCH),
+                strict_quant: true,
                 ..Key::default()
             },
         ];
@@ -201,7 +210,7 @@ mod tests {
             table(&keys),
             "NAME  ID  MAY          MODELS  PRIORITY  EXPIRES\n\
              ada   1f  all          all     normal    never                        admin\n\
-             bob   2e  infer, list  tiny*   normal    1970-01-01T00:00:00Z (over)\n"
+             bob   2e  infer, list  tiny*   normal    1970-01-01T00:00:00Z (over)  strict-quant\n"
         );
     }
 }

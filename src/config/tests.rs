@@ -92,6 +92,27 @@ fn a_key_of_another_table() {
 }
 
 #[test]
+fn a_quantization_that_there_is_not() {
+    let wrong = error("[quant-fallback.accept]\nq4_0 = [\"q4_0\", \"q5_K_N\"]\n");
+    assert_snapshot!(wrong.lines().take(4).collect::<Vec<_>>().join("\n"), @r#"
+    olol.toml: line 2, column 8: quant-fallback.accept.q4_0: unknown word `q5_K_N`; did you mean `q5_k_m`?
+      |
+    2 | q4_0 = ["q4_0", "q5_K_N"]
+      |        ^^^^^^^^^^^^^^^^^^
+    "#);
+}
+
+#[test]
+fn a_quantization_that_stands_twice() {
+    assert_snapshot!(error("[quant-fallback]\nladder = [\"q4_0\", \"Q4_0\"]\n"), @r#"
+    olol.toml: line 2, column 10: quant-fallback.ladder: q4_0 stands twice: a level has one place on the ladder
+      |
+    2 | ladder = ["q4_0", "Q4_0"]
+      |          ^^^^^^^^^^^^^^^^
+    "#);
+}
+
+#[test]
 fn a_key_before_its_table() {
     assert_snapshot!(error("port = 11434\n"), @r"
     olol.toml: line 1, column 1: unknown key `port`; `port` is a key of [proxy]

@@ -1,7 +1,8 @@
 //! Pulls and creates at several servers, told to the client as one.
 //!
 //! The client sees one valid stream: each status once all have reached it, each layer at the progress of the slowest, and at
-//! the end `success`, or an error that names who failed. What has been said is never taken back.
+//! the end `success`, or an error that names who failed. What has been said is never taken back. Servers that a layer has
+//! taken out of the candidates are not asked.
 
 use std::sync::Arc;
 
@@ -26,7 +27,8 @@ enum Said {
 impl<F: Fleet> Scatter<F> {
     /// Lets every server concerned do it and follows them all.
     pub(super) async fn progress(self, call: Call) -> Result<Reply, Error> {
-        let everybody = call.candidates.snapshot().servers.clone();
+        let is_meant = |server: &Arc<Server>| call.candidates.get(server.index).is_some();
+        let everybody: Vec<Arc<Server>> = call.candidates.iter().cloned().collect();
         let mut targets: Vec<Arc<Server>> = everybody.iter().filter(|server| server.is_reachable()).cloned().collect();
         if targets.is_empty() {
             targets.clone_from(&everybody);
@@ -37,7 +39,8 @@ impl<F: Fleet> Scatter<F> {
             everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
         if call.route == Route::Create {
             let base = call.peek.from.as_deref().and_then(ModelName::parse);
-            let with_base = holders(&call.candidates, base.as_ref());
+            let mut with_base = holders(&call.candidates, base.as_ref());
+            with_base.retain(is_meant);
             if !with_base.is_empty() {
                 targets = with_base;
                 absent.clear();

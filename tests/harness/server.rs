@@ -138,6 +138,11 @@ impl Server {
         self.change(|state| state.store.load(model))
     }
 
+    /// Says of a model which family, number of parameters and quantization it is, instead of what its name says.
+    pub fn describes(&self, model: &str, family: &str, parameter_size: &str, quantization: &str) -> &Self {
+        self.change(|state| state.store.describe(model, family, parameter_size, quantization))
+    }
+
     /// Lost a model, and told nobody.
     pub fn lost(&self, model: &str) -> &Self {
         self.change(|state| {

@@ -21,6 +21,9 @@ struct Model {
     weights: String,
     size: u64,
     modified_at: String,
+    family: String,
+    parameter_size: String,
+    quantization: String,
 }
 
 impl Default for Store {
@@ -39,7 +42,25 @@ impl Store {
         let digest = hex(&Sha256::digest(&name));
         // Models of different weights differ in size.
         let size = 1000 + ((self.models.len() as u64) << 21);
-        self.models.push(Model { weights: digest.clone(), digest, name, size, modified_at });
+        self.models.push(Model {
+            weights: digest.clone(),
+            digest,
+            quantization: quantization(&name),
+            family: "llama".to_owned(),
+            parameter_size: "1.5M".to_owned(),
+            name,
+            size,
+            modified_at,
+        });
+    }
+
+    /// Says something else of a model than its name does.
+    pub fn describe(&mut self, name: &str, family: &str, parameter_size: &str, quantization: &str) {
+        for model in self.models.iter_mut().filter(|model| model.name == full(name)) {
+            family.clone_into(&mut model.family);
+            parameter_size.clone_into(&mut model.parameter_size);
+            quantization.clone_into(&mut model.quantization);
+        }
     }
 
     /// Puts a model on the disk that has the weights of another.
@@ -119,7 +140,7 @@ impl Store {
     /// `/api/ps`: latest expiry first.
     pub fn ps(&self) -> Value {
         let entry = |(at, name): (usize, &String)| {
-            json!({"name": name, "model": name, "size": 1000, "digest": hex(&Sha256::digest(name)), "details": details(),
+            json!({"name": name, "model": name, "size": 1000, "digest": hex(&Sha256::digest(name)), "details": Model::usual(),
                 "expires_at": format!("2026-01-01T01:00:{at:02}Z"), "size_vram": 0, "context_length": 2048})
         };
         json!({"models": self.loaded.iter().enumerate().rev().map(entry).collect::<Vec<_>>()})
@@ -139,7 +160,7 @@ impl Store {
         let model = self.models.iter().find(|model| model.name == full(name))?;
         Some(
             json!({"license": "MIT", "modelfile": format!("FROM /models/blobs/sha256-{}", model.weights), "parameters": parameters, "template": "{{ .Prompt }}",
-            "details": details(), "model_info": {"general.architecture": "llama"}, "capabilities": ["completion"],
+            "details": model.details(), "model_info": {"general.architecture": "llama"}, "capabilities": ["completion"],
             "modified_at": model.modified_at}),
         )
     }
@@ -148,7 +169,15 @@ impl Store {
 impl Model {
     fn listed(&self) -> Value {
         json!({"name": self.name, "model": self.name, "modified_at": self.modified_at, "size": self.size, "digest": self.digest,
-            "details": details(), "capabilities": ["completion"]})
+            "details": self.details(), "capabilities": ["completion"]})
+    }
+
+    fn details(&self) -> Value {
+        details(&self.family, &self.parameter_size, &self.quantization)
+    }
+
+    fn usual() -> Value {
+        details("llama", "1.5M", "Q4_0")
     }
 
     /// The seconds of the minute: enough to tell which is newer.
@@ -157,9 +186,16 @@ impl Model {
     }
 }
 
-fn details() -> Value {
-    json!({"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "1.5M",
-        "quantization_level": "Q4_0", "context_length": 2048})
+fn details(family: &str, parameter_size: &str, quantization: &str) -> Value {
+    json!({"parent_model": "", "format": "gguf", "family": family, "families": [family], "parameter_size": parameter_size,
+        "quantization_level": quantization, "context_length": 2048})
+}
+
+/// What the tag of a model says of it; `Q4_0` if that is nothing.
+fn quantization(name: &str) -> String {
+    let last = name.rsplit([':', '-']).next().unwrap_or_default();
+    let is_level = last == "f16" || last.starts_with('q') && last.contains('_');
+    if is_level { last.to_uppercase() } else { "Q4_0".to_owned() }
 }
 
 /// A name with its tag, as Ollama stores it.

@@ -7,7 +7,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Bits, Loaded, Model, Server};
+use smallvec::SmallVec;
+
+use super::{Bits, Loaded, Make, Model, Server};
 use crate::instruments::ModelMeters;
 use crate::names::ModelName;
 use crate::place::LoadOptions;
@@ -27,11 +29,25 @@ struct Holding<'a> {
     installed: Bits,
     loaded: Bits,
     size: u64,
+    makes: SmallVec<[Make; 1]>,
     defaults: Option<Arc<LoadOptions>>,
     /// What servers say of its runner in their memory.
     memory: Vec<(usize, &'a Loaded)>,
     /// Another model with the same weights; itself, if it is the first of them.
     like: usize,
+}
+
+impl Holding<'_> {
+    /// A server says what it is.
+    fn is_made(&mut self, server: &Server, at: usize, model: &Model) {
+        if let Some(make) = self.makes.iter_mut().find(|make| make.is_of(model)) {
+            make.servers.insert(server.index);
+            return;
+        }
+        let mut servers = Bits::default();
+        servers.insert(server.index);
+        self.makes.push(Make { servers, report: server.report.clone(), at });
+    }
 }
 
 /// A runner on a server, and the load options of the model that it is listed under.
@@ -43,6 +59,7 @@ pub(super) struct Finding {
     pub(super) installed: Bits,
     pub(super) loaded: Bits,
     pub(super) size: u64,
+    pub(super) makes: SmallVec<[Make; 1]>,
     pub(super) defaults: Option<Arc<LoadOptions>>,
     pub(super) runners: Arc<Runners>,
 }
@@ -64,12 +81,13 @@ impl<'a> Found<'a> {
     /// Hears one server. `families` knows the first model of each identity.
     fn hear(&mut self, server: &'a Server, families: &mut HashMap<&'a str, usize>) {
         let mut here: Vec<(usize, &Model)> = Vec::with_capacity(server.report.models.len());
-        for model in &server.report.models {
+        for (at, model) in server.report.models.iter().enumerate() {
             let Some(name) = ModelName::parse(&model.name) else { continue };
             let number = self.number(name);
             let holding = &mut self.holdings[number];
             holding.installed.insert(server.index);
             holding.size = holding.size.max(model.size);
+            holding.is_made(server, at, model);
             if holding.defaults.is_none() && !model.parameters.is_empty() {
                 holding.defaults = Some(Arc::new(LoadOptions::in_object(&model.parameters)));
             }
@@ -102,6 +120,7 @@ impl<'a> Found<'a> {
                 installed: Bits::default(),
                 loaded: Bits::default(),
                 size: 0,
+                makes: SmallVec::new(),
                 defaults: None,
                 memory: Vec::new(),
                 like: next,
@@ -151,8 +170,8 @@ impl<'a> Found<'a> {
             let runners = chosen[*first].get_or_insert_default().clone();
             let defaults = &holding.defaults;
             memory[*first].extend(holding.memory.into_iter().map(|(at, loaded)| (at, loaded, defaults.clone())));
-            let Holding { name, installed, loaded, size, defaults, .. } = holding;
-            findings.push(Finding { name, installed, loaded, size, defaults, runners });
+            let Holding { name, installed, loaded, size, makes, defaults, .. } = holding;
+            findings.push(Finding { name, installed, loaded, size, makes, defaults, runners });
         }
         for (runners, memory) in chosen.iter().zip(&memory) {
             let Some(runners) = runners else { continue };
