@@ -3,7 +3,8 @@
 mod harness;
 
 use harness::olol::chat;
-use harness::{Cluster, Gate, Olol, Way, until};
+use harness::{Cluster, Gate, Olol, Way, patiently, until};
+use olol::keys::{self, Order};
 
 const ONE_SLOT: &str = "pick.slots = [{ slots = 1 }]";
 
@@ -118,4 +119,32 @@ async fn slots_that_nobody_told_are_doubled_while_all_are_answered() {
     for stream in &mut streams {
         assert_eq!(stream.answer().await.said(), "onetwo");
     }
+}
+
+#[tokio::test]
+async fn beside_a_flood_of_one_key_a_single_request_of_another_is_soon_asked() {
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    let gate = Gate::closed();
+    cluster.server(0).echoes().is_paced_by(&gate);
+    let olol = Olol::start(&cluster, ONE_SLOT).await;
+    let add = |name: &str| keys::add(&olol.keys(), &name.parse().unwrap(), &Order::default()).unwrap();
+    let [flooder, other] = ["flooder", "other"].map(add);
+    let known = async { while olol.get("/api/tags").await.status != 401 {} };
+    patiently("the keys are known", known).await;
+    let by = |text: &str, key: &str| chat("tiny", text).header("authorization", &format!("Bearer {key}"));
+    let mut flood = Vec::new();
+    for number in 0..40 {
+        flood.push(olol.begin(&by(&format!("flood {number}"), &flooder)).await);
+        until("it is asked or waits", || cluster.server(0).work() + olol.waiting() == number + 1).await;
+    }
+    let mut single = olol.begin(&by("single", &other)).await;
+    until("all wait", || olol.waiting() == 40).await;
+    gate.open();
+    assert_eq!(single.answer().await.said(), "single");
+    for mut flooding in flood {
+        assert!(flooding.answer().await.said().starts_with("flood"));
+    }
+    let asked: Vec<_> = cluster.server(0).seen("/api/chat").iter().map(|seen| seen.json()).collect();
+    let place = asked.iter().position(|body| body["messages"][0]["content"] == "single").unwrap();
+    assert!(place <= 2, "asked after {place} of the flood: it must begin within two service times");
 }
