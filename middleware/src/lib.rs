@@ -40,6 +40,7 @@ pub mod pattern;
 pub mod peek;
 pub mod pick;
 pub mod place;
+pub mod progress;
 pub mod queue;
 pub mod rate_limit;
 pub mod rename;

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tower::{Layer, Service};
 
 use crate::call::{Answer, Call, Chunk, End, Head, Outcome, Reply, Watcher};
 use crate::error::Error;
-use crate::instruments::{Instruments, ModelMeters};
+use crate::instruments::{Instruments, RunnerMeters};
 
 /// The `[metrics]` table. It has no keys: what is measured is the same everywhere, so that dashboards work.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -62,27 +63,27 @@ where
         if call.dry {
             return Box::pin(self.inner.call(call));
         }
-        let mut measure =
-            Measure { head: call.head.clone(), instruments: self.instruments.clone(), model: None, begun: false };
+        let mut measure = Measure { head: call.head.clone(), instruments: self.instruments.clone(), begun: false };
         let reply = self.inner.call(call);
         Box::pin(async move {
             // Dropping `measure` before there is an answer is a client that left.
-            match reply.await {
+            let answer = reply.await;
+            measure.begun = true;
+            let Measure { head, instruments, .. } = &measure;
+            if let Some(took) = head.progress.deciding() {
+                instruments.decided(took);
+            }
+            match answer {
                 Ok(reply) => {
-                    measure.instruments.answered(measure.head.route, reply.status.as_u16());
-                    measure.model.clone_from(&reply.body.outcome().model);
-                    measure.begun = true;
-                    Ok(reply.watch(Following { measure, seen: false }))
+                    instruments.answered(head.route, reply.status.as_u16());
+                    let following = Following::new(&reply, measure);
+                    Ok(reply.watch(following))
                 }
                 Err(error) => {
-                    measure.instruments.answered(measure.head.route, error.status().as_u16());
-                    measure.instruments.refused(&error);
-                    measure.begun = true;
-                    measure.instruments.ended(
-                        measure.head.route,
-                        End::Broken(error.kind()),
-                        measure.head.arrived.elapsed(),
-                    );
+                    let status = error.status().as_u16();
+                    instruments.answered(head.route, status);
+                    instruments.refused(&error);
+                    instruments.ended(head.route, status, End::Broken(error.kind()), head.arrived.elapsed());
                     Err(error)
                 }
             }
@@ -94,7 +95,6 @@ where
 struct Measure {
     head: Arc<Head>,
     instruments: Arc<Instruments>,
-    model: Option<Arc<ModelMeters>>,
     /// Whether there was an answer, or an error instead of one.
     begun: bool,
 }
@@ -102,8 +102,9 @@ struct Measure {
 impl Drop for Measure {
     fn drop(&mut self) {
         if !self.begun {
-            self.instruments.answered(self.head.route, 499);
-            self.instruments.ended(self.head.route, End::Dropped, self.head.arrived.elapsed());
+            self.instruments.answered(self.head.route, LEFT);
+            self.instruments.left(self.head.progress.stage());
+            self.instruments.ended(self.head.route, LEFT, End::Dropped, self.head.arrived.elapsed());
         }
     }
 }
@@ -111,24 +112,89 @@ impl Drop for Measure {
 /// Follows the body of an answer.
 struct Following {
     measure: Measure,
-    seen: bool,
+    status: u16,
+    /// Whether it comes piece by piece, as it is made.
+    is_stream: bool,
+    meters: Option<Arc<RunnerMeters>>,
+    pieces: usize,
+    /// When the first piece of a stream came.
+    first: Option<Instant>,
+    /// When a piece came before the one that will be measured.
+    last: Option<Instant>,
+}
+
+impl Following {
+    fn new(reply: &Reply, measure: Measure) -> Self {
+        Self {
+            measure,
+            status: reply.status.as_u16(),
+            is_stream: reply.status.is_success() && reply.is_stream(),
+            meters: reply.body.outcome().meters.clone(),
+            pieces: 0,
+            first: None,
+            last: None,
+        }
+    }
+
+    /// A piece of a stream that is measured has come, or the one before it.
+    fn look(&mut self, meters: &RunnerMeters) {
+        let now = Instant::now();
+        if self.pieces == 1 {
+            let Measure { head, instruments, .. } = &self.measure;
+            meters.first_token(now - head.arrived);
+            if let Some(came) = head.progress.came() {
+                instruments.passed_on((now - head.arrived).saturating_sub(came));
+            }
+            self.first = Some(now);
+        } else if let Some(last) = self.last.take() {
+            meters.gap(now - last);
+            return;
+        }
+        self.last = Some(now);
+    }
 }
 
 impl Watcher for Following {
     fn chunk(&mut self, _chunk: &Chunk) {
-        if !std::mem::replace(&mut self.seen, true)
-            && let Some(model) = &self.measure.model
+        self.pieces += 1;
+        // A look at the clock costs as much as all the rest of a piece: two are enough for `EACH` pieces.
+        if self.is_stream
+            && matches!(self.pieces % EACH, 1 | 2)
+            && let Some(meters) = self.meters.take()
         {
-            model.first_token(self.measure.head.arrived.elapsed());
+            self.look(&meters);
+            self.meters = Some(meters);
         }
     }
 
     fn end(&mut self, end: End, outcome: &Outcome) {
-        self.measure.instruments.ended(self.measure.head.route, end, self.measure.head.arrived.elapsed());
-        if let (Some(model), Some(counters)) = (&self.measure.model, &outcome.counters) {
-            model.tokens(counters);
+        let now = Instant::now();
+        let Measure { head, instruments, .. } = &self.measure;
+        instruments.ended(head.route, self.status, end, now - head.arrived);
+        match end {
+            End::Whole => {}
+            End::Broken(_) => instruments.broke(self.pieces > 0),
+            End::Dropped if self.pieces > 0 => instruments.left_stream(),
+            End::Dropped => instruments.left(head.progress.stage()),
+        }
+        let (Some(meters), Some(counters)) = (&outcome.meters, &outcome.counters) else { return };
+        meters.tokens(counters, head.key.get().map(|key| &key.name));
+        instruments.sized(head.route, counters);
+        if let (Some(first), Some(more @ 1..)) = (self.first, counters.output_tokens.checked_sub(1)) {
+            meters.per_token((now - first).div_f64(as_f64(more)));
         }
     }
+}
+
+/// Of so many pieces of a stream the time before one is measured.
+const EACH: usize = 16;
+
+/// The status of a request whose client left before there was one, as nginx has it.
+const LEFT: u16 = 499;
+
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 tokens")]
+fn as_f64(count: u64) -> f64 {
+    count as f64
 }
 
 #[cfg(test)]

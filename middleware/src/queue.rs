@@ -237,6 +237,7 @@ impl Rules {
             return Err(self.full());
         };
         let mut left = Left { ticket: ticket.clone(), how: Waited::Left };
+        spare.progress.is_queued();
         let limit = ticket.arrived + self.config.max_wait_s.time();
         let limit = spare.deadline.map_or(limit, |deadline| deadline.min(limit));
         let mut runners = runners;
@@ -253,8 +254,12 @@ impl Rules {
             let Some(mut call) = spare.again() else { return Err(Error::busy()) };
             call.candidates.renew(self.cluster.snapshot());
             call.lease = slot;
+            spare.progress.has_waited(ticket.arrived.elapsed());
             match service.ready().await?.call(call).await {
-                Err(Error::Busy { runners: others, .. }) if !others.is_empty() => runners = others,
+                Err(Error::Busy { runners: others, .. }) if !others.is_empty() => {
+                    spare.progress.is_queued();
+                    runners = others;
+                }
                 answer => {
                     left.how = Waited::Served;
                     self.queue.left();

@@ -30,6 +30,7 @@ struct Known {
     shared: Shared,
     about: About,
     metrics: PrometheusHandle,
+    process: metrics_process::Collector,
     reloader: Arc<Reloader>,
 }
 
@@ -43,7 +44,7 @@ impl Own {
             .route("/api/status/servers", get(servers))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
-            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
+            .with_state(Known { shared: shared.clone(), about, metrics, process: Default::default(), reloader });
         Self { router, shared }
     }
 
@@ -74,10 +75,16 @@ fn is_for_anybody(path: &str) -> bool {
 }
 
 async fn scrape(State(known): State<Known>) -> impl IntoResponse {
-    instruments::observe(&known.shared);
+    known.process.collect();
     let state = known.reloader.running().state();
-    instruments::observe_config(state.last.as_ref().is_none_or(|last| last.error.is_none()), state.since);
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], known.metrics.render())
+    let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
+    let page = [
+        known.metrics.render(),
+        instruments::observe(&known.shared),
+        instruments::observe_config(is_good, state.since),
+        instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
+    ];
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page.concat())
 }
 
 /// Ready is who has a server that takes calls.
