@@ -1,7 +1,7 @@
 //! A proxy in front of a cluster, in the process of the test.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use olol::agent::Agent;
@@ -24,7 +24,7 @@ pub struct Olol {
     agents: Vec<Agent>,
     spool: TempDir,
     /// Stands for the folder where a user keeps configuration: what the machine of the test has there counts for nothing.
-    _home: TempDir,
+    home: TempDir,
 }
 
 impl Olol {
@@ -50,7 +50,7 @@ impl Olol {
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
-        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap(), _home: home };
+        let olol = Self { proxy, agents, spool: tempfile::tempdir().unwrap(), home };
         olol.knows(cluster).await;
         olol
     }
@@ -65,7 +65,12 @@ impl Olol {
         if config.auth.file.as_os_str().is_empty() {
             config.auth.file = home.path().join("keys.toml");
         }
-        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, _home: home }
+        Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, home }
+    }
+
+    /// Its file of keys, if its configuration names no other.
+    pub fn key_file(&self) -> PathBuf {
+        self.home.path().join("keys.toml")
     }
 
     /// Where it listens.
