@@ -141,7 +141,6 @@ fn recorder() -> anyhow::Result<PrometheusHandle> {
         if metrics::set_global_recorder(recorder).is_ok() {
             instruments::describe();
             instruments::begin();
-            metrics_process::Collector::default().describe();
         }
         handle
     });

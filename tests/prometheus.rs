@@ -100,7 +100,7 @@ impl World {
         cluster.server(0).has_loaded("tiny");
         cluster.server(1).has_loaded("tiny");
         cluster.server(2).has_loaded("solo").has_loaded("mute");
-        cluster.server(3).has("cold");
+        cluster.server(3).has("cold").says(["word "; 40]);
         let config = tempfile::tempdir().unwrap();
         let file = config.path().join("olol.toml");
         std::fs::write(&file, CONFIG).unwrap();

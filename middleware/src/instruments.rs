@@ -80,6 +80,14 @@ const RELOAD_OK: &str = "olol_config_last_reload_successful";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
 const BUILD: &str = "olol_build_info";
 
+const CPU: &str = "process_cpu_seconds_total";
+const MEMORY: &str = "process_resident_memory_bytes";
+const ADDRESSES: &str = "process_virtual_memory_bytes";
+const FILES: &str = "process_open_fds";
+const MOST_FILES: &str = "process_max_fds";
+const THREADS: &str = "process_threads";
+const STARTED: &str = "process_start_time_seconds";
+
 /// The names of all metrics, for checks of dashboards.
 pub const NAMES: &[&str] = &[
     REQUESTS,
@@ -133,6 +141,13 @@ pub const NAMES: &[&str] = &[
     RELOAD_OK,
     RELOADED_AT,
     BUILD,
+    CPU,
+    MEMORY,
+    ADDRESSES,
+    FILES,
+    MOST_FILES,
+    THREADS,
+    STARTED,
 ];
 
 /// Upper bounds of the buckets of histograms that have none of their own, seconds: up to answers that take hours.
@@ -183,11 +198,7 @@ pub fn describe() {
         Unit::Seconds,
         "Time for a token of a stream after the first: the mean of each stream, by model and server"
     );
-    describe_histogram!(
-        GAPS,
-        Unit::Seconds,
-        "Time between two pieces of a stream, by model; one in sixteen is measured"
-    );
+    describe_histogram!(GAPS, Unit::Seconds, "Time between two pieces of a stream, by model; one in 64 is measured");
     describe_histogram!(
         OVERHEAD,
         Unit::Seconds,
@@ -684,6 +695,42 @@ pub fn observe_build(version: &str, revision: &str) -> String {
     written([build])
 }
 
+/// What the system says of this process; `None`: it does not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Process {
+    /// Seconds of processors that it has used.
+    pub cpu_seconds: Option<f64>,
+    /// Bytes of memory that it has.
+    pub memory: Option<u64>,
+    /// Bytes that it has addresses for.
+    pub addresses: Option<u64>,
+    /// Files and connections that are open.
+    pub files: Option<u64>,
+    /// The most that may be.
+    pub most_files: Option<u64>,
+    /// Threads.
+    pub threads: Option<u64>,
+    /// When it started, seconds since 1970.
+    pub started: Option<u64>,
+}
+
+/// What the system says of this process, under the names that every program uses.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 bytes")]
+pub fn observe_process(process: &Process) -> String {
+    let Process { cpu_seconds, memory, addresses, files, most_files, threads, started } = *process;
+    let cpu = cpu_seconds.map(|value| Gauge::of(CPU, "Seconds of processors that it has used", value).grows());
+    let others = [
+        (MEMORY, "Bytes of memory that it has", memory),
+        (ADDRESSES, "Bytes that it has addresses for", addresses),
+        (FILES, "Files and connections that are open", files),
+        (MOST_FILES, "The most files and connections that may be open", most_files),
+        (THREADS, "Its threads", threads),
+        (STARTED, "When it started, seconds since 1970", started),
+    ];
+    let others = others.into_iter().filter_map(|(name, help, value)| Some(Gauge::of(name, help, value? as f64)));
+    written(cpu.into_iter().chain(others))
+}
+
 fn written(gauges: impl IntoIterator<Item = Gauge>) -> String {
     let mut page = String::new();
     gauges.into_iter().for_each(|gauge| gauge.write(&mut page));
@@ -702,13 +749,15 @@ fn of_layers(shared: &Shared) -> Vec<Gauge> {
         accounts.add([scope], count as f64);
     }
     let keys = &shared.keys;
-    vec![
+    let mut gauges = vec![
         Gauge::of(KEYS, "Keys that are known", keys.count() as f64),
         Gauge::of(KEYS_READ, "0 if the file of keys has changed and could not be read, else 1", is(keys.are_current())),
         accounts,
         Gauge::of(AFFINITY_ENTRIES, "Links of conversations that are remembered", shared.affinity.len() as f64),
-        Gauge::of(RETRY_BUDGET, "Retries that may be made at once", shared.budget.retries()),
-    ]
+    ];
+    gauges
+        .extend(shared.budget.retries().map(|left| Gauge::of(RETRY_BUDGET, "Retries that may be made at once", left)));
+    gauges
 }
 
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]

@@ -148,18 +148,18 @@ impl Following {
             self.first = Some(now);
         } else if let Some(last) = self.last.take() {
             meters.gap(now - last);
-            return;
+        } else {
+            self.last = Some(now);
         }
-        self.last = Some(now);
     }
 }
 
 impl Watcher for Following {
     fn chunk(&mut self, _chunk: &Chunk) {
         self.pieces += 1;
-        // A look at the clock costs as much as all the rest of a piece: two are enough for `EACH` pieces.
+        // A look at the clock costs more than all the rest of a piece: two are enough for `EACH` pieces.
         if self.is_stream
-            && matches!(self.pieces % EACH, 1 | 2)
+            && (self.pieces == 1 || matches!(self.pieces % EACH, 31 | 32))
             && let Some(meters) = self.meters.take()
         {
             self.look(&meters);
@@ -187,7 +187,7 @@ impl Watcher for Following {
 }
 
 /// Of so many pieces of a stream the time before one is measured.
-const EACH: usize = 16;
+const EACH: usize = 64;
 
 /// The status of a request whose client left before there was one, as nginx has it.
 const LEFT: u16 = 499;

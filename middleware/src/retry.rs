@@ -123,11 +123,11 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Retries that may be made at once; of a budget that nobody has used yet, none are known.
+    /// Retries that may be made at once; `None`: there was no request so far.
     #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-    pub(crate) fn retries(&self) -> f64 {
+    pub(crate) fn retries(&self) -> Option<f64> {
         let left = self.left.load(Ordering::Relaxed);
-        if left == i64::MAX { 0.0 } else { left as f64 / 1000.0 }
+        (left != i64::MAX).then(|| left as f64 / 1000.0)
     }
 
     fn deposit(&self, config: &Config) {

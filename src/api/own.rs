@@ -30,7 +30,6 @@ struct Known {
     shared: Shared,
     about: About,
     metrics: PrometheusHandle,
-    process: metrics_process::Collector,
     reloader: Arc<Reloader>,
 }
 
@@ -44,7 +43,7 @@ impl Own {
             .route("/api/status/servers", get(servers))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
-            .with_state(Known { shared: shared.clone(), about, metrics, process: Default::default(), reloader });
+            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
         Self { router, shared }
     }
 
@@ -75,16 +74,31 @@ fn is_for_anybody(path: &str) -> bool {
 }
 
 async fn scrape(State(known): State<Known>) -> impl IntoResponse {
-    known.process.collect();
     let state = known.reloader.running().state();
     let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
     let page = [
         known.metrics.render(),
         instruments::observe(&known.shared),
         instruments::observe_config(is_good, state.since),
+        instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
     ];
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page.concat())
+}
+
+/// What the system says of this process.
+fn process() -> instruments::Process {
+    let metrics_process::collector::Metrics {
+        cpu_seconds_total: cpu_seconds,
+        resident_memory_bytes: memory,
+        virtual_memory_bytes: addresses,
+        open_fds: files,
+        max_fds: most_files,
+        threads,
+        start_time_seconds: started,
+        ..
+    } = metrics_process::collector::collect();
+    instruments::Process { cpu_seconds, memory, addresses, files, most_files, threads, started }
 }
 
 /// Ready is who has a server that takes calls.

@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// One gauge: what it is called, what it means, and its value for each set of labels.
+/// One gauge, or a counter that somebody else keeps: what it is called, what it means, and its value for each set of labels.
 #[derive(Debug)]
 pub(super) struct Gauge {
     name: &'static str,
     help: &'static str,
+    kind: &'static str,
     labels: &'static [&'static str],
     rows: BTreeMap<Vec<String>, f64>,
 }
@@ -18,7 +19,7 @@ pub(super) struct Gauge {
 impl Gauge {
     /// A gauge with these labels.
     pub(super) fn new(name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Self {
-        Self { name, help, labels, rows: BTreeMap::new() }
+        Self { name, help, kind: "gauge", labels, rows: BTreeMap::new() }
     }
 
     /// A gauge without labels.
@@ -26,6 +27,11 @@ impl Gauge {
         let mut gauge = Self::new(name, help, &[]);
         gauge.add([], value);
         gauge
+    }
+
+    /// A value that only grows.
+    pub(super) fn grows(self) -> Self {
+        Self { kind: "counter", ..self }
     }
 
     /// Adds a value; what has the same labels counts together.
@@ -39,9 +45,9 @@ impl Gauge {
         if self.rows.is_empty() {
             return;
         }
-        let Self { name, help, .. } = self;
+        let Self { name, help, kind, .. } = self;
         // A string takes whatever is written to it.
-        let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} gauge");
+        let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}");
         for (values, value) in &self.rows {
             page.push_str(name);
             for (at, (label, text)) in self.labels.iter().zip(values).enumerate() {
@@ -74,10 +80,10 @@ mod tests {
         gauge.add(["a\"\\\n", "tiny"], 0.5);
         gauge.add(["b", "other"], 2.0);
         gauge.write(&mut page);
-        Gauge::of("olol_y", "What y is", 3e9).write(&mut page);
+        Gauge::of("olol_y_total", "What y is", 3e9).grows().write(&mut page);
         let wanted = "# HELP olol_x What x is\n# TYPE olol_x gauge\n\
             olol_x{server=\"a\\\"\\\\\\n\",model=\"tiny\"} 0.5\nolol_x{server=\"b\",model=\"other\"} 3\n\n\
-            # HELP olol_y What y is\n# TYPE olol_y gauge\nolol_y 3000000000\n\n";
+            # HELP olol_y_total What y is\n# TYPE olol_y_total counter\nolol_y_total 3000000000\n\n";
         assert_eq!(page, wanted);
     }
 }
