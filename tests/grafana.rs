@@ -50,6 +50,27 @@ fn dashboards_ask_only_for_metrics_that_exist() {
 }
 
 #[test]
+fn alerts_ask_only_for_metrics_that_exist_and_say_what_to_do() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana");
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let (rules, tests, runbook) = (read("rules.yaml"), read("rules.test.yaml"), read("RUNBOOK.md"));
+    let all =
+        |key: &str| -> Vec<&str> { rules.lines().filter_map(|line| Some(line.split_once(key)?.1.trim())).collect() };
+    let alerts = all("- alert: ");
+    assert!(alerts.len() > 10 && alerts.len() == all("runbook_url: ").len());
+    for (alert, page) in alerts.into_iter().zip(all("runbook_url: ")) {
+        assert!(runbook.contains(&format!("\n## {alert}\n")), "{alert} is not in the runbook");
+        assert!(page.ends_with(&format!("RUNBOOK.md#{}", alert.to_lowercase())), "{alert} leads to {page}");
+        assert!(tests.contains(&format!("alertname: {alert}\n")), "{alert} has no test");
+    }
+    // What the rules themselves record has a name that is none of ours.
+    for name in names(&rules.replace("job:olol_", "job:")) {
+        let base = ["_bucket", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        assert!(instruments::NAMES.contains(&base), "{name}");
+    }
+}
+
+#[test]
 fn every_layer_has_a_row_and_every_panel_says_what_it_shows() {
     let dashboard = dashboard();
     let panels = dashboard["panels"].as_array().unwrap();

@@ -83,6 +83,15 @@ async fn promtool_finds_nothing_wrong_with_the_page() {
     assert!(fine && said.is_empty(), "{said}");
 }
 
+#[tokio::test]
+async fn every_alert_is_raised_when_it_should_be() {
+    let file = |name: &str| format!("{}/grafana/{name}", env!("CARGO_MANIFEST_DIR"));
+    for arguments in [["check", "rules", &file("rules.yaml")], ["test", "rules", &file("rules.test.yaml")]] {
+        let (fine, said) = run("promtool", &arguments, "").await;
+        assert!(fine, "{said}");
+    }
+}
+
 /// A proxy with all its layers, and servers with all their troubles.
 struct World {
     cluster: Cluster,

@@ -66,6 +66,7 @@ const SERVER_UP: &str = "olol_server_up";
 const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 const SERVER_CHECKS: &str = "olol_server_health_checks_total";
+const MODEL_SERVERS: &str = "olol_model_servers";
 const MODEL_LOADED: &str = "olol_server_model_loaded";
 const MODEL_VRAM: &str = "olol_server_vram_bytes";
 const SLOTS: &str = "olol_server_slots";
@@ -129,6 +130,7 @@ pub const NAMES: &[&str] = &[
     SERVER_MODELS,
     SERVER_LOADED,
     SERVER_CHECKS,
+    MODEL_SERVERS,
     MODEL_LOADED,
     MODEL_VRAM,
     SLOTS,
@@ -587,13 +589,12 @@ impl RunnerMeters {
 
     /// So long after a piece of a stream came the next one.
     pub fn gap(&self, took: Duration) {
-        let model = || vec![Label::new("model", self.model.clone())];
-        self.gaps.get_or_init(|| histogram!(GAPS, model())).record(took.as_secs_f64());
+        self.gaps.get_or_init(|| histogram!(GAPS, self.model_label())).record(took.as_secs_f64());
     }
 
     /// The model has taken so long to load.
     pub fn loaded(&self, took: Duration) {
-        self.load_time.get_or_init(|| histogram!(LOAD_TIME, self.labels())).record(took.as_secs_f64());
+        self.load_time.get_or_init(|| histogram!(LOAD_TIME, self.model_label())).record(took.as_secs_f64());
     }
 
     /// A server told its counts, for a client with a key of this name.
@@ -620,6 +621,10 @@ impl RunnerMeters {
 
     fn labels(&self) -> Vec<Label> {
         vec![Label::new("model", self.model.clone()), Label::new("server", self.server_label.clone())]
+    }
+
+    fn model_label(&self) -> Vec<Label> {
+        vec![Label::new("model", self.model.clone())]
     }
 }
 
@@ -800,8 +805,11 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
         Gauge::new(QUEUE_DEPTH, "Calls that wait for a slot of a model, by priority", &["model", "priority"]);
     let mut slots = Gauge::new(SLOTS, "Calls that a model on a server may be given side by side", BOTH);
     let mut taken = Gauge::new(SLOTS_TAKEN, "Calls that a model on a server was given", BOTH);
+    let mut holders = Gauge::new(MODEL_SERVERS, "Servers that have a model, and take calls", &["model"]);
     let mut busiest = vec![None; snapshot.servers.len()];
     for known in snapshot.models.values() {
+        let takes_calls = |index: &usize| snapshot.servers[*index].state == State::Up;
+        holders.add([known.meters.label()], known.installed.iter().filter(takes_calls).count() as f64);
         let runners = known.runners.all();
         if runners.is_empty() {
             continue;
@@ -827,5 +835,5 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
     for (server, most) in snapshot.servers.iter().zip(busiest) {
         saturation.add([server.id.as_str()], most.unwrap_or_default());
     }
-    vec![loaded, vram, depth, slots, taken, saturation]
+    vec![holders, loaded, vram, depth, slots, taken, saturation]
 }

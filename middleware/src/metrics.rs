@@ -199,30 +199,110 @@ fn as_f64(count: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::call::Counters;
     use crate::testing::{self, ask};
-    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
+
+    /// What was recorded since the last look, as `name{label=value}`.
+    fn seen(snapshotter: &Snapshotter) -> Vec<(String, DebugValue)> {
+        let told = |key: &::metrics::Key| {
+            let labels: Vec<_> = key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
+            format!("{}{{{}}}", key.name(), labels.join(","))
+        };
+        let all = snapshotter.snapshot().into_vec().into_iter();
+        all.map(|(key, _, _, value)| (told(key.key()), value)).collect()
+    }
+
+    fn value<'a>(seen: &'a [(String, DebugValue)], name: &str) -> Option<&'a DebugValue> {
+        seen.iter().find(|(other, _)| other == name).map(|(_, value)| value)
+    }
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_request_is_counted_once_and_timed_to_its_end() {
         let recorder = DebuggingRecorder::new();
-        let snapshotter = recorder.snapshotter();
         let _guard = ::metrics::set_default_local_recorder(&recorder);
         let (mut service, mut inner) = testing::spawn(&MetricsLayer::new(Arc::default()));
         let answer = ask(&mut service, testing::call("tiny").await);
         inner.next_request().await.unwrap().1.send_response(testing::reply("hi"));
         let reply = answer.await.unwrap();
-        let names = |wanted: &str| {
-            snapshotter
-                .snapshot()
-                .into_vec()
-                .into_iter()
-                .filter(|(key, ..)| key.key().name() == wanted)
-                .map(|(.., value)| value)
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(names("olol_requests_total"), [DebugValue::Counter(1)]);
+        let now = seen(&recorder.snapshotter());
+        assert_eq!(value(&now, "olol_requests_total{route=/api/chat,code=200}"), Some(&DebugValue::Counter(1)));
         reply.body.collect(9).await.unwrap();
-        assert_eq!(names("olol_answers_ended_total"), [DebugValue::Counter(1)]);
+        let now = seen(&recorder.snapshotter());
+        assert_eq!(value(&now, "olol_answers_ended_total{end=whole}"), Some(&DebugValue::Counter(1)));
+        let duration = value(&now, "olol_request_duration_seconds{route=/api/chat,code_class=2xx}");
+        assert!(matches!(duration, Some(DebugValue::Histogram(times)) if times.len() == 1), "{now:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_is_timed_to_its_first_piece_and_from_token_to_token() {
+        let recorder = DebuggingRecorder::new();
+        let _guard = ::metrics::set_default_local_recorder(&recorder);
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let (mut service, mut inner) = testing::spawn(&MetricsLayer::new(Arc::default()));
+        let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
+        let (call, respond) = inner.next_request().await.unwrap();
+        call.progress.is_sent(Duration::from_millis(3), false);
+        tokio::time::advance(Duration::from_millis(500)).await;
+        let counters = Counters { prompt_tokens: 7, output_tokens: 40, ..Counters::default() };
+        let mut reply = testing::stream("0", &["{}\n"; 40], false);
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&crate::ModelName::parse("tiny").unwrap()).unwrap();
+        reply.body.outcome_mut().meters = Some(known.meters.at(&snapshot.servers[0]));
+        reply.body.outcome_mut().counters = Some(counters);
+        respond.send_response(reply);
+        let mut body = answer.await.unwrap().body;
+        while body.next().await.is_some() {
+            tokio::time::advance(Duration::from_millis(10)).await;
+        }
+        let now = seen(&recorder.snapshotter());
+        for (name, wanted) in [
+            ("olol_overhead_seconds{stage=request}", 0.003),
+            ("olol_time_to_first_token_seconds{model=tiny:latest,server=0}", 0.5),
+            ("olol_time_per_output_token_seconds{model=tiny:latest,server=0}", 0.4 / 39.0),
+            ("olol_inter_chunk_seconds{model=tiny:latest}", 0.01),
+            ("olol_request_prompt_tokens{route=/api/chat}", 7.0),
+            ("olol_request_generation_tokens{route=/api/chat}", 40.0),
+        ] {
+            let Some(DebugValue::Histogram(values)) = value(&now, name) else { panic!("no {name}: {now:?}") };
+            assert!(values.len() == 1 && (values[0].into_inner() - wanted).abs() < 1e-6, "{name}: {values:?}");
+        }
+        let tokens = value(&now, "olol_generation_tokens_total{model=tiny:latest,server=0,key=none}");
+        assert_eq!(tokens, Some(&DebugValue::Counter(40)));
+    }
+
+    #[tokio::test]
+    async fn who_leaves_is_counted_where_it_was() {
+        let recorder = DebuggingRecorder::new();
+        let _guard = ::metrics::set_default_local_recorder(&recorder);
+        let mut service = MetricsLayer::new(Arc::default()).layer(tower::service_fn(|call: Call| {
+            call.progress.is_queued();
+            Box::pin(std::future::pending()) as Answer
+        }));
+        drop(service.call(testing::call("tiny").await));
+        let now = seen(&recorder.snapshotter());
+        assert_eq!(value(&now, "olol_cancellations_total{phase=queued}"), Some(&DebugValue::Counter(1)), "{now:?}");
+        assert_eq!(value(&now, "olol_requests_total{route=/api/chat,code=499}"), Some(&DebugValue::Counter(1)));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_breaks_off_is_counted_by_what_there_was_of_it() {
+        let recorder = DebuggingRecorder::new();
+        let _guard = ::metrics::set_default_local_recorder(&recorder);
+        let mut seen_so_far = Vec::new();
+        for lines in [&[][..], &["{}\n"]] {
+            let (mut service, mut inner) = testing::spawn(&MetricsLayer::new(Arc::default()));
+            let answer = ask(&mut service, testing::call("tiny").await);
+            inner.next_request().await.unwrap().1.send_response(testing::stream("0", lines, true));
+            assert!(answer.await.unwrap().body.collect(9).await.is_err());
+            seen_so_far.extend(seen(&recorder.snapshotter()));
+        }
+        for phase in ["begun", "streaming"] {
+            let name = format!("olol_stream_errors_total{{phase={phase}}}");
+            assert_eq!(value(&seen_so_far, &name), Some(&DebugValue::Counter(1)), "{seen_so_far:?}");
+        }
     }
 }
