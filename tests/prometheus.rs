@@ -79,16 +79,16 @@ async fn promtool_finds_nothing_wrong_with_the_page() {
     world.load().await;
     let page = world.page().await;
     assert!(page.contains("olol_requests_total{") && page.contains("\nprocess_"), "{page}");
-    let (fine, said) = run("promtool", &["check", "metrics"], &page).await;
-    assert!(fine && said.is_empty(), "{said}");
+    let (is_content, said) = run("promtool", &["check", "metrics"], &page).await;
+    assert!(is_content && said.is_empty(), "{said}");
 }
 
 #[tokio::test]
 async fn every_alert_is_raised_when_it_should_be() {
     let file = |name: &str| format!("{}/grafana/{name}", env!("CARGO_MANIFEST_DIR"));
     for arguments in [["check", "rules", &file("rules.yaml")], ["test", "rules", &file("rules.test.yaml")]] {
-        let (fine, said) = run("promtool", &arguments, "").await;
-        assert!(fine, "{said}");
+        let (is_content, said) = run("promtool", &arguments, "").await;
+        assert!(is_content, "{said}");
     }
 }
 
@@ -114,7 +114,7 @@ impl World {
         let file = config.path().join("olol.toml");
         std::fs::write(&file, CONFIG).unwrap();
         let olol = Olol::from_file(&cluster, &file).await;
-        let add = |name: &str, order: &Order| keys::add(&olol.key_file(), &name.parse().unwrap(), order).unwrap();
+        let add = |name: &str, order: &Order| keys::add(&olol.keys(), &name.parse().unwrap(), order).unwrap();
         let once = Limits { requests_per_minute: std::num::NonZeroU32::new(1), ..Limits::default() };
         let admin = add("admin", &Order { admin: true, ..Order::default() });
         let ada = add("ada", &Order::default());

@@ -221,15 +221,6 @@ impl Line {
         self.length.load(Ordering::SeqCst)
     }
 
-    /// How many wait, by how urgent they came.
-    pub fn by_priority(&self) -> [(Priority, usize); Priority::COUNT] {
-        let waiting = self.lock();
-        Priority::ALL.map(|priority| {
-            let owners = waiting.classes[priority as usize].owners.values();
-            (priority, owners.map(|owner| owner.calls.len()).sum())
-        })
-    }
-
     /// Joins the line for a slot of one of these runners.
     pub fn join(self: &Arc<Self>, ticket: Arc<Ticket>, runners: &[Arc<Runner>]) -> Wait {
         let (give, taken) = oneshot::channel();
@@ -290,6 +281,15 @@ impl Line {
             .flat_map(|owner| &owner.calls)
             .filter(|waiter| waiter.ticket.arrived < ticket.arrived && waiter.servers.contains(&server))
             .count()
+    }
+
+    /// How many wait, by how urgent they came.
+    pub fn by_priority(&self) -> [(Priority, usize); Priority::COUNT] {
+        let waiting = self.lock();
+        Priority::ALL.map(|priority| {
+            let owners = waiting.classes[priority as usize].owners.values();
+            (priority, owners.map(|owner| owner.calls.len()).sum())
+        })
     }
 
     fn remove(&self, number: u64) {

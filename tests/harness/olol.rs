@@ -68,14 +68,14 @@ impl Olol {
         Self { proxy: Proxy::start(&config).await.unwrap(), agents: Vec::new(), spool, home }
     }
 
-    /// Its file of keys, if its configuration names no other.
-    pub fn key_file(&self) -> PathBuf {
-        self.home.path().join("keys.toml")
-    }
-
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.proxy.address()
+    }
+
+    /// Its file of keys, unless the test named another.
+    pub fn keys(&self) -> PathBuf {
+        self.home.path().join("keys.toml")
     }
 
     /// The agents, in the order of their servers.
