@@ -73,17 +73,26 @@ fn is_for_anybody(path: &str) -> bool {
     matches!(path, "/healthz" | "/readyz")
 }
 
-async fn scrape(State(known): State<Known>) -> impl IntoResponse {
+/// In a large cluster the page takes tens of milliseconds, for which no stream waits.
+async fn scrape(State(known): State<Known>) -> Response<axum::body::Body> {
+    match tokio::task::spawn_blocking(move || page(&known)).await {
+        Ok(page) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+/// What Prometheus reads.
+fn page(known: &Known) -> String {
     let state = known.reloader.running().state();
     let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
-    let page = [
+    let parts = [
         known.metrics.render(),
         instruments::observe(&known.shared),
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
     ];
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page.concat())
+    parts.concat()
 }
 
 /// What the system says of this process.
