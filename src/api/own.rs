@@ -85,9 +85,11 @@ async fn scrape(State(known): State<Known>) -> Response<axum::body::Body> {
 fn page(known: &Known) -> String {
     let state = known.reloader.running().state();
     let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
+    // First what is observed: that may begin to count something.
+    let observed = instruments::observe(&known.shared);
     let parts = [
         known.metrics.render(),
-        instruments::observe(&known.shared),
+        observed,
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
