@@ -8,7 +8,7 @@
 mod harness;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -71,6 +71,7 @@ async fn every_panel_has_data() {
         }
         assert!(begun.elapsed() < LONG_ENOUGH, "no data in {} queries:\n{}", empty.len(), empty.join("\n"));
     }
+    prometheus.follows_its_rules().await;
 }
 
 #[tokio::test]
@@ -85,8 +86,7 @@ async fn promtool_finds_nothing_wrong_with_the_page() {
 
 #[tokio::test]
 async fn every_alert_is_raised_when_it_should_be() {
-    let file = |name: &str| format!("{}/grafana/{name}", env!("CARGO_MANIFEST_DIR"));
-    for arguments in [["check", "rules", &file("rules.yaml")], ["test", "rules", &file("rules.test.yaml")]] {
+    for arguments in [["check", "rules", &file_of("rules.yaml")], ["test", "rules", &file_of("rules.test.yaml")]] {
         let (is_content, said) = run("promtool", &arguments, "").await;
         assert!(is_content, "{said}");
     }
@@ -224,7 +224,8 @@ impl Prometheus {
     async fn start(world: &World) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = json!({
-            "global": {"scrape_interval": "1s"},
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [file_of("rules.yaml")],
             "scrape_configs": [{
                 "job_name": "olol",
                 "authorization": {"credentials": world.admin},
@@ -260,6 +261,24 @@ impl Prometheus {
         Self { address, _process: process, _folder: folder }
     }
 
+    /// Waits until every rule for alerts was followed, and none had an error.
+    async fn follows_its_rules(&self) {
+        let following = async {
+            loop {
+                let answer = Connection::open(self.address).await.ask(&Request::get("/api/v1/rules")).await.json();
+                let groups = answer["data"]["groups"].as_array().cloned().unwrap_or_default();
+                let rules: Vec<&Value> =
+                    groups.iter().filter_map(|group| group["rules"].as_array()).flatten().collect();
+                assert!(rules.iter().all(|rule| rule["health"] != "err"), "{answer}");
+                if rules.len() > 10 && rules.iter().all(|rule| rule["health"] == "ok") {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        patiently("every rule is followed", following).await;
+    }
+
     /// Whether a query returns a number; one of something that happens: a number above zero.
     async fn has_data(&self, query: &str) -> bool {
         let form = format!("query={}", encoded(query));
@@ -273,6 +292,11 @@ impl Prometheus {
     }
 }
 
+/// A file of the folder with dashboards and rules.
+fn file_of(name: &str) -> String {
+    format!("{}/grafana/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
 /// One query of a panel.
 struct Panel {
     /// The file, and the title.
@@ -282,9 +306,8 @@ struct Panel {
 
 /// The queries of all dashboards, with what Grafana would put in the place of variables.
 fn panels() -> Vec<Panel> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana/dashboards");
     let mut found = Vec::new();
-    for file in std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()) {
+    for file in std::fs::read_dir(file_of("dashboards")).unwrap().map(|file| file.unwrap().path()) {
         let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
         let variables: Vec<String> = dashboard["templating"]["list"]
             .as_array()
