@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use olol_middleware::auth;
 use olol_middleware::pattern::Pattern;
 use olol_middleware::units::{Seconds, SomeSeconds, Whole};
-use olol_middleware::{alias, stack};
+use olol_middleware::{alias, distribute, stack};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
@@ -113,8 +113,12 @@ pub struct Config {
     pub model_route: olol_middleware::model_route::Config,
     /// The `affinity` layer.
     pub affinity: olol_middleware::affinity::Config,
+    /// The `hedge` layer.
+    pub hedge: olol_middleware::hedge::Config,
     /// The `retry` layer.
     pub retry: olol_middleware::retry::Config,
+    /// The `distribute` layer.
+    pub distribute: olol_middleware::distribute::Config,
 }
 
 /// Worker threads; 0: one a processor.
@@ -193,7 +197,12 @@ impl Config {
         self.alias.check().map_err(alias)?;
         let rule =
             |(at, what): (usize, &str)| Wrong { key: Key::of(["timeout", "rules"]).at(at), what: what.to_owned() };
-        self.timeout.check().map_err(rule)
+        self.timeout.check().map_err(rule)?;
+        let distribute = |(at, what): distribute::Fault| {
+            let key = at.map_or(Key::of(["distribute", "policy"]), |at| Key::of(["distribute", "rules"]).at(at));
+            Wrong { key, what: what.to_owned() }
+        };
+        self.distribute.check().map_err(distribute)
     }
 
     /// Rules name servers that there are.
@@ -308,7 +317,9 @@ impl Config {
             queue: self.queue,
             model_route: self.model_route.clone(),
             affinity: self.affinity.clone(),
+            hedge: self.hedge.clone(),
             retry: self.retry.clone(),
+            distribute: self.distribute.clone(),
         }
     }
 }

@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 const FEW: usize = 4;
 /// How many orders are tried then.
 const SAMPLE: usize = 150;
+/// Layers that are off unless something is said have it said.
+const ON: &str = "hedge.on = [\"embed\"]\ndistribute.policy = \"always\"";
 
 #[tokio::test]
 async fn every_order_that_the_rules_allow_serves_and_lives_through_a_server_that_dies() {
@@ -22,7 +24,7 @@ async fn every_order_that_the_rules_allow_serves_and_lives_through_a_server_that
         let named: Vec<&str> = order.iter().map(|layer| layer.as_str()).collect();
         let case = format!("{named:?} (seed {seed})");
         let cluster = Cluster::of(2).await.all_have_loaded("tiny");
-        let olol = Olol::start(&cluster, &format!("stack.order = {}", json!(named))).await;
+        let olol = Olol::start(&cluster, &format!("stack.order = {}\n{ON}", json!(named))).await;
         let whole = olol.chat("tiny", "hi").await;
         assert_eq!(
             (whole.status, whole.said().as_str(), whole.ending),

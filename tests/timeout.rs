@@ -94,6 +94,58 @@ async fn the_whole_answer_has_its_limit() {
 }
 
 #[tokio::test]
+async fn who_answers_questions_about_itself_and_no_chat_is_left_alone() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(2).await.over(way).weighing([1000, 1]).all_have_loaded("tiny");
+        cluster.server(0).stalls_before_head();
+        let olol = Olol::start(&cluster, "timeout.first-byte-s = 0.2\nretry.breaker-open-ms = 600000").await;
+        for _ in 0..3 {
+            assert_eq!(olol.chat("tiny", "hi").await.status, 504, "{way:?}");
+        }
+        let answer = olol.chat("tiny", "hi").await;
+        assert_eq!((answer.status, answer.server()), (200, "1"), "{way:?}");
+        assert!(olol.is_server_up(0), "it still says how it is");
+        // Only the model that fails is left alone.
+        cluster.server(0).has_loaded("other").says(["Hello"]);
+        olol.knows(&cluster).await;
+        assert_eq!(olol.chat("other", "hi").await.server(), "0", "{way:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_is_no_failure_of_its_server() {
+    let cluster = Cluster::of(2).await.weighing([1000, 1]).all_have_loaded("tiny");
+    cluster.server(0).stalls_before_head();
+    let olol = Olol::start(&cluster, "retry.breaker-open-ms = 600000").await;
+    for asked in 1..=4 {
+        let client = olol.begin(&chat("tiny", "hi")).await;
+        cluster.server(0).asked(asked).await;
+        drop(client);
+        cluster.server(0).saw_cancels(asked).await;
+    }
+    assert_eq!(cluster.server(1).work(), 0);
+}
+
+#[tokio::test]
+async fn who_waits_for_a_slot_for_too_long_is_told_so_and_not_that_the_server_is_busy() {
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    cluster.server(0).stalls_before_head();
+    let rules = "pick.slots = [{ slots = 1 }]\n[[timeout.rules]]\nroutes = [\"chat\"]\ntotal-s = 0.3";
+    let olol = Olol::start(&cluster, rules).await;
+    let _holds = olol.begin(&Request::post("/api/generate", json!({"model": "tiny", "prompt": "hi"}))).await;
+    cluster.server(0).asked(1).await;
+    let mut waiting = Vec::new();
+    for _ in 0..20 {
+        waiting.push(olol.begin(&chat("tiny", "hi")).await);
+    }
+    for client in &mut waiting {
+        let answer = client.answer().await;
+        assert_eq!((answer.status, answer.header("x-olol-reason")), (504, "timeout"));
+        assert_eq!(answer.error(), "timed out: the whole answer took longer than 0.3 s");
+    }
+}
+
+#[tokio::test]
 async fn a_load_goes_on_when_its_call_is_given_up() {
     let cluster = Cluster::of(1).await.all_have("tiny");
     let gate = Gate::closed();

@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -67,6 +67,8 @@ pub struct Call {
     pub attempts: u32,
     /// By which rules its server is judged, once `retry` has looked; without any it is not.
     pub limits: Option<Arc<Limits>>,
+    /// Where it was sent, for whoever must know before there is an answer: `hedge`.
+    pub asked: Option<Arc<Asked>>,
 }
 
 /// What a client asked, peeked at once at the edge and never changed.
@@ -90,6 +92,8 @@ pub struct Head {
     pub client: Option<SocketAddr>,
     /// The key that its client has shown, once `auth` has looked.
     pub key: OnceLock<Arc<Key>>,
+    /// The time after which `timeout` gave up waiting for the first byte of its answer, if it did.
+    pub given_up: OnceLock<Duration>,
     /// When it came.
     pub arrived: Instant,
     /// Whether it only asks what would be done: layers decide and write their notes, but count nothing, and nothing is sent.
@@ -113,6 +117,7 @@ impl Head {
             model: None,
             client: None,
             key: OnceLock::new(),
+            given_up: OnceLock::new(),
             arrived: Instant::now(),
             dry: false,
             trail: Trail::default(),
@@ -179,6 +184,7 @@ impl Call {
             fresh: false,
             attempts: 0,
             limits: None,
+            asked: None,
         }
     }
 
@@ -210,7 +216,40 @@ impl Call {
             fresh: self.fresh,
             attempts: self.attempts,
             limits: self.limits.clone(),
+            asked: self.asked.clone(),
         })
+    }
+}
+
+/// The servers that a call was sent to, known as soon as it was.
+#[derive(Debug, Default)]
+pub struct Asked(Mutex<Sent>);
+
+#[derive(Debug, Default)]
+struct Sent {
+    servers: SmallVec<[ServerId; 2]>,
+    attempts: u32,
+}
+
+impl Asked {
+    /// The call is about to be sent to a server; the how manieth attempt that is.
+    pub fn sent(&self, server: &ServerId, attempts: u32) {
+        let mut sent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // On a fresh connection the same server is asked once more.
+        if sent.servers.last() != Some(server) {
+            sent.servers.push(server.clone());
+        }
+        sent.attempts = attempts;
+    }
+
+    /// The servers, in turn.
+    pub fn servers(&self) -> SmallVec<[ServerId; 2]> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).servers.clone()
+    }
+
+    /// How often it was tried; 0: it has not been sent yet.
+    pub fn attempts(&self) -> u32 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).attempts
     }
 }
 
@@ -650,7 +689,6 @@ impl fmt::Debug for Body {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
 
     struct Ends(Arc<Mutex<Vec<End>>>);
 

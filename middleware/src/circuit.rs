@@ -4,7 +4,8 @@
 //! away from what is open, and lets one through when the time is over, to find out. A failure counts against the model that
 //! was asked for, on that server; the server as a whole is left alone when it takes no connection, or when several of its
 //! models fail and none answers. Who is slow to begin has not failed, since models load for minutes; only a model that is in
-//! memory, asked for a stream, and silent towards everybody for as long as [`Limits::hang`], has.
+//! memory, asked for a stream, and silent towards everybody for as long as [`Limits::hang`], has. Where `timeout` gives a
+//! first byte less time than that, it has failed when that time is over. That a client leaves earlier says nothing.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +14,7 @@ use std::time::Duration;
 use http::StatusCode;
 use tokio::time::Instant;
 
-use crate::call::{Call, End};
+use crate::call::{Call, End, Head};
 use crate::cluster::{Known, Server};
 use crate::error::{Error, Phase};
 use crate::instruments::ServerMeters;
@@ -348,6 +349,7 @@ fn is_due(stage: Stage, limits: &Limits) -> bool {
 /// One call at one server, followed to its end. Dropped before, it has told nothing, but perhaps by its silence.
 #[derive(Debug)]
 pub(crate) struct Trial {
+    head: Arc<Head>,
     server: Arc<Server>,
     limits: Arc<Limits>,
     model: Option<(ModelName, Arc<Runner>)>,
@@ -355,6 +357,8 @@ pub(crate) struct Trial {
     asked: Instant,
     /// What had been heard of the model when it was asked; `None` where silence is no sign.
     heard: Option<u32>,
+    /// Whether the first piece of its answer comes long before the last.
+    streams: bool,
     course: Course,
 }
 
@@ -373,16 +377,19 @@ impl Trial {
     pub(crate) fn of(call: &Call, server: &Arc<Server>, model: Option<(&Known, &Arc<Runner>)>) -> Option<Self> {
         let limits = call.limits.clone()?;
         let streams = call.peek.stream.unwrap_or(call.route.dialect() == Dialect::Ollama) && call.route.streams();
-        // Who loads a model may be silent.
-        let tells = model.filter(|(known, _)| streams && known.loaded.contains(server.index));
+        // Who loads a model may be silent, and so may who makes a long answer in one piece. Embeddings are not long.
+        let is_soon = streams || !call.route.streams();
+        let tells = model.filter(|(known, _)| is_soon && known.loaded.contains(server.index));
         let heard = tells.map(|(_, runner)| runner.circuit.heard.load(Ordering::Relaxed));
         Some(Self {
+            head: call.head.clone(),
             server: server.clone(),
             limits,
             model: model.map(|(known, runner)| (known.name.clone(), runner.clone())),
             infers: call.route.infers(),
             asked: Instant::now(),
             heard,
+            streams,
             course: Course::Asked,
         })
     }
@@ -458,7 +465,15 @@ impl Trial {
     /// Whether the model has been silent for too long, towards everybody.
     fn was_silence(&self) -> bool {
         let (Some(heard), Some((_, runner))) = (self.heard, &self.model) else { return false };
-        self.asked.elapsed() >= self.limits.hang
+        let given_up = self.head.given_up.get();
+        // Of the time that is over, the server must have had the better part: the rest was a queue's, or another server's.
+        let least = match (given_up, self.streams) {
+            (Some(limit), true) => self.limits.hang.min(*limit / 2),
+            (Some(limit), false) => *limit / 2,
+            (None, true) => self.limits.hang,
+            (None, false) => return false,
+        };
+        self.asked.elapsed() >= least
             && runner.circuit.heard.load(Ordering::Relaxed) == heard
             && runner.answering() == 0
     }
@@ -637,6 +652,30 @@ mod tests {
         tokio::time::advance(Duration::from_secs(30)).await;
         drop(waits);
         assert_eq!(admit(&cluster, "tiny"), Admission::No);
+    }
+
+    /// Three calls for a model that is in memory, dropped after so many seconds; given up after ten of waiting, if wanted.
+    async fn dropped_after(cluster: &Arc<crate::Cluster>, seconds: u64, given_up: bool) {
+        let waits = [trial(cluster, "tiny").await, trial(cluster, "tiny").await, trial(cluster, "tiny").await];
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        for wait in waits.iter().filter(|_| given_up) {
+            wait.head.given_up.set(Duration::from_secs(10)).unwrap();
+        }
+        drop(waits);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_first_byte_that_does_not_come_in_time_is_a_failure_and_a_client_that_leaves_is_none() {
+        for (seconds, given_up, wanted) in [
+            (10, false, Admission::Yes),
+            // It had waited elsewhere before.
+            (4, true, Admission::Yes),
+            (10, true, Admission::No),
+        ] {
+            let cluster = testing::cluster(&[&["tiny"], &[]]).await;
+            dropped_after(&cluster, seconds, given_up).await;
+            assert_eq!(admit(&cluster, "tiny"), wanted, "{seconds} s, {given_up}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

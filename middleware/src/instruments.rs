@@ -45,6 +45,8 @@ const RETRIES: &str = "olol_retries_total";
 const RETRY_BUDGET: &str = "olol_retry_budget";
 const NO_BUDGET: &str = "olol_retry_budget_exhausted_total";
 const FAILOVERS: &str = "olol_failovers_total";
+const HEDGES: &str = "olol_hedges_total";
+const DISTRIBUTED: &str = "olol_distributed_total";
 const TIMEOUTS: &str = "olol_timeouts_total";
 const ALIASED: &str = "olol_aliased_total";
 const ALIAS_RULES: &str = "olol_alias_rules_total";
@@ -109,6 +111,8 @@ pub const NAMES: &[&str] = &[
     RETRY_BUDGET,
     NO_BUDGET,
     FAILOVERS,
+    HEDGES,
+    DISTRIBUTED,
     TIMEOUTS,
     ALIASED,
     ALIAS_RULES,
@@ -228,6 +232,17 @@ pub fn describe() {
     describe_counter!(NO_BUDGET, Unit::Count, "Failures that were passed on, since the budget for retries was spent");
     describe_counter!(FAILOVERS, Unit::Count, "Calls and streams that went on at another server, since theirs failed");
     describe_counter!(
+        HEDGES,
+        Unit::Count,
+        "Second tries of late calls: first to answer (won), beaten (lost), in vain (failed), for a client that left \
+         (left), and those that were not made (no_budget, no_server, no_slot)"
+    );
+    describe_counter!(
+        DISTRIBUTED,
+        Unit::Count,
+        "Calls for models that belong on a group of workers, by what became of them (no_group: sent to a server)"
+    );
+    describe_counter!(
         ALIASED,
         Unit::Count,
         "Calls that asked for another model than they named, by the name or pattern"
@@ -299,6 +314,46 @@ pub struct Instruments {
     ended: [OnceLock<Counter>; 3],
     knocks: [OnceLock<Counter>; Knock::ALL.len()],
     placed: [[OnceLock<Counter>; Placed::ALL.len()]; Source::ALL.len()],
+    hedged: [OnceLock<Counter>; Hedged::ALL.len()],
+    distributed: OnceLock<Counter>,
+}
+
+/// What became of a second try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hedged {
+    /// It was the first to answer.
+    Won,
+    /// The first try was.
+    Lost,
+    /// It failed.
+    Failed,
+    /// The client left before either had answered.
+    Left,
+    /// It was not made: there had been too many.
+    NoBudget,
+    /// It was not made: nobody else could answer.
+    NoServer,
+    /// It was not made: those who could were busy.
+    NoSlot,
+}
+
+impl Hedged {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Won, Self::Lost, Self::Failed, Self::Left, Self::NoBudget, Self::NoServer, Self::NoSlot];
+
+    /// The word for the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Won => "won",
+            Self::Lost => "lost",
+            Self::Failed => "failed",
+            Self::Left => "left",
+            Self::NoBudget => "no_budget",
+            Self::NoServer => "no_server",
+            Self::NoSlot => "no_slot",
+        }
+    }
 }
 
 /// What `auth` found of a request.
@@ -432,6 +487,32 @@ impl Instruments {
     /// A call or a stream goes on at another server.
     pub fn failed_over(&self) {
         counter!(FAILOVERS).increment(1);
+    }
+
+    /// A second try is over, or was not made.
+    pub fn hedged(&self, how: Hedged) {
+        self.hedge_counter(how).increment(1);
+    }
+
+    fn hedge_counter(&self, how: Hedged) -> &Counter {
+        self.hedged[how as usize].get_or_init(|| counter!(HEDGES, "result" => how.as_str()))
+    }
+
+    /// A call belongs to a group of workers, and there is none.
+    pub fn found_no_group(&self) {
+        self.no_group_counter().increment(1);
+    }
+
+    fn no_group_counter(&self) -> &Counter {
+        self.distributed.get_or_init(|| counter!(DISTRIBUTED, "result" => "no_group"))
+    }
+
+    /// Makes known what is counted seldom, before it ever was: so that it can be seen that it was not.
+    fn begin_at_zero(&self) {
+        for how in Hedged::ALL {
+            self.hedge_counter(how).increment(0);
+        }
+        self.no_group_counter().increment(0);
     }
 
     /// A stream broke off; what came of it.

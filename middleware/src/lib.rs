@@ -13,22 +13,28 @@
 //! | `queue` | [`queue`] | lets calls wait for a slot, in a fair order |
 //! | `model-route` | [`model_route`] | narrows the candidates to those that have the model |
 //! | `affinity` | [`affinity`] | has a conversation go on where its history is cached |
+//! | `hedge` | [`hedge`] | asks a second server when the first is late with a short answer |
 //! | `retry` | [`retry`] | asks another server when one fails, and lets a stream go on there |
+//! | `distribute` | [`distribute`] | finds the models that belong on a group of workers |
 //! | | [`pick`] | the leaf: takes the cheapest of the candidates and a slot on it |
 //!
 //! What several of them use: [`rename`] asks for another model and lets the answer keep the client's name, [`tiers`] says
-//! which servers come first, [`pattern`] is how the configuration names things, [`circuit`] tells whom to leave alone.
+//! which servers come first, [`pattern`] is how the configuration names things, [`circuit`] tells whom to leave alone,
+//! [`budget`] keeps second tries to a share of the traffic.
 //!
 //! Layers narrow, pick chooses. [`stack`] is the only file that knows all layers; [`shared`] holds what must outlive a stack.
 
 pub mod affinity;
 pub mod alias;
 pub mod auth;
+pub mod budget;
 pub mod call;
 pub mod circuit;
 pub mod cluster;
+pub mod distribute;
 pub mod error;
 mod form;
+pub mod hedge;
 pub mod instruments;
 pub mod json;
 pub mod keys;

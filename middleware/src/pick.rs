@@ -213,6 +213,9 @@ impl<F: Fleet> Service<Call> for Pick<F> {
             Some(service) => {
                 let attempts = call.attempts + 1;
                 let meters = picked.known.as_ref().map(|known| known.meters.at(server));
+                if let Some(asked) = &call.asked {
+                    asked.sent(&server.id, attempts);
+                }
                 let visit = picked.visit(&mut call);
                 let answer = stack::send(service, call);
                 Box::pin(follow(visit, attempts, meters, answer))
@@ -521,10 +524,10 @@ fn predict(call: &Call, known: &Known, runner: Option<&Arc<Runner>>, is_loaded: 
 /// Until a slot is free: those who are served, and those who wait before this call, share the slots.
 #[expect(clippy::cast_precision_loss, reason = "an estimate")]
 fn waiting(call: &Call, runner: &Runner) -> f32 {
-    let (slots, in_flight) = (runner.slots().max(1), runner.in_flight());
-    if in_flight < slots && runner.line.is_empty() {
+    if runner.has_room() {
         return 0.0;
     }
+    let (slots, in_flight) = (runner.slots().max(1), runner.in_flight());
     let before = match &call.ticket {
         Some(ticket) => runner.line.before(runner.server, ticket),
         None => 0,
@@ -824,24 +827,45 @@ mod tests {
         assert_eq!(chosen(&call).map(|at| picking.choices(&call, Some(known), &runners)[at].server.index), Some(0));
     }
 
+    /// A call that waits where there is no free slot.
+    fn patient(cluster: &Arc<crate::Cluster>) -> Call {
+        let mut call = testing::call_in(cluster, "tiny");
+        let (owner, ages_after) = (crate::slots::Owner::Nobody, Duration::ZERO);
+        let (arrived, priority) = (Instant::now(), crate::slots::Priority::Normal);
+        call.ticket = Some(Arc::new(crate::slots::Ticket { arrived, priority, owner, cost: 1, ages_after }));
+        call
+    }
+
     #[tokio::test]
     async fn more_slots_are_there_at_once_also_where_none_is_free() {
         let cluster = testing::cluster(&[&["tiny"]]).await;
         let slots =
             |slots| Config { slots: vec![SlotRule { servers: any(), models: any(), slots }], ..Config::default() };
         let picking = Picking::default();
-        let ticket = || {
-            let mut call = testing::call_in(&cluster, "tiny");
-            let (owner, ages_after) = (crate::slots::Owner::Nobody, Duration::ZERO);
-            let (arrived, priority) = (Instant::now(), crate::slots::Priority::Normal);
-            call.ticket = Some(Arc::new(crate::slots::Ticket { arrived, priority, owner, cost: 1, ages_after }));
-            call
-        };
         picking.configure(slots(NonZeroU32::MIN));
-        let _first = picking.pick(&mut ticket()).unwrap();
-        assert!(matches!(picking.pick(&mut ticket()), Err(Error::Busy { .. })));
+        let _first = picking.pick(&mut patient(&cluster)).unwrap();
+        assert!(matches!(picking.pick(&mut patient(&cluster)), Err(Error::Busy { .. })));
         picking.configure(slots(NonZeroU32::MIN.saturating_add(1)));
-        assert!(picking.pick(&mut ticket()).is_ok());
+        assert!(picking.pick(&mut patient(&cluster)).is_ok());
+    }
+
+    #[tokio::test]
+    async fn those_who_wait_for_one_server_keep_nobody_from_another() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        let snapshot = cluster.snapshot();
+        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
+        let runners: Vec<_> = snapshot.servers.iter().map(|server| known.runners.at(server)).collect();
+        for runner in &runners {
+            runner.reported(1);
+        }
+        let picking = Picking::default();
+        let busy = Lease::take(&runners[0]);
+        let _waits = runners[0].line.join(patient(&cluster).ticket.unwrap(), &runners[..1]);
+        let picked = picking.pick(&mut patient(&cluster)).unwrap();
+        assert_eq!((picked.server.index, picked.cost.waiting.to_bits()), (1, 0), "that slot is nobody's");
+        // The slot of the first goes to who has waited for it, and not to who comes now.
+        drop(busy);
+        assert!(matches!(picking.pick(&mut patient(&cluster)), Err(Error::Busy { .. })));
     }
 
     #[tokio::test]
@@ -873,14 +897,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn clients_that_name_other_contexts_do_not_make_a_server_load_again_and_again() {
         let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        let mut loads: HashMap<crate::ServerId, usize> = HashMap::new();
         for round in 0..50 {
             let options = [r#","options":{"num_ctx":8192}"#, "", r#","options":{"num_ctx":2048}"#][round % 3];
-            ask(&cluster, options).await;
+            let notes = ask(&cluster, options).await;
+            if notes.iter().any(|note| note.decision == "makes the server load the model") {
+                let picked = notes.iter().find(|note| note.decision == "picked").unwrap();
+                let Fact::Server(server) = &picked.facts[0].1 else { panic!("{picked:?}") };
+                *loads.entry(server.clone()).or_default() += 1;
+            }
         }
-        let snapshot = cluster.snapshot();
-        let known = snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap();
-        let loads: Vec<u64> = known.runners.all().iter().map(|runner| runner.loads()).collect();
-        assert!(loads.iter().all(|loads| *loads <= 1), "{loads:?}");
+        assert!(loads.values().all(|loads| *loads <= 1), "{loads:?}");
     }
 
     #[tokio::test(start_paused = true)]

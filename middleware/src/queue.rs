@@ -90,7 +90,7 @@ impl Queue {
         let requests = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
         let all = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // Counted before it is judged: leaves again if there is no room.
-        let inside = Inside { queue: self.clone(), bytes };
+        let inside = Inside { queue: self.clone(), bytes, is_counted: true };
         (requests <= config.max_requests && all <= config.max_bytes).then_some(inside)
     }
 
@@ -117,12 +117,29 @@ impl Queue {
 struct Inside {
     queue: Arc<Queue>,
     bytes: u64,
+    is_counted: bool,
+}
+
+impl Inside {
+    /// It is sent.
+    fn goes(&mut self) {
+        if std::mem::take(&mut self.is_counted) {
+            self.queue.requests.fetch_sub(1, Ordering::Relaxed);
+            self.queue.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// It waits again: who has been let in is not turned away.
+    fn comes_back(&mut self) {
+        self.queue.requests.fetch_add(1, Ordering::Relaxed);
+        self.queue.bytes.fetch_add(self.bytes, Ordering::Relaxed);
+        self.is_counted = true;
+    }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        self.queue.requests.fetch_sub(1, Ordering::Relaxed);
-        self.queue.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.goes();
     }
 }
 
@@ -231,15 +248,15 @@ impl Rules {
         S: Service<Call, Response = Reply, Error = Error>,
     {
         let Some(ticket) = spare.ticket.clone() else { return Err(Error::busy()) };
-        let Some(inside) = self.queue.enter(spare.payload.length().unwrap_or(0), &self.config) else {
+        let Some(mut inside) = self.queue.enter(spare.payload.length().unwrap_or(0), &self.config) else {
             spare.note("queue", "full", [("waiting", self.queue.len().into())]);
             instruments::queued(ticket.priority, Waited::Full, Duration::ZERO);
             return Err(self.full());
         };
-        let mut left = Left { ticket: ticket.clone(), how: Waited::Left };
+        let mut left = Left { ticket: ticket.clone(), how: Waited::Left, waited: None };
+        let patience = ticket.arrived + self.config.max_wait_s.time();
+        let limit = spare.deadline.map_or(patience, |deadline| deadline.min(patience));
         spare.progress.is_queued();
-        let limit = ticket.arrived + self.config.max_wait_s.time();
-        let limit = spare.deadline.map_or(limit, |deadline| deadline.min(limit));
         let mut runners = runners;
         loop {
             let slot = match wait_for(&ticket, &runners, limit).await {
@@ -248,23 +265,29 @@ impl Rules {
                 Next::TooLong => {
                     spare.note("queue", "waited too long", [("ms", Fact::ms(waited_ms(&ticket)))]);
                     left.how = Waited::TooLong;
-                    return Err(self.full());
+                    // Who gave the call no more time says so in its own words; the queue would have waited on.
+                    let is_due = spare.deadline.is_some_and(|deadline| deadline <= patience);
+                    let due = || Error::Timeout { what: "the wait for a slot", after: ticket.arrived.elapsed() };
+                    return Err(if is_due { due() } else { self.full() });
                 }
             };
             let Some(mut call) = spare.again() else { return Err(Error::busy()) };
             call.candidates.renew(self.cluster.snapshot());
             call.lease = slot;
+            // What its server takes for the answer is no wait for a slot.
+            let ms = waited_ms(&ticket);
+            (left.how, left.waited) = (Waited::Served, Some(ticket.arrived.elapsed()));
+            inside.goes();
             spare.progress.has_waited(ticket.arrived.elapsed());
             match service.ready().await?.call(call).await {
                 Err(Error::Busy { runners: others, .. }) if !others.is_empty() => {
-                    spare.progress.is_queued();
                     runners = others;
+                    inside.comes_back();
+                    spare.progress.is_queued();
+                    (left.how, left.waited) = (Waited::Left, None);
                 }
                 answer => {
-                    left.how = Waited::Served;
                     self.queue.left();
-                    drop((left, inside));
-                    let ms = waited_ms(&ticket);
                     spare.note("queue", "waited", [("ms", Fact::ms(ms))]);
                     return answer.map(|reply| marked(reply, ms));
                 }
@@ -281,11 +304,14 @@ impl Rules {
 struct Left {
     ticket: Arc<Ticket>,
     how: Waited,
+    /// How long it was, once it is over.
+    waited: Option<Duration>,
 }
 
 impl Drop for Left {
     fn drop(&mut self) {
-        instruments::queued(self.ticket.priority, self.how, self.ticket.arrived.elapsed());
+        let waited = self.waited.unwrap_or_else(|| self.ticket.arrived.elapsed());
+        instruments::queued(self.ticket.priority, self.how, waited);
     }
 }
 
@@ -378,6 +404,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn the_wait_is_over_when_the_call_is_sent() {
+        let set = setting(Config::default()).await;
+        let known = set.cluster.snapshot().known(&ModelName::parse("tiny").unwrap()).unwrap().clone();
+        let runner = known.runners.at(&set.cluster.snapshot().servers[0]);
+        let busy = Lease::take(&runner).unwrap();
+        let layer = QueueLayer::new(Config::default(), set.queue.clone(), set.cluster.clone());
+        let (mut service, mut inner) = testing::spawn(&layer);
+        let answer = ask(&mut service, testing::call_in(&set.cluster, "tiny"));
+        let full = Error::Busy { runners: vec![runner], retry_after: None };
+        inner.next_request().await.unwrap().1.send_error(full);
+        settle().await;
+        assert_eq!(set.queue.len(), 1);
+        tokio::time::advance(Duration::from_millis(250)).await;
+        drop(busy);
+        let (_call, slow) = inner.next_request().await.unwrap();
+        assert!(set.queue.is_empty(), "it has its slot");
+        tokio::time::advance(Duration::from_secs(9)).await;
+        slow.send_response(testing::reply("hi"));
+        assert_eq!(answer.await.unwrap().headers[HEADER], "250");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_full_queue_says_when_to_come_back() {
         let mut set = setting(Config { max_requests: 1, ..Config::default() }).await;
         let _one = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
@@ -398,6 +446,25 @@ mod tests {
         let refused = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap_err();
         assert!(matches!(refused, Error::Busy { .. }) && begun.elapsed() == Duration::from_secs(12));
         assert!(set.queue.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_no_more_time_is_not_told_that_the_queue_is_full() {
+        for (total, wait) in [(7, 12), (12, 12)] {
+            let mut set = setting(Config { max_wait_s: SomeSeconds::new(wait), ..Config::default() }).await;
+            let _one = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
+            let _two = ask(&mut set.service, testing::call_in(&set.cluster, "tiny")).await.unwrap();
+            let mut call = testing::call_in(&set.cluster, "tiny");
+            call.deadline = Some(Instant::now() + Duration::from_secs(total));
+            let error = ask(&mut set.service, call).await.unwrap_err();
+            assert!(matches!(error, Error::Timeout { after, .. } if after == Duration::from_secs(total)), "{error}");
+            // The same behind the layer that knows the limit, which tells it in its own words, whoever notices first.
+            let config = toml::from_str(&format!("total-s = {total}")).unwrap();
+            let mut service = crate::timeout::TimeoutLayer::new(config).layer(set.service.clone());
+            let error = ask(&mut service, testing::call_in(&set.cluster, "tiny")).await.unwrap_err();
+            assert_eq!(error.to_string(), format!("timed out: the whole answer took longer than {total} s"));
+            assert!(set.queue.is_empty());
+        }
     }
 
     #[tokio::test(start_paused = true)]

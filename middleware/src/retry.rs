@@ -19,13 +19,12 @@ mod whole;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 use tower::{Layer, Service, ServiceExt};
 
+use crate::budget::{Allowance, Budget};
 use crate::call::{Answer, Call, Payload, Reply};
 use crate::circuit::Limits;
 use crate::cluster::{Cluster, Server};
@@ -105,53 +104,6 @@ impl Config {
     }
 }
 
-/// How many retries are left, in thousandths. Every request adds a share of one, every second some, every retry takes one.
-///
-/// tower's own budget takes a lock at every request; this one is an atomic, and looks at the clock only for a retry.
-#[derive(Debug)]
-pub struct Budget {
-    left: AtomicI64,
-    born: Instant,
-    /// Milliseconds since `born` for which what time adds has been added.
-    paid: AtomicU64,
-}
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self { left: AtomicI64::new(i64::MAX), born: Instant::now(), paid: AtomicU64::new(0) }
-    }
-}
-
-impl Budget {
-    /// Retries that may be made at once; `None`: there was no request so far.
-    #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-    pub(crate) fn retries(&self) -> Option<f64> {
-        let left = self.left.load(Ordering::Relaxed);
-        (left != i64::MAX).then(|| left as f64 / 1000.0)
-    }
-
-    fn deposit(&self, config: &Config) {
-        self.add(config.budget.thousandths(), config);
-    }
-
-    fn add(&self, thousandths: i64, config: &Config) {
-        let full = i64::from(config.reserve) * 1000;
-        let now = self.left.load(Ordering::Relaxed);
-        if now != full {
-            // Two deposits at once may count as one: a budget is no ledger.
-            self.left.store(now.saturating_add(thousandths).min(full), Ordering::Relaxed);
-        }
-    }
-
-    fn withdraw(&self, config: &Config) -> bool {
-        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let passed = now.saturating_sub(self.paid.swap(now, Ordering::Relaxed));
-        self.add(i64::try_from(passed.saturating_mul(config.per_second.into())).unwrap_or(i64::MAX), config);
-        let take = |left: i64| (left >= 1000).then(|| left - 1000);
-        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
-    }
-}
-
 /// Puts [`Retry`] around a service.
 #[derive(Clone, Debug)]
 pub struct RetryLayer {
@@ -162,6 +114,7 @@ pub struct RetryLayer {
 struct Rules {
     config: Config,
     limits: Arc<Limits>,
+    allowance: Allowance,
     budget: Arc<Budget>,
     cluster: Arc<Cluster>,
     instruments: Arc<Instruments>,
@@ -171,7 +124,8 @@ impl RetryLayer {
     /// Retries within a budget, and among servers, that outlive this stack.
     pub fn new(config: Config, budget: Arc<Budget>, cluster: Arc<Cluster>, instruments: Arc<Instruments>) -> Self {
         let limits = Arc::new(config.limits());
-        Self { rules: Arc::new(Rules { config, limits, budget, cluster, instruments }) }
+        let allowance = Allowance { share: config.budget, per_second: config.per_second, reserve: config.reserve };
+        Self { rules: Arc::new(Rules { config, limits, allowance, budget, cluster, instruments }) }
     }
 }
 
@@ -215,7 +169,7 @@ where
             self.rules.leave_alone(&mut call, may_probe);
             return Box::pin(self.inner.call(call));
         }
-        self.rules.budget.deposit(&self.rules.config);
+        self.rules.budget.deposit(&self.rules.allowance);
         let spare = call.again();
         let probed = self.rules.leave_alone(&mut call, spare.is_some());
         let answer = self.inner.call(call);
@@ -288,7 +242,7 @@ impl Rules {
                 return answer.map(|reply| resume::follow(self, service, spare, reply));
             };
             let Some((mut call, cause)) = self.next(&mut spare, &failure) else { return answer };
-            if !self.budget.withdraw(&self.config) {
+            if !self.budget.withdraw(&self.allowance) {
                 self.instruments.spared();
                 spare.note("retry", "the budget is spent", [("cause", Fact::Word(cause))]);
                 return answer;
@@ -409,21 +363,6 @@ mod tests {
         let answer = ask(&mut service, testing::call_in(&cluster, "tiny"));
         inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Connecting, false));
         assert!(answer.await.is_err());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_budget_grows_with_traffic_and_with_time() {
-        let config = Config { budget: Share::of_thousand(500), per_second: 2, reserve: 3, ..Config::default() };
-        let budget = Budget::default();
-        budget.deposit(&config);
-        let spent = |budget: &Budget| (0..9).filter(|_| budget.withdraw(&config)).count();
-        assert_eq!(spent(&budget), 3, "no more than the reserve is saved up");
-        (0..4).for_each(|_| budget.deposit(&config));
-        assert_eq!(spent(&budget), 2);
-        tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(spent(&budget), 2);
-        tokio::time::advance(Duration::from_secs(600)).await;
-        assert_eq!(spent(&budget), 3);
     }
 
     /// A cluster whose first server has failed a model so often that it is left alone with it.

@@ -4,7 +4,7 @@
 //! change its mind or be fair. So we count what we send, and learn where a runner is full: an agent reads it from the runner
 //! itself, the operator may say it, and otherwise [`learn`] finds it from how answers overlapped.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::call::{Call, Counters};
 use crate::circuit::Circuit;
 use crate::cluster::Server;
+use crate::hedge::Times;
 use crate::place::{LoadOptions, Named};
 use crate::slots::{Line, Load};
 
@@ -37,6 +38,8 @@ pub struct Runners {
     /// Sorted by server.
     list: ArcSwap<Vec<Arc<Runner>>>,
     line: Arc<Line>,
+    /// How long answers about the model take, on whichever server: what `hedge` learns.
+    pub times: Times,
 }
 
 impl Runners {
@@ -101,8 +104,6 @@ pub struct Runner {
     is_learned: AtomicBool,
     /// Calls that are waiting for it to be loaded.
     loading: AtomicU32,
-    /// How often a call made it load.
-    loads: AtomicU64,
     /// The load options that calls have named for what is loaded, or is loading.
     options: ArcSwap<LoadOptions>,
     /// Context of a slot as the server tells it, tokens; 0: it does not, or nothing is loaded.
@@ -165,7 +166,6 @@ impl Runner {
             learned: AtomicU32::new(GUESS),
             is_learned: AtomicBool::new(false),
             loading: AtomicU32::new(0),
-            loads: AtomicU64::new(0),
             options: ArcSwap::default(),
             context: AtomicU32::new(0),
             book: Mutex::new(Book { samples: Vec::new(), next: 0, known_since: None, born: Instant::now() }),
@@ -211,9 +211,9 @@ impl Runner {
         }
     }
 
-    /// Whether a call would find a free slot.
+    /// Whether a call would find a free slot that nobody waits for.
     pub fn has_room(&self) -> bool {
-        self.in_flight() < self.slots()
+        self.in_flight() < self.slots() && !self.line.waits_for(self.server)
     }
 
     /// The server's agent read how many slots there are; 0: it could not.
@@ -236,11 +236,6 @@ impl Runner {
         self.loading.load(Ordering::Relaxed) > 0
     }
 
-    /// How often a call made it load.
-    pub fn loads(&self) -> u64 {
-        self.loads.load(Ordering::Relaxed)
-    }
-
     /// Why a call would make it load, if it would.
     pub(crate) fn cause(&self, named: Option<&Named>, is_loaded: bool) -> Option<Cause> {
         if !is_loaded && !self.is_loading() {
@@ -259,9 +254,6 @@ impl Runner {
             self.loading.fetch_add(1, Ordering::Relaxed);
             Loading(self.clone())
         });
-        if cause.is_some() {
-            self.loads.fetch_add(1, Ordering::Relaxed);
-        }
         let Some(named) = named else { return (cause, loading) };
         let had = self.options.load();
         let has = match cause {

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use crate::affinity;
+use crate::budget::Budget;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::keys::Keys;
 use crate::pick::Picking;
 use crate::queue::Queue;
 use crate::rate_limit::Ledger;
-use crate::retry::Budget;
 use crate::trace::Ring;
 
 /// The state that layers are views of, by layer.
@@ -33,6 +33,8 @@ pub struct Shared {
     pub affinity: Arc<affinity::Table>,
     /// How many retries are left: `retry`'s.
     pub budget: Arc<Budget>,
+    /// How many second tries are left: `hedge`'s.
+    pub hedges: Arc<Budget>,
 }
 
 impl Shared {
@@ -48,6 +50,7 @@ impl Shared {
             queue: Arc::default(),
             affinity: Arc::default(),
             budget: Arc::default(),
+            hedges: Arc::default(),
         }
     }
 }

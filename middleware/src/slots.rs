@@ -46,7 +46,7 @@ pub struct Lease {
 impl Lease {
     /// Takes a slot if one is free and nobody waits for it.
     pub fn take(runner: &Arc<Runner>) -> Option<Self> {
-        (runner.line.is_empty() && runner.enter()).then(|| Self::entered(runner))
+        (!runner.line.waits_for(runner.server) && runner.enter()).then(|| Self::entered(runner))
     }
 
     /// Takes a slot whether one is free or not: for calls that no queue looks after, and for an answer that goes on elsewhere.
@@ -221,6 +221,11 @@ impl Line {
         self.length.load(Ordering::SeqCst)
     }
 
+    /// Whether somebody waits for a slot of this server: those who wait for others have no right to it.
+    pub fn waits_for(&self, server: usize) -> bool {
+        !self.is_empty() && self.lock().all().any(|waiter| waiter.servers.contains(&server))
+    }
+
     /// Joins the line for a slot of one of these runners.
     pub fn join(self: &Arc<Self>, ticket: Arc<Ticket>, runners: &[Arc<Runner>]) -> Wait {
         let (give, taken) = oneshot::channel();
@@ -306,6 +311,10 @@ impl Line {
 }
 
 impl Waiting {
+    fn all(&self) -> impl Iterator<Item = &Waiter> {
+        self.classes.iter().flat_map(|class| class.owners.values()).flat_map(|owner| &owner.calls)
+    }
+
     /// The class that comes first among those with somebody for this server: by urgency, age counted.
     fn first_class(&self, server: usize) -> Option<usize> {
         let now = Instant::now();

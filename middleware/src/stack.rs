@@ -11,7 +11,9 @@ use crate::affinity::AffinityLayer;
 use crate::alias::AliasLayer;
 use crate::auth::AuthLayer;
 use crate::call::{Answer, Call, Reply};
+use crate::distribute::DistributeLayer;
 use crate::error::Error;
+use crate::hedge::HedgeLayer;
 use crate::keys::Guard;
 use crate::metrics::MetricsLayer;
 use crate::model_route::ModelRouteLayer;
@@ -113,13 +115,17 @@ pub enum Concern {
     ModelRoute,
     /// [`crate::affinity`]
     Affinity,
+    /// [`crate::hedge`]
+    Hedge,
     /// [`crate::retry`]
     Retry,
+    /// [`crate::distribute`]
+    Distribute,
 }
 
 impl Concern {
     /// Every layer, in the default order, the outermost first.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Trace,
         Self::Metrics,
         Self::Auth,
@@ -129,7 +135,9 @@ impl Concern {
         Self::Queue,
         Self::ModelRoute,
         Self::Affinity,
+        Self::Hedge,
         Self::Retry,
+        Self::Distribute,
     ];
 
     /// The word for it.
@@ -144,7 +152,9 @@ impl Concern {
             Self::Queue => "queue",
             Self::ModelRoute => "model-route",
             Self::Affinity => "affinity",
+            Self::Hedge => "hedge",
             Self::Retry => "retry",
+            Self::Distribute => "distribute",
         }
     }
 
@@ -160,7 +170,9 @@ impl Concern {
             Self::Queue => "lets calls wait for a free place at a server, in fair turns",
             Self::ModelRoute => "narrows the candidates to those that have the model",
             Self::Affinity => "leads a conversation back to the server that remembers it",
+            Self::Hedge => "asks a second server when the first is late with a short answer",
             Self::Retry => "asks another server when one fails",
+            Self::Distribute => "finds the models that belong on a group of workers",
         }
     }
 }
@@ -232,8 +244,12 @@ pub struct Config {
     pub model_route: crate::model_route::Config,
     /// The `[affinity]` table.
     pub affinity: crate::affinity::Config,
+    /// The `[hedge]` table.
+    pub hedge: crate::hedge::Config,
     /// The `[retry]` table.
     pub retry: crate::retry::Config,
+    /// The `[distribute]` table.
+    pub distribute: crate::distribute::Config,
 }
 
 /// An order that would do harm.
@@ -309,6 +325,56 @@ const RULES: &[Rule] = &[
         inner: Concern::Retry,
         why: "a retry must keep to the servers that a conversation prefers, and one that failed must not be preferred again",
     },
+    Rule {
+        outer: Concern::Queue,
+        inner: Concern::Hedge,
+        why: "a wait for a slot must not look like a late answer, and a second try must not wait for one",
+    },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Hedge,
+        why: "a second try must choose among the servers that have the model",
+    },
+    Rule {
+        outer: Concern::Affinity,
+        inner: Concern::Hedge,
+        why: "a call that is sent twice must count once for the spread of conversations",
+    },
+    Rule {
+        outer: Concern::Hedge,
+        inner: Concern::Retry,
+        why: "when one of two tries fails it must be tried again by itself, while the other goes on",
+    },
+    Rule {
+        outer: Concern::Alias,
+        inner: Concern::Distribute,
+        why: "whether a model is split depends on the model that is really asked for",
+    },
+    Rule {
+        outer: Concern::Queue,
+        inner: Concern::Distribute,
+        why: "a call must have had its turn before a group of workers begins with it",
+    },
+    Rule {
+        outer: Concern::ModelRoute,
+        inner: Concern::Distribute,
+        why: "whether a model is too big for a server is known only once it is known who has it",
+    },
+    Rule {
+        outer: Concern::Affinity,
+        inner: Concern::Distribute,
+        why: "where a conversation goes on must be decided before its call is sent, to a group as to a server",
+    },
+    Rule {
+        outer: Concern::Hedge,
+        inner: Concern::Distribute,
+        why: "each of two tries must be sent by itself, to a group as to a server",
+    },
+    Rule {
+        outer: Concern::Retry,
+        inner: Concern::Distribute,
+        why: "when a group of workers fails, the call must be tried again elsewhere",
+    },
 ];
 
 /// Whether an order can work.
@@ -350,6 +416,14 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
             inner,
             &AffinityLayer::new(config.affinity.clone(), shared.affinity.clone(), shared.instruments.clone()),
         ),
+        Concern::Hedge if config.hedge.is_off() => inner,
+        Concern::Hedge => {
+            push(inner, &HedgeLayer::new(config.hedge.clone(), shared.hedges.clone(), shared.instruments.clone()))
+        }
+        Concern::Distribute if config.distribute.is_off() => inner,
+        Concern::Distribute => {
+            push(inner, &DistributeLayer::new(config.distribute.clone(), shared.instruments.clone()))
+        }
         Concern::Retry => {
             let (budget, cluster) = (shared.budget.clone(), shared.cluster.clone());
             push(inner, &RetryLayer::new(config.retry.clone(), budget, cluster, shared.instruments.clone()))

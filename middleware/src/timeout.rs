@@ -11,6 +11,8 @@
 //! Who gives up drops the call, which ends the work at the server; a load in progress goes on for a while, as for a client
 //! that leaves. Before the head the client is told with a 504; afterwards the stream breaks off as for a server that died.
 //! Nothing is tried again after that: the server may well be loading the model, and another one would begin from the start.
+//! But a server that keeps a model in memory and is silent for as long as a first byte may take has failed it, and is left
+//! alone with it if it does so again and again ([`crate::circuit`]).
 //! A reader who does not read is no reason to give up.
 //!
 //! Pull, push, create and blobs take as long as they take: for them only rules count that name their routes.
@@ -399,9 +401,17 @@ impl Clock {
             None => answer.await?,
             Some(until) => {
                 let timer = self.timer.insert(Box::pin(tokio::time::sleep_until(until)));
+                // Dropped only after it has been said why: whoever judges the server by this call must know.
+                let mut answer = std::pin::pin!(answer);
                 tokio::select! {
                     biased;
-                    answer = answer => answer?,
+                    answer = &mut answer => match answer {
+                        // Whoever waits inside for as long as the call may take notices at the same moment.
+                        Err(Error::Timeout { .. }) if self.due.is_some_and(|due| due <= Instant::now()) => {
+                            return Err(self.give_up(Phase::Total, first_byte));
+                        }
+                        answer => answer?,
+                    },
                     () = timer => {
                         let is_first = first_due.is_some_and(|first| first <= until);
                         return Err(self.give_up(if is_first { Phase::FirstByte } else { Phase::Total }, first_byte));
@@ -424,6 +434,9 @@ impl Clock {
             Phase::Total => ("total", "the whole answer", self.total),
         };
         let after = limit.unwrap_or_default();
+        if phase == Phase::FirstByte {
+            let _ = self.head.given_up.set(after);
+        }
         instruments::timed_out(word);
         self.head.trail.note("timeout", "gives up", [("waited-for", Fact::Word(what)), ("limit", in_ms(after))]);
         Error::Timeout { what, after }

@@ -466,3 +466,30 @@ fn what_a_flag_says_is_blamed_on_the_flag() {
     let wrong = Source::default().with(Set::Servers(vec!["a:b".to_owned()]), Origin::Flag("--servers"));
     assert_snapshot!(wrong.read().unwrap_err(), @"flag --servers: 'a:b' is not an address: 'b' is no port (1 to 65535)");
 }
+
+#[test]
+fn a_policy_that_lacks_a_number() {
+    assert_snapshot!(error("[distribute]\npolicy = \"when-too-big\"\n"), @r#"
+    olol.toml: line 2, column 10: distribute.policy: it needs too-big-gib, from which size on a model is too big: servers do not tell how much they can hold
+      |
+    2 | policy = "when-too-big"
+      |          ^^^^^^^^^^^^^^
+    "#);
+    assert_snapshot!(error("[[distribute.rules]]\nmodels = [\"big\"]\n"), @r"
+    olol.toml: line 1, column 1: distribute.rules[0]: it must say something of them: policy, too-big-gib or min-workers
+      |
+    1 | [[distribute.rules]]
+      | ^^^^^^^^^^^^^^^^^^^^
+    ");
+}
+
+#[test]
+fn a_route_that_is_never_asked_twice() {
+    assert_snapshot!(error("[hedge]\non = [\"embed\", \"chat\"]\n"), @r#"
+    olol.toml: line 2, column 16: hedge.on[1]: unknown word `chat`
+      |
+    2 | on = ["embed", "chat"]
+      |                ^^^^^^
+    the words that may stand here: embed, embeddings, v1-embeddings, show, v1-model
+    "#);
+}

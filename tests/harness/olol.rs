@@ -41,9 +41,14 @@ impl Olol {
         Self { agents, ..Self::at(servers, toml).await }
     }
 
-    /// Starts a proxy with the configuration in a file, which it reads again when that changes.
+    /// Starts a proxy with the configuration in a file, which it reads again when that changes. Servers are called as the
+    /// file calls them.
     pub async fn from_file(cluster: &Cluster, file: &Path) -> Self {
-        let (agents, servers) = cluster.reach().await;
+        let (agents, mut servers) = cluster.reach().await;
+        for (server, name) in servers.iter_mut().zip(servers_in(file)) {
+            let (_, way) = server.split_once('@').unwrap();
+            *server = format!("{name}@{way}");
+        }
         let home = tempfile::tempdir().unwrap();
         let keys = Set::Keys(home.path().join("keys.toml"));
         let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys];
@@ -157,6 +162,12 @@ impl Olol {
     pub async fn stop(self) -> bool {
         patiently("the proxy stops", self.proxy.stop()).await
     }
+}
+
+/// The names of the servers in a file of configuration.
+pub fn servers_in(file: &Path) -> Vec<String> {
+    let servers = Config::read(file).unwrap_or_else(|error| panic!("{error}")).servers().unwrap();
+    servers.iter().map(|server| server.id.to_string()).collect()
 }
 
 /// A chat as a stream.

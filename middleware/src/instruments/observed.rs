@@ -15,6 +15,7 @@ use crate::shared::Shared;
 /// What is read rather than counted, as a part of the page that is scraped.
 pub fn observe(shared: &Shared) -> String {
     let snapshot = shared.cluster.snapshot();
+    shared.instruments.begin_at_zero();
     let gauges = of_layers(shared).into_iter().chain(of_servers(&snapshot)).chain(of_models(&snapshot));
     written(gauges)
 }
@@ -100,7 +101,7 @@ fn of_layers(shared: &Shared) -> Vec<Gauge> {
         Gauge::of(AFFINITY_ENTRIES, "Links of conversations that are remembered", shared.affinity.len() as f64),
     ];
     gauges
-        .extend(shared.budget.retries().map(|left| Gauge::of(RETRY_BUDGET, "Retries that may be made at once", left)));
+        .extend(shared.budget.tries().map(|left| Gauge::of(RETRY_BUDGET, "Retries that may be made at once", left)));
     gauges
 }
 

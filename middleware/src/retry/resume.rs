@@ -33,6 +33,8 @@ use crate::trail::Fact;
 
 /// The most times that one stream goes on elsewhere.
 const MOST: u32 = 16;
+/// How long the end of an answer that is whole may wait for the length of its prompt.
+const COUNTS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Lets the body of a good answer survive its server, where that is possible at all.
 pub(super) fn follow<S>(rules: Arc<Rules>, service: S, spare: Call, reply: Reply) -> Reply
@@ -305,8 +307,19 @@ where
         let request = Request::read(&self.spare, form).map_err(Halt::Refused)?;
         let made = i64::try_from(self.pieces).unwrap_or(i64::MAX);
         if request.bounds().num_predict.is_some_and(|most| most > 0 && made >= most) {
-            return self.finish(form, &request, None);
+            // Another server is asked only how long the prompt was; the answer is whole without that, too.
+            let counted = tokio::time::timeout(COUNTS_WITHIN, self.continued(form, &request, true)).await;
+            return match counted {
+                Ok(Ok(step)) => Ok(step),
+                _ => self.finish(form, &request, self.pieces, None),
+            };
         }
+        self.continued(form, &request, false).await
+    }
+
+    /// Has another server go on from the text already sent, if one can. `only_counts`: nothing but counts is left to ask
+    /// for, which is worth no load.
+    async fn continued(&mut self, form: Form, request: &Request, only_counts: bool) -> Result<Step, Halt> {
         if self.digest.is_none() {
             self.digest = digest(self.spare.candidates.snapshot(), &self.server, self.spare.place.model.as_ref());
         }
@@ -314,9 +327,11 @@ where
         loop {
             let model = self.spare.place.model.clone();
             let candidates = self.others(|server| {
-                ask::can_render(&server.report.version, form) && digest_of(server, model.as_ref()) == Some(&digest)
+                ask::can_render(&server.report.version, form)
+                    && digest_of(server, model.as_ref()) == Some(&digest)
+                    && (!only_counts || has_loaded(server, model.as_ref()))
             })?;
-            match self.go_on_at(candidates, form, &request).await {
+            match self.go_on_at(candidates, form, request).await {
                 Ok(step) => return Ok(step),
                 Err(No::Nobody(why)) => return Err(Halt::Refused(why)),
                 Err(No::Server(Some(server), why)) => self.cannot(server, why),
@@ -388,7 +403,12 @@ where
         }
         let left = most.map(|most| most - i64::try_from(made).unwrap_or(i64::MAX));
         if left.is_some_and(|left| left <= 0) {
-            return self.finish(form, request, of_prompt).map_err(|_| No::Nobody("its pieces cannot be written"));
+            let of_prompt = match of_prompt {
+                Some(counted) => counted,
+                None => asking.count(&before, shown.thinks).await?,
+            };
+            let finished = self.finish(form, request, made, Some(of_prompt));
+            return finished.map_err(|_| No::Nobody("its pieces cannot be written"));
         }
         let reply = asking.follow(&prompt, left, shown.thinks).await?;
         let account = Account { arrived: self.spare.arrived, made, prompt: of_prompt, eval: self.eval };
@@ -402,8 +422,8 @@ where
     }
 
     /// Ends the stream: it had all the tokens it may have.
-    fn finish(&mut self, form: Form, request: &Request, prompt: Option<u64>) -> Result<Step, Halt> {
-        let account = Account { arrived: self.spare.arrived, made: self.pieces, prompt, eval: self.eval };
+    fn finish(&mut self, form: Form, request: &Request, made: u64, prompt: Option<u64>) -> Result<Step, Halt> {
+        let account = Account { arrived: self.spare.arrived, made, prompt, eval: self.eval };
         let mould = Mould::new(form, &self.delivered, Vec::new(), request.tells_usage, account);
         let mould = mould.ok_or(Halt::Refused("its pieces cannot be written"))?;
         self.spare.note("retry", "the stream had its last token already", [("pieces", self.pieces.into())]);
@@ -445,7 +465,7 @@ where
         if bits.is_empty() {
             return Err(halt("no other server can go on"));
         }
-        if !self.rules.budget.withdraw(&self.rules.config) {
+        if !self.rules.budget.withdraw(&self.rules.allowance) {
             return Err(halt("the budget is spent"));
         }
         self.tries += 1;
@@ -466,6 +486,10 @@ fn digest_of<'a>(server: &'a Server, model: Option<&ModelName>) -> Option<&'a St
     let mut models = server.report.models.iter();
     let found = models.find(|held| ModelName::parse(&held.name).as_ref() == model)?;
     Some(&found.digest).filter(|digest| !digest.is_empty())
+}
+
+fn has_loaded(server: &Server, model: Option<&ModelName>) -> bool {
+    server.report.loaded.iter().any(|loaded| ModelName::parse(&loaded.name).as_ref() == model)
 }
 
 #[cfg(test)]
@@ -568,6 +592,24 @@ mod tests {
         assert!(body.next().await.is_none());
         let note = serde_json::to_value(head.trail.take()).unwrap();
         assert_eq!(note[0]["facts"]["why"], "no other server can go on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_whole_does_not_wait_long_for_its_counts() {
+        let cluster = cluster(3).await;
+        cluster.note_loaded(&ServerId::new("1"), &ModelName::parse("tiny").unwrap(), true);
+        cluster.catch_up().await;
+        let (mut service, mut inner) = testing::spawn(&layer(&cluster));
+        let mut call = generate(&cluster);
+        call.payload = Payload::from_bytes(r#"{"model":"tiny","prompt":"hi","options":{"num_predict":1}}"#);
+        let answer = ask(&mut service, call);
+        inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
+        let reading = tokio::spawn(answer.await.unwrap().body.collect(9999));
+        assert_eq!(prepares(&mut inner, "1").await, ["1"]);
+        let _silent = inner.next_request().await.unwrap();
+        let text = reading.await.unwrap().unwrap();
+        let text = std::str::from_utf8(&text).unwrap();
+        assert!(text.contains("\"done_reason\":\"length\"") && text.contains("\"eval_count\":1"), "{text}");
     }
 
     #[tokio::test(start_paused = true)]
