@@ -9,6 +9,7 @@ mod exchange;
 mod host;
 mod lines;
 mod state;
+mod weights;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,9 +23,11 @@ use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 
 pub use connection::{Endpoint, EndpointError};
 pub use state::StateError;
+pub(crate) use weights::parameters;
 
 use connection::{Link, Links};
 use exchange::Outgoing;
+use weights::Weights;
 
 /// Marks a request that has passed through a proxy, with the proxy's instance id.
 pub const HOP: HeaderName = HeaderName::from_static("x-olol-hop");
@@ -101,13 +104,14 @@ struct Inner {
     id: ServerId,
     links: Links,
     host: HeaderValue,
+    weights: Weights,
 }
 
 impl Ollama {
     /// An Ollama at an address. Connects when it is first asked.
     pub fn new(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Self {
         let host = endpoint.host_header();
-        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host }))
+        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host, weights: Weights::default() }))
     }
 
     /// Its name.

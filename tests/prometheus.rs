@@ -43,6 +43,15 @@ rules = [{ models = ["mute"], first-byte-s = 0.05 }]
 models = { mine = "tiny" }
 rules = [{ name = "first", models = ["solo"], servers = ["2"] }]
 
+[hedge]
+on = ["embed"]
+min-samples = 5
+min-delay-ms = 20
+budget = 1.0
+
+[distribute]
+rules = [{ models = ["cold"], policy = "always" }]
+
 [retry]
 budget = 0
 reserve = 4
@@ -136,6 +145,7 @@ impl World {
             self.ask(request).await;
         }
         self.conversation().await;
+        self.late().await;
         // Keys: none, a wrong one, and one that is used too often.
         self.olol.ask(&chat("tiny", "hi")).await;
         for key in ["olol_no_key", &self.bob, &self.bob] {
@@ -143,7 +153,8 @@ impl World {
         }
         // A model that is loaded.
         self.ask(keep_alive("cold", 0)).await;
-        until("a server has unloaded its model", || cluster.server(3).holds().1.is_empty()).await;
+        until("a server has unloaded its model", || !cluster.server(3).holds().1.contains(&"cold:latest".to_owned()))
+            .await;
         olol.knows(cluster).await;
         self.ask(chat("cold", "hi")).await;
         // A server that dies in mid-answer, where another goes on, and where there is no other.
@@ -175,6 +186,17 @@ impl World {
             self.ask(Request::post("/api/chat", json!({"model": "tiny", "messages": messages}))).await;
             messages.extend([said("assistant", "Hello world"), said("user", "And then?")]);
         }
+    }
+
+    /// An embedding that is late.
+    async fn late(&self) {
+        let embed = || Request::post("/api/embed", json!({"model": "tiny", "input": "hi"}));
+        for _ in 0..5 {
+            self.ask(embed()).await;
+        }
+        self.cluster.server(0).stalls_before_head();
+        self.ask(embed()).await;
+        self.cluster.server(0).says(["Hello", " world"]);
     }
 
     /// Calls that wait for a slot, of which one is left by its client; and another in the middle of its answer.

@@ -29,6 +29,23 @@ async fn a_full_server_gets_the_next_call_when_it_has_a_slot() {
 }
 
 #[tokio::test]
+async fn calls_by_names_of_the_same_weights_wait_for_the_same_slots() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(1).await.over(way).all_have_loaded("tiny");
+        let gate = Gate::closed();
+        cluster.server(0).has_like("poet", "tiny").echoes().is_paced_by(&gate);
+        let olol = Olol::start(&cluster, ONE_SLOT).await;
+        let mut first = olol.begin(&chat("tiny", "first")).await;
+        cluster.server(0).asked(1).await;
+        let mut second = olol.begin(&chat("poet", "second")).await;
+        until("a call waits", || olol.waiting() == 1).await;
+        gate.open();
+        assert_eq!(first.answer().await.said(), "first");
+        assert_eq!(second.answer().await.said(), "second", "{way:?}");
+    }
+}
+
+#[tokio::test]
 async fn who_leaves_the_queue_is_never_sent() {
     let cluster = Cluster::of(1).await.all_have_loaded("tiny");
     let gate = Gate::closed();

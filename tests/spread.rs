@@ -38,6 +38,25 @@ async fn a_place_is_free_again_when_the_answer_is_over() {
 }
 
 #[tokio::test]
+async fn names_of_the_same_weights_are_in_memory_together() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(3).await.over(way).all_have("tiny");
+        for index in 0..3 {
+            cluster.server(index).has_like("poet", "tiny").has("other");
+        }
+        cluster.server(2).keeps_loaded("tiny");
+        let olol = Olol::start(&cluster, "").await;
+        assert_eq!(olol.chat("poet", "hi").await.server(), "2", "{way:?}: what Ollama has loaded as tiny is poet, too");
+        let shown = cluster.server(2).seen("/api/show");
+        let asked: Vec<_> = shown.iter().map(|seen| seen.json()["model"].clone()).collect();
+        assert!(
+            !asked.contains(&json!("other:latest")),
+            "nobody asks what a model is made of that is like no other: {asked:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_model_on_one_server_is_asked_there_only() {
     for way in Way::BOTH {
         let cluster = Cluster::of(3).await.over(way).all_have_loaded("other");

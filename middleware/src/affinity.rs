@@ -165,7 +165,7 @@ impl Course {
     /// Who answered.
     fn server(&self, reply: &Reply) -> Option<&Arc<Server>> {
         let id = reply.body.outcome().servers.last()?;
-        self.snapshot.servers.iter().find(|server| server.id == *id)
+        self.snapshot.server(id)
     }
 
     /// What became of the call in the end: who was to take it may have failed.

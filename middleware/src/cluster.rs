@@ -3,13 +3,15 @@
 //! Topology and load are two things. Models and states change seldom and are rebuilt into a new snapshot, at most 20 times
 //! a second; what a server is doing right now is a handful of atomics beside it. Reading takes no lock.
 
-use std::collections::HashMap;
+mod found;
+
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use rapidhash::RapidHashMap;
 use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -18,8 +20,11 @@ use crate::affinity::Share;
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
+use crate::place::LoadOptions;
 use crate::runner::Runners;
 use crate::slots::Load;
+
+use found::{Finding, Found};
 
 /// Shortest time between two snapshots.
 const REBUILD_PAUSE: Duration = Duration::from_millis(50);
@@ -87,6 +92,18 @@ pub struct Model {
     pub capabilities: Vec<String>,
     /// RFC 3339 time of the last change.
     pub modified_at: String,
+    /// What its runner is started with: the digests of its weights, projectors and adapters. Empty: nobody has asked.
+    pub weights: String,
+    /// Its own parameters, a JSON object. Empty: nobody has asked.
+    pub parameters: String,
+}
+
+impl Model {
+    /// What tells whether it shares a runner with another model of its server: Ollama keeps runners by the file of the
+    /// weights, not by the name. Nothing if too little is known of it.
+    fn identity(&self) -> Option<&str> {
+        [&self.weights, &self.digest].into_iter().map(String::as_str).find(|text| !text.is_empty())
+    }
 }
 
 /// A model in a server's memory.
@@ -156,8 +173,10 @@ pub struct Known {
     pub loaded: Bits,
     /// Bytes of it on a disk; the most that a server says.
     pub size: u64,
-    /// Its runners on the servers.
+    /// Its runners on the servers; shared with the other names of the same weights.
     pub runners: Arc<Runners>,
+    /// The load options that it names by itself, for calls that name none.
+    pub defaults: Option<Arc<LoadOptions>>,
     /// Its metrics.
     pub meters: Arc<ModelMeters>,
 }
@@ -168,11 +187,18 @@ pub struct Snapshot {
     /// The servers; a [`Server::index`] is a place in this list.
     pub servers: Vec<Arc<Server>>,
     /// The models by canonical name.
-    pub models: HashMap<ModelName, Arc<Known>>,
+    pub models: RapidHashMap<ModelName, Arc<Known>>,
     every: Bits,
+    /// Where a server stands in the list.
+    places: RapidHashMap<ServerId, usize>,
 }
 
 impl Snapshot {
+    /// A server by its name.
+    pub fn server(&self, id: &ServerId) -> Option<&Arc<Server>> {
+        self.servers.get(*self.places.get(id)?)
+    }
+
     /// What is known of a model.
     pub fn known(&self, model: &ModelName) -> Option<&Arc<Known>> {
         self.models.get(model)
@@ -304,7 +330,7 @@ impl Candidates {
 
     /// Where a server stands in the snapshot.
     pub fn index_of(&self, id: &ServerId) -> Option<usize> {
-        self.snapshot.servers.iter().find(|server| server.id == *id).map(|server| server.index)
+        self.snapshot.server(id).map(|server| server.index)
     }
 
     /// Whether a server is in question.
@@ -349,21 +375,11 @@ pub struct Cluster {
     this: Weak<Self>,
 }
 
-/// Where a model was found.
-#[derive(Default)]
-struct Found<'a> {
-    installed: Bits,
-    loaded: Bits,
-    size: u64,
-    /// What servers say of it in their memory.
-    memory: Vec<(usize, &'a Loaded)>,
-}
-
 /// What snapshots are made from.
 #[derive(Debug)]
 struct Book {
     entries: Vec<Entry>,
-    models: HashMap<ModelName, (Arc<ModelMeters>, Arc<Runners>)>,
+    models: found::Before,
     rebuilt: Option<Instant>,
     scheduled: bool,
 }
@@ -440,7 +456,7 @@ impl Cluster {
                 }
             })
             .collect();
-        let book = Book { entries, models: HashMap::new(), rebuilt: None, scheduled: false };
+        let book = Book { entries, models: found::Before::new(), rebuilt: None, scheduled: false };
         let cluster = Arc::new_cyclic(|this| Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
@@ -561,8 +577,7 @@ impl Cluster {
     /// Asks for fresh news of one server, without waiting for them.
     pub fn want_news_of(&self, server: &ServerId) {
         let snapshot = self.snapshot();
-        let found = snapshot.servers.iter().find(|known| known.id == *server);
-        if let Some(refresh) = found.and_then(|server| self.refreshes.get(server.index)) {
+        if let Some(refresh) = snapshot.server(server).and_then(|server| self.refreshes.get(server.index)) {
             refresh.wanted.notify_one();
         }
     }
@@ -671,48 +686,27 @@ impl Cluster {
                 })
             })
             .collect();
-        let mut found: HashMap<ModelName, Found<'_>> = HashMap::new();
-        for server in &servers {
-            for model in &server.report.models {
-                let Some(name) = ModelName::parse(&model.name) else { continue };
-                let found = found.entry(name).or_default();
-                found.installed.insert(server.index);
-                found.size = found.size.max(model.size);
-            }
-            for loaded in &server.report.loaded {
-                // A runner may outlive the model on the disk; only what can be asked for by name counts.
-                let Some(found) = ModelName::parse(&loaded.name).and_then(|name| found.get_mut(&name)) else {
-                    continue;
-                };
-                found.loaded.insert(server.index);
-                found.memory.push((server.index, loaded));
-            }
-        }
-        book.models.retain(|name, (_, runners)| found.contains_key(name) || !runners.line().is_empty());
-        let models = found
+        let found = Found::on(&servers);
+        book.models.retain(|name, (_, runners)| found.has(name) || !runners.line().is_empty());
+        let (findings, left) = found.settle(&book.models, &servers);
+        let models = findings
             .into_iter()
-            .map(|(name, found)| {
-                let fresh = || (Arc::new(ModelMeters::new(&name)), Arc::default());
-                let (meters, runners) = book.models.entry(name.clone()).or_insert_with(fresh).clone();
-                for (server, loaded) in &found.memory {
-                    if loaded.slots > 0 {
-                        runners.at(&servers[*server]).reported(loaded.slots);
-                    }
-                }
-                for runner in runners.all().iter() {
-                    let loaded = found.memory.iter().find(|(server, _)| *server == runner.server);
-                    runner.told(loaded.map(|(_, loaded)| loaded.context_length));
-                }
-                let Found { installed, loaded, size, .. } = found;
-                (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, meters }))
+            .map(|Finding { name, installed, loaded, size, defaults, runners }| {
+                let entry = book.models.entry(name.clone());
+                let entry = entry.or_insert_with(|| (Arc::new(ModelMeters::new(&name)), runners.clone()));
+                entry.1 = runners.clone();
+                let meters = entry.0.clone();
+                (name.clone(), Arc::new(Known { name, installed, loaded, size, runners, defaults, meters }))
             })
             .collect();
         let every = Bits::first(servers.len());
-        self.snapshot.store(Arc::new(Snapshot { servers, models, every }));
+        let places = servers.iter().map(|server| (server.id.clone(), server.index)).collect();
+        self.snapshot.store(Arc::new(Snapshot { servers, models, every, places }));
         book.rebuilt = Some(Instant::now());
         book.scheduled = false;
         // Who waits decides anew, now that the servers have changed.
-        for (_, runners) in book.models.values().filter(|(_, runners)| !runners.line().is_empty()) {
+        let all = book.models.values().map(|(_, runners)| runners).chain(&left);
+        for runners in all.filter(|runners| !runners.line().is_empty()) {
             runners.line().look_again();
         }
     }

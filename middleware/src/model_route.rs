@@ -102,7 +102,12 @@ where
         let question = call.candidates.clone();
         Router::narrow(&mut call);
         if call.route.infers() && self.router.config.load_options == Options::AsLoaded {
-            call.place.options = Some(Arc::new(LoadOptions::of(&call)));
+            let named = LoadOptions::of(&call);
+            let defaults = call.known.as_ref().and_then(|known| known.defaults.as_deref());
+            call.place.options = Some(Arc::new(match defaults {
+                Some(defaults) => named.or(defaults),
+                None => named,
+            }));
         }
         if call.dry {
             return Box::pin(self.inner.call(call));
@@ -247,7 +252,7 @@ impl Router {
 }
 
 fn was_loaded(snapshot: &Snapshot, known: &Known, server: &crate::ServerId) -> bool {
-    known.loaded.iter().any(|index| snapshot.servers.get(index).is_some_and(|found| found.id == *server))
+    snapshot.server(server).is_some_and(|found| known.loaded.contains(found.index))
 }
 
 #[cfg(test)]

@@ -42,6 +42,22 @@ impl LoadOptions {
         named
     }
 
+    /// The load options among the members of a JSON object.
+    pub(crate) fn in_object(object: &str) -> Self {
+        let mut named = Named::default();
+        // A model whose parameters cannot be read names none.
+        let _ = named.read(object.as_bytes(), 0);
+        named.options
+    }
+
+    /// All but the context.
+    #[must_use]
+    pub fn without_context(&self) -> Self {
+        let mut options = self.clone();
+        options.0[CONTEXT] = None;
+        options
+    }
+
     fn context(&self) -> Option<u64> {
         self.0[CONTEXT].as_ref().and_then(|text| text.parse().ok())
     }
@@ -70,7 +86,7 @@ impl LoadOptions {
 /// What a call names of load options.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Named {
-    /// The values.
+    /// The values: those of the call, and for the rest those of its model.
     pub options: LoadOptions,
     /// Whether the route takes options at all.
     takes: bool,
@@ -84,6 +100,17 @@ impl Named {
     /// Whether the route takes options at all.
     pub fn takes_options(&self) -> bool {
         self.takes
+    }
+
+    /// What the model names by itself, if the call does not: its server takes those without being told.
+    #[must_use]
+    pub fn or(mut self, defaults: &LoadOptions) -> Self {
+        for (asked, default) in self.options.0.iter_mut().zip(&defaults.0) {
+            if asked.is_none() {
+                asked.clone_from(default);
+            }
+        }
+        self
     }
 
     fn read(&mut self, object: &[u8], start: usize) -> Result<(), Malformed> {
@@ -124,7 +151,8 @@ impl Named {
             // What is loaded can be named for it, where the route takes options.
             (None, Some(_)) => self.takes,
             (Some(asked), Some(has)) if asked == has => true,
-            (Some(_), has) if at == CONTEXT => {
+            // What the model names by itself can only be overruled where the route takes options.
+            (Some(_), has) if at == CONTEXT && self.takes => {
                 let has = has.as_ref().and_then(|has| has.parse().ok()).or((context > 0).then_some(u64::from(context)));
                 has.is_some_and(|has: u64| self.options.context().is_some_and(|asked| asked <= has))
             }
@@ -138,17 +166,21 @@ impl Named {
         let mut edits = SmallVec::new();
         let Payload::Whole(pieces) = payload else { return edits };
         let mut members = String::new();
+        let mut member = |key: &str, value: &str| {
+            let comma = if members.is_empty() { "" } else { "," };
+            members.extend([comma, "\"", key, "\":", value]);
+        };
         for (at, (asked, has)) in self.options.0.iter().zip(&loaded.0).enumerate() {
             match (asked, has) {
-                (None, Some(has)) if self.context_at.is_none() || at != CONTEXT => {
-                    let comma = if members.is_empty() { "" } else { "," };
-                    members.extend([comma, "\"", KEYS[at], "\":", has]);
-                }
+                (None, Some(has)) if self.context_at.is_none() || at != CONTEXT => member(KEYS[at], has),
                 (Some(asked), has) if at == CONTEXT => {
                     let has = has.as_deref().map_or_else(|| context.to_string(), str::to_owned);
                     let is_less = |asked: &str| Some(asked.parse::<u64>().ok()? < has.parse::<u64>().ok()?);
-                    if let (Some(true), Some(span)) = (is_less(asked), self.context_at) {
-                        edits.push((span, Bytes::from(has)));
+                    match (is_less(asked), self.context_at) {
+                        (Some(true), Some(span)) => edits.push((span, Bytes::from(has))),
+                        // It is the model that names it.
+                        (Some(true), None) => member(KEYS[at], &has),
+                        _ => {}
                     }
                 }
                 _ => {}
@@ -229,6 +261,20 @@ mod tests {
         assert!(goes(ask(16384), &[(0, "8192")], 0).await.0);
         assert!(goes(ask(2048), &[], 0).await.0);
         assert!(goes(json!({"model": "tiny", "options": {"num_gpu": 1}}), &[(2, "0")], 0).await.0);
+    }
+
+    #[tokio::test]
+    async fn what_a_model_names_by_itself_counts_as_named_and_need_not_be_said() {
+        let asked = json!({"model": "wide", "options": {"seed": 1}});
+        let call = call(&asked).await;
+        let named = LoadOptions::of(&call).or(&loaded(&[(0, "8192"), (2, "3")]));
+        assert!(named.reloads(&loaded(&[]), 4096), "the other tag was loaded with less");
+        assert!(!named.reloads(&loaded(&[(0, "8192"), (2, "3")]), 0));
+        assert!(named.edits(&call.payload, &loaded(&[(0, "8192"), (2, "3")]), 0).is_empty());
+        let edits = named.edits(&call.payload, &loaded(&[(0, "16384"), (2, "3")]), 0);
+        let Payload::Whole(pieces) = call.payload.edited(&edits) else { unreachable!() };
+        let sent: Value = serde_json::from_slice(&pieces.concat()).unwrap();
+        assert_eq!(sent, json!({"model": "wide", "options": {"num_ctx": 16384, "seed": 1}}));
     }
 
     #[tokio::test]

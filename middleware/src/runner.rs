@@ -223,11 +223,20 @@ impl Runner {
         }
     }
 
-    /// The server told what is in its memory: the context of this runner, or that it is not there.
-    pub fn told(&self, loaded: Option<u32>) {
-        self.context.store(loaded.unwrap_or(0), Ordering::Relaxed);
-        if loaded.is_none() && !self.is_loading() && !self.options.load().is_empty() {
-            self.options.store(Arc::default());
+    /// The server told what is in its memory: the context of this runner and the load options of the model that it is listed
+    /// under, or that it is not there. Who loaded it may not have been us; then it has those options, as far as one can tell.
+    pub fn told(&self, loaded: Option<(u32, Option<&LoadOptions>)>) {
+        self.context.store(loaded.map_or(0, |(context, _)| context), Ordering::Relaxed);
+        if self.is_loading() {
+            return;
+        }
+        let is_empty = self.options.load().is_empty();
+        match loaded {
+            None if !is_empty => self.options.store(Arc::default()),
+            Some((context, Some(named))) if is_empty && !named.is_empty() => {
+                self.options.store(Arc::new(if context > 0 { named.without_context() } else { named.clone() }));
+            }
+            _ => {}
         }
     }
 
@@ -258,7 +267,7 @@ impl Runner {
         let had = self.options.load();
         let has = match cause {
             Some(Cause::Cold) => named.options.clone(),
-            Some(Cause::Options) if !named.takes_options() => LoadOptions::default(),
+            Some(Cause::Options) if !named.takes_options() => named.options.clone(),
             _ => had.after(&named.options),
         };
         if cause != Some(Cause::Cold) {
@@ -443,12 +452,16 @@ impl Sample {
 ///
 /// An answer has a slot for its last `busy` microseconds; where a server says nothing of that and does not stream, for at
 /// least as long as the fastest of the others took for as many tokens. The most answers that had a slot at the same moment
-/// are a lower bound; a tenth of each is left out, since what we see of an end and of the next begin may cross on the way. It is the number of slots once several answers have visibly waited: they would have begun earlier if
-/// there had been more.
+/// are a lower bound; a tenth of each is left out, since what we see of an end and of the next begin may cross on the way. It is the number of
+/// slots once several answers have visibly waited: they would have begun earlier if there had been more.
 pub fn learn(samples: &[Sample]) -> Option<u32> {
+    let shows = u64::try_from(WAIT_SHOWS.as_micros()).unwrap_or(u64::MAX);
+    // Nearly always, and much less work: nobody was there long enough to have waited.
+    if samples.iter().filter(|one| one.took() > shows).count() < WAITED_ENOUGH {
+        return None;
+    }
     let pace = samples.iter().filter(|one| one.tokens > 0).map(|one| one.took() / one.tokens).min().unwrap_or(0);
     let busy = |one: &Sample| one.busy.max(pace * one.tokens).min(one.took());
-    let shows = u64::try_from(WAIT_SHOWS.as_micros()).unwrap_or(u64::MAX);
     let waited = |one: &&Sample| one.took() - busy(one) > shows.max(busy(one) / 4);
     if samples.iter().filter(waited).count() < WAITED_ENOUGH {
         return None;

@@ -247,7 +247,7 @@ impl Line {
 
     /// Hands the free slots of a runner to those whose turn it is.
     pub fn serve(&self, runner: &Arc<Runner>) {
-        loop {
+        while !self.is_empty() {
             let mut waiting = self.lock();
             let Some(class) = waiting.first_class(runner.server).filter(|_| runner.enter()) else { return };
             let lease = Lease::entered(runner);

@@ -12,6 +12,8 @@ use crate::names::{ModelName, ServerId};
 
 /// The most notes that one request may have: an endless loop of attempts must not fill the memory.
 const LONGEST: usize = 64;
+/// Notes for which there is room from the first one on.
+const USUAL: usize = 8;
 
 /// The notes on one request, in the order in which they were made.
 #[derive(Debug, Default)]
@@ -65,6 +67,9 @@ impl Trail {
     /// Writes a note.
     pub fn note(&self, layer: &'static str, decision: &'static str, facts: impl IntoIterator<Item = Named>) {
         let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if notes.capacity() == 0 {
+            notes.reserve_exact(USUAL);
+        }
         if notes.len() < LONGEST {
             notes.push(Note { layer, decision, facts: facts.into_iter().collect() });
         }

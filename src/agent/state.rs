@@ -171,6 +171,8 @@ fn model(model: &olol_middleware::cluster::Model) -> Model {
         context_length: model.context_length,
         capabilities: model.capabilities.clone(),
         modified_at: model.modified_at.clone(),
+        parameters_json: model.parameters.clone(),
+        weights: model.weights.clone(),
         ..Model::default()
     }
 }

@@ -74,7 +74,8 @@ impl Ollama {
         };
         let (version, tags, loaded) =
             tokio::try_join!(self.version(), self.question::<List<Entry>>("/api/tags"), in_memory)?;
-        let models = tags.models.unwrap_or_default().into_iter().map(Entry::into_model).collect();
+        let mut models: Vec<Model> = tags.models.unwrap_or_default().into_iter().map(Entry::into_model).collect();
+        self.look_into(&mut models, patience / 2).await;
         Ok(Report { version, models, loaded })
     }
 
@@ -110,6 +111,7 @@ impl Entry {
             context_length: self.details.context_length,
             capabilities: self.capabilities.unwrap_or_default(),
             modified_at: self.modified_at,
+            ..Model::default()
         }
     }
 

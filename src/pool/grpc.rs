@@ -261,6 +261,8 @@ pub(super) fn report(state: ServerState) -> Result<Report, String> {
             context_length: model.context_length,
             capabilities: model.capabilities,
             modified_at: model.modified_at,
+            weights: model.weights,
+            parameters: model.parameters_json,
         })
         .collect();
     let loaded = state

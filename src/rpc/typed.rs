@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use tonic::{Code, Status};
 
 use super::Answers;
-use crate::ollama::Ask;
+use crate::ollama::{Ask, parameters};
 
 /// The longest answer in one object, bytes.
 const LONGEST: usize = 64 << 20;
@@ -288,7 +288,7 @@ pub(super) fn shown(name: &str, value: &Value) -> ShowModelResponse {
     let mut details = model(value);
     name.clone_into(&mut details.name);
     details.architecture = text(&value["model_info"], "general.architecture");
-    details.parameters_json = value["parameters"].as_str().map(|text| json!(text).to_string()).unwrap_or_default();
+    details.parameters_json = value["parameters"].as_str().map(parameters).unwrap_or_default();
     ShowModelResponse {
         details: Some(details),
         license: text(value, "license"),

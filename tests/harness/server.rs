@@ -123,6 +123,11 @@ impl Server {
         self.change(|state| state.store.add(model, Some(modified_at)))
     }
 
+    /// Has a model on its disk that differs from another in its template alone.
+    pub fn has_like(&self, model: &str, other: &str) -> &Self {
+        self.change(|state| state.store.add_like(model, other))
+    }
+
     /// Has a model on its disk and in its memory.
     pub fn has_loaded(&self, model: &str) -> &Self {
         self.has(model).change(|state| state.store.load(model))

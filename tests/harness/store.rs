@@ -17,6 +17,9 @@ pub struct Store {
 struct Model {
     name: String,
     digest: String,
+    /// Digest of its weights; models may have them in common.
+    weights: String,
+    size: u64,
     modified_at: String,
 }
 
@@ -33,7 +36,20 @@ impl Store {
         self.models.retain(|model| model.name != name);
         let later = format!("2026-01-01T00:00:{:02}Z", self.models.len());
         let modified_at = modified_at.map_or(later, str::to_owned);
-        self.models.push(Model { digest: hex(&Sha256::digest(&name)), name, modified_at });
+        let digest = hex(&Sha256::digest(&name));
+        // Models of different weights differ in size.
+        let size = 1000 + ((self.models.len() as u64) << 21);
+        self.models.push(Model { weights: digest.clone(), digest, name, size, modified_at });
+    }
+
+    /// Puts a model on the disk that has the weights of another.
+    pub fn add_like(&mut self, name: &str, other: &str) {
+        self.add(name, None);
+        let other = self.models.iter().find(|model| model.name == full(other)).expect("the other is there").clone();
+        for model in self.models.iter_mut().filter(|model| model.name == full(name)) {
+            model.weights.clone_from(&other.weights);
+            model.size = other.size;
+        }
     }
 
     /// Puts another model on the disk under the name of one.
@@ -42,6 +58,7 @@ impl Store {
         let name = full(name);
         for model in self.models.iter_mut().filter(|model| model.name == name) {
             model.digest = hex(&Sha256::digest(format!("another {name}")));
+            model.weights.clone_from(&model.digest);
         }
     }
 
@@ -121,7 +138,7 @@ impl Store {
     pub fn show(&self, name: &str, parameters: &str) -> Option<Value> {
         let model = self.models.iter().find(|model| model.name == full(name))?;
         Some(
-            json!({"license": "MIT", "modelfile": "FROM /models/blobs/sha256-00", "parameters": parameters, "template": "{{ .Prompt }}",
+            json!({"license": "MIT", "modelfile": format!("FROM /models/blobs/sha256-{}", model.weights), "parameters": parameters, "template": "{{ .Prompt }}",
             "details": details(), "model_info": {"general.architecture": "llama"}, "capabilities": ["completion"],
             "modified_at": model.modified_at}),
         )
@@ -130,7 +147,7 @@ impl Store {
 
 impl Model {
     fn listed(&self) -> Value {
-        json!({"name": self.name, "model": self.name, "modified_at": self.modified_at, "size": 1000, "digest": self.digest,
+        json!({"name": self.name, "model": self.name, "modified_at": self.modified_at, "size": self.size, "digest": self.digest,
             "details": details(), "capabilities": ["completion"]})
     }
 

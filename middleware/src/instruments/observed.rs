@@ -1,5 +1,7 @@
 //! What is read rather than counted, as it is at the moment of a scrape.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::page::Gauge;
@@ -8,8 +10,9 @@ use super::{
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
     SATURATION, SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MODELS, SERVER_UP, SLOTS, SLOTS_TAKEN, STARTED, THREADS,
 };
-use crate::cluster::{Snapshot, State};
+use crate::cluster::{Known, Snapshot, State};
 use crate::names::ModelName;
+use crate::runner::Runners;
 use crate::shared::Shared;
 
 /// What is read rather than counted, as a part of the page that is scraped.
@@ -100,8 +103,7 @@ fn of_layers(shared: &Shared) -> Vec<Gauge> {
         accounts,
         Gauge::of(AFFINITY_ENTRIES, "Links of conversations that are remembered", shared.affinity.len() as f64),
     ];
-    gauges
-        .extend(shared.budget.tries().map(|left| Gauge::of(RETRY_BUDGET, "Retries that may be made at once", left)));
+    gauges.extend(shared.budget.tries().map(|left| Gauge::of(RETRY_BUDGET, "Retries that may be made at once", left)));
     gauges
 }
 
@@ -150,10 +152,9 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
     for known in snapshot.models.values() {
         let takes_calls = |index: &usize| snapshot.servers[*index].state == State::Up;
         holders.add([known.meters.label()], known.installed.iter().filter(takes_calls).count() as f64);
+    }
+    for known in with_runners(snapshot) {
         let runners = known.runners.all();
-        if runners.is_empty() {
-            continue;
-        }
         for (priority, count) in known.runners.line().by_priority() {
             depth.add([known.meters.label(), priority.as_str()], count as f64);
         }
@@ -176,4 +177,17 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
         saturation.add([server.id.as_str()], most.unwrap_or_default());
     }
     vec![holders, loaded, vram, depth, slots, taken, saturation]
+}
+
+/// The models of which a runner was needed so far. Names of the same weights share their runners, which count once: under the
+/// first of these names.
+fn with_runners(snapshot: &Snapshot) -> impl Iterator<Item = &Known> {
+    let mut first: HashMap<*const Runners, &Known> = HashMap::new();
+    for known in snapshot.models.values().filter(|known| !known.runners.all().is_empty()) {
+        let other = first.entry(Arc::as_ptr(&known.runners)).or_insert(known);
+        if known.name < other.name {
+            *other = known;
+        }
+    }
+    first.into_values()
 }

@@ -478,7 +478,7 @@ where
 
 /// The digest of a model on a server.
 fn digest(snapshot: &Snapshot, server: &ServerId, model: Option<&ModelName>) -> Option<String> {
-    let server = snapshot.servers.iter().find(|known| known.id == *server)?;
+    let server = snapshot.server(server)?;
     digest_of(server, model).cloned()
 }
 

@@ -1,0 +1,179 @@
+//! What models are made of, where that tells whether two names share a runner.
+//!
+//! Lists tell the digest of a model's manifest, which differs for the same weights with another template. Only `/api/show`
+//! tells the weights, in the Modelfile that it writes; so it is asked for models that look alike, once for each manifest.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use olol_middleware::cluster::Model;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{Ask, Ollama};
+
+/// The longest answer about one model, bytes: a vocabulary may be in it.
+const LONGEST: usize = 64 << 20;
+/// Models whose weights are the same differ in size by less than this, bytes: templates, licences, parameters.
+const SLACK: u64 = 1 << 20;
+
+/// What was found out, by digest of the manifest; `None`: the server does not tell.
+#[derive(Debug, Default)]
+pub(super) struct Weights(Mutex<HashMap<String, Option<Made>>>);
+
+/// What a model is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Made {
+    weights: String,
+    parameters: String,
+}
+
+/// The answer of `/api/show`, as far as it is of use here.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Shown {
+    modelfile: String,
+    parameters: String,
+}
+
+impl Weights {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Made>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The models about which the server must be asked. What is gone is forgotten.
+    fn unknown(&self, models: &[Model]) -> Vec<(String, String)> {
+        let mut known = self.lock();
+        let here: HashSet<&str> = models.iter().map(|model| model.digest.as_str()).collect();
+        known.retain(|digest, _| here.contains(digest.as_str()));
+        let mut asked = HashSet::new();
+        let unknown = alike(models).into_iter();
+        unknown
+            .filter(|model| !known.contains_key(&model.digest) && asked.insert(model.digest.as_str()))
+            .map(|model| (model.name.clone(), model.digest.clone()))
+            .collect()
+    }
+
+    /// Writes down what is known.
+    fn fill(&self, models: &mut [Model]) {
+        let known = self.lock();
+        for model in models {
+            if let Some(Some(made)) = known.get(&model.digest) {
+                model.weights.clone_from(&made.weights);
+                model.parameters.clone_from(&made.parameters);
+            }
+        }
+    }
+}
+
+impl Ollama {
+    /// Finds out, as far as the caller's patience goes, which of these models have their weights in common.
+    pub(super) async fn look_into(&self, models: &mut [Model], patience: std::time::Duration) {
+        let unknown = self.0.weights.unknown(models);
+        let asking = async {
+            for (name, digest) in unknown {
+                let Some(answer) = self.show(&name).await else { break };
+                self.0.weights.lock().insert(digest, answer);
+            }
+        };
+        // What was not told in time is asked for with the next report.
+        let _ = tokio::time::timeout(patience, asking).await;
+        self.0.weights.fill(models);
+    }
+
+    /// What the server shows of a model; nothing if it did not answer.
+    async fn show(&self, name: &str) -> Option<Option<Made>> {
+        let ask = Ask { infers: false, ..Ask::post("/api/show", json!({ "model": name }).to_string()) };
+        let reply = self.send(ask).await.ok()?;
+        let is_shown = reply.status.is_success();
+        let body = reply.body.collect(LONGEST).await.ok()?;
+        let shown = is_shown.then(|| serde_json::from_slice::<Shown>(&body).ok()).flatten();
+        Some(shown.and_then(|shown| {
+            let weights = made_of(&shown.modelfile);
+            let parameters = parameters(&shown.parameters);
+            (!weights.is_empty()).then_some(Made { weights, parameters })
+        }))
+    }
+}
+
+/// The models that may have the weights of another: of the same kind, of nearly the same size, and yet not the same.
+fn alike(models: &[Model]) -> Vec<&Model> {
+    let mut kinds: HashMap<_, Vec<&Model>> = HashMap::new();
+    for model in models.iter().filter(|model| model.size > 0 && !model.digest.is_empty()) {
+        kinds.entry((&model.family, &model.parameter_size, &model.quantization)).or_default().push(model);
+    }
+    let is_alike = |one: &Model, other: &Model| one.digest != other.digest && one.size.abs_diff(other.size) < SLACK;
+    let has_twin = |kind: &[&Model], model: &Model| kind.iter().any(|other| is_alike(model, other));
+    kinds.values().flat_map(|kind| kind.iter().copied().filter(|model| has_twin(kind, model))).collect()
+}
+
+/// The digests of the files that a Modelfile names: weights, projectors and adapters.
+fn made_of(modelfile: &str) -> String {
+    let files = modelfile.lines().filter_map(|line| {
+        let file = line.strip_prefix("FROM ").or_else(|| line.strip_prefix("ADAPTER "))?.trim();
+        Some(file.rsplit_once("sha256-").map_or(file, |(_, digest)| digest))
+    });
+    files.collect::<Vec<_>>().join(",")
+}
+
+/// The parameters of a model, which Ollama writes as lines of key and value, as a JSON object; a key that stands more than
+/// once gets a list.
+pub(crate) fn parameters(text: &str) -> String {
+    let mut members = Map::new();
+    for line in text.lines() {
+        let Some((key, value)) = line.trim().split_once(char::is_whitespace) else { continue };
+        let value = value.trim();
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+        match members.get_mut(key) {
+            None => drop(members.insert(key.to_owned(), value)),
+            Some(Value::Array(list)) => list.push(value),
+            Some(first) => *first = json!([first.take(), value]),
+        }
+    }
+    if members.is_empty() { String::new() } else { Value::Object(members).to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(name: &str, digest: &str, quantization: &str, size: u64) -> Model {
+        let [name, digest, quantization] = [name, digest, quantization].map(str::to_owned);
+        Model { name, digest, quantization, size, ..Model::default() }
+    }
+
+    #[test]
+    fn only_models_that_look_alike_are_asked_about() {
+        let models = [
+            model("a", "1", "Q4_0", 4 << 30),
+            model("a-with-template", "2", "Q4_0", (4 << 30) + 999),
+            model("a-copy", "1", "Q4_0", 4 << 30),
+            model("alone", "3", "Q8_0", 4 << 30),
+            model("larger", "4", "Q4_0", 5 << 30),
+        ];
+        let weights = Weights::default();
+        let asked: HashSet<_> = weights.unknown(&models).into_iter().map(|(_, digest)| digest).collect();
+        assert_eq!(asked, HashSet::from(["1".to_owned(), "2".to_owned()]));
+        weights.lock().insert("1".to_owned(), None);
+        assert_eq!(weights.unknown(&models), [("a-with-template".to_owned(), "2".to_owned())]);
+        assert!(weights.unknown(&models[3..]).is_empty());
+        assert!(weights.lock().is_empty(), "what is gone is forgotten");
+    }
+
+    #[test]
+    fn a_modelfile_names_its_weights() {
+        let text = "# Modelfile generated by \"ollama show\"\n# FROM tiny:latest\n\nFROM /models/blobs/sha256-aa\nFROM \
+                    /models/blobs/sha256-bb\nTEMPLATE {{ .Prompt }}\nADAPTER C:\\blobs\\sha256-cc\n";
+        assert_eq!(made_of(text), "aa,bb,cc");
+        assert_eq!(made_of("TEMPLATE x"), "");
+    }
+
+    #[test]
+    fn parameters_are_read_as_ollama_writes_them() {
+        let text =
+            "num_ctx                        8192\nstop                           \"<|a|>\"\nstop   \"b \\\"c\\\"\"\n";
+        let wanted = json!({"num_ctx": 8192, "stop": ["<|a|>", "b \"c\""]});
+        assert_eq!(serde_json::from_str::<Value>(&parameters(text)).unwrap(), wanted);
+        assert_eq!(parameters(""), "");
+    }
+}
