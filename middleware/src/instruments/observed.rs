@@ -191,3 +191,28 @@ fn with_runners(snapshot: &Snapshot) -> impl Iterator<Item = &Known> {
     }
     first.into_values()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{Model, Report};
+    use crate::testing;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_runner_with_two_names_counts_once_and_goes_with_its_models() {
+        let cluster = testing::cluster(&[&[]]).await;
+        let model = |name: &str| Model { name: name.into(), digest: "same".into(), ..Model::default() };
+        cluster.report(0, Report { models: vec![model("b"), model("a")], ..Report::default() });
+        cluster.catch_up().await;
+        let snapshot = cluster.snapshot();
+        snapshot.known(&ModelName::parse("b").unwrap()).unwrap().runners.at(&snapshot.servers[0]).reported(3);
+        let lines = || {
+            let page = written(of_models(&cluster.snapshot()));
+            page.lines().filter(|line| line.starts_with("olol_server_slots{")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(lines(), ["olol_server_slots{server=\"0\",model=\"a:latest\"} 3"]);
+        cluster.report(0, Report::default());
+        cluster.catch_up().await;
+        assert!(lines().is_empty());
+    }
+}
