@@ -154,7 +154,11 @@ impl Api {
     ) -> Result<Response<HttpBody>, Infallible> {
         let whole = match body::arrived(incoming, &head.headers, head.route == Route::Blob, &self.room) {
             Ok(Arrived::Whole(payload, taken)) => Ok((payload, taken)),
-            Ok(Arrived::Partly(partly)) => Box::pin(partly.rest(&head.headers)).await,
+            Ok(Arrived::Partly(partly)) => {
+                let whole = Box::pin(partly.rest(&head.headers)).await;
+                head.progress.is_read(head.arrived.elapsed());
+                whole
+            }
             Err(error) => Err(error),
         };
         let mut answer = match whole {

@@ -13,7 +13,7 @@ use futures_util::TryFutureExt;
 use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use olol_middleware::stack::Concern;
 use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments};
 use olol_proto::v1::server_server::ServerServer;
@@ -138,13 +138,17 @@ impl Proxy {
 /// The recorder of this process: one, however many proxies run in it.
 fn recorder() -> anyhow::Result<PrometheusHandle> {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
-    let builder = PrometheusBuilder::new().set_buckets(&instruments::BUCKETS)?;
+    let mut builder = PrometheusBuilder::new().set_buckets(instruments::BUCKETS)?;
+    for (name, buckets) in instruments::BUCKETS_OF {
+        builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), buckets)?;
+    }
     // One at a time: the handle that is kept must be that of the recorder that records.
     let handle = HANDLE.get_or_init(|| {
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_ok() {
             instruments::describe();
+            instruments::begin();
         }
         handle
     });

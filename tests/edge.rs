@@ -331,7 +331,8 @@ async fn tokens_are_counted_of_answers_in_one_piece_too() {
         let olol = Olol::start(&cluster, "").await;
         let answer = olol.ask(&chat_at_once(model, "hi")).await;
         let made = answer.json()["eval_count"].as_u64().expect("a count");
-        let wanted = format!("olol_tokens_total{{model=\"{model}:latest\",kind=\"output\"}} {made}");
+        let wanted =
+            format!("olol_generation_tokens_total{{model=\"{model}:latest\",server=\"0\",key=\"none\"}} {made}");
         let page = olol.get("/metrics").await.text();
         assert!(made > 0 && page.lines().any(|line| line == wanted), "no {wanted} in {page}");
     }

@@ -39,6 +39,13 @@ impl Default for Budget {
 }
 
 impl Budget {
+    /// Tries that may be made at once; `None`: there was no request so far.
+    #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+    pub(crate) fn tries(&self) -> Option<f64> {
+        let left = self.left.load(Ordering::Relaxed);
+        (left != i64::MAX).then(|| left as f64 / 1000.0)
+    }
+
     /// A request has come.
     pub fn deposit(&self, gains: &Allowance) {
         self.add(gains.share.thousandths(), gains);

@@ -15,19 +15,20 @@ use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::future::BoxFuture;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::circuit::Limits;
 use crate::cluster::{Candidates, Known};
 use crate::error::Error;
-use crate::instruments::ModelMeters;
+use crate::instruments::RunnerMeters;
 use crate::json::Span;
 use crate::keys::Key;
 use crate::names::{ModelName, ServerId};
 use crate::peek::Peek;
 use crate::place::Named;
+use crate::progress::Progress;
 use crate::route::Route;
 use crate::slots::{Lease, Ticket};
 use crate::tiers::Tiers;
@@ -99,6 +100,8 @@ pub struct Head {
     pub dry: bool,
     /// What was decided about it so far.
     pub trail: Trail,
+    /// How far it has come.
+    pub progress: Progress,
 }
 
 impl Head {
@@ -118,6 +121,7 @@ impl Head {
             arrived: Instant::now(),
             dry: false,
             trail: Trail::default(),
+            progress: Progress::default(),
         }
     }
 }
@@ -412,6 +416,12 @@ impl Reply {
         Self { status, headers, body: Body::new(futures_util::stream::iter(chunk)).with_length(Some(length)) }
     }
 
+    /// Whether it comes piece by piece, as it is made.
+    pub fn is_stream(&self) -> bool {
+        let kind = self.headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+        kind.is_some_and(|kind| kind.starts_with(b"application/x-ndjson") || kind.starts_with(b"text/event-stream"))
+    }
+
     /// Keeps something until the body ends or is dropped.
     pub fn hold(mut self, guard: impl Send + 'static) -> Self {
         self.body.0.watchers.push(Box::new(Hold(Some(Box::new(guard)))));
@@ -464,8 +474,8 @@ pub struct Outcome {
     pub attempts: u32,
     /// What the answering server counted.
     pub counters: Option<Counters>,
-    /// The metrics of the model that answered, if it is one that a server has.
-    pub model: Option<Arc<ModelMeters>>,
+    /// The metrics of the model on the server that answered, if it is one that a server has.
+    pub meters: Option<Arc<RunnerMeters>>,
     /// Servers that should have taken part and did not.
     pub absent: Vec<ServerId>,
 }

@@ -509,6 +509,7 @@ impl Cluster {
         entry.changes.retain(|change| change.at >= since);
         entry.changes.iter().for_each(|change| change.apply(&mut report));
         entry.failures = 0;
+        entry.meters.checked(true);
         entry.circuits.seen_well();
         let same = entry.state == State::Up && *entry.report == report;
         if same {
@@ -528,6 +529,7 @@ impl Cluster {
         let mut book = self.book();
         let Some(entry) = book.entries.get_mut(index) else { return };
         entry.failures += 1;
+        entry.meters.checked(false);
         if entry.state == State::Down || entry.failures < threshold {
             return;
         }

@@ -1,33 +1,50 @@
 //! Every metric: name, labels, help, buckets, and a function to record it. Layers call these, never the macros.
 //!
-//! Labels are closed sets: routes, status codes, models that a server has, servers. Nothing that a client typed.
+//! Labels are closed sets: routes, status codes, models that a server has, servers, names of keys. Nothing that a client
+//! typed; and of models and keys only so many are told apart ([`few`]). What is read rather than counted is written at the
+//! moment of a scrape ([`observed`]).
 
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+mod few;
+mod observed;
+mod page;
 
-use metrics::{
-    Counter, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
-};
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_histogram, histogram};
+
+pub use self::observed::{Process, observe, observe_build, observe_config, observe_process};
 use crate::affinity::{Placed, Source};
 use crate::call::Counters;
-use crate::cluster::State;
+use crate::cluster::Server;
 use crate::error::Error;
-use crate::keys::Keys;
 use crate::names::{ModelName, ServerId};
+use crate::progress::Stage;
 use crate::rate_limit;
 use crate::route::Route;
 use crate::runner::Cause;
-use crate::shared::Shared;
 use crate::slots::Priority;
 
 const REQUESTS: &str = "olol_requests_total";
 const DURATION: &str = "olol_request_duration_seconds";
 const FIRST_TOKEN: &str = "olol_time_to_first_token_seconds";
-const TOKENS: &str = "olol_tokens_total";
+const PER_TOKEN: &str = "olol_time_per_output_token_seconds";
+const GAPS: &str = "olol_inter_chunk_seconds";
+const OVERHEAD: &str = "olol_overhead_seconds";
+const PROMPT_TOKENS: &str = "olol_prompt_tokens_total";
+const OUTPUT_TOKENS: &str = "olol_generation_tokens_total";
+const PROMPT_SIZE: &str = "olol_request_prompt_tokens";
+const OUTPUT_SIZE: &str = "olol_request_generation_tokens";
+const CANCELLED: &str = "olol_cancellations_total";
+const BROKEN: &str = "olol_stream_errors_total";
 const ENDED: &str = "olol_answers_ended_total";
 const ERRORS: &str = "olol_errors_total";
 const RETRIES: &str = "olol_retries_total";
+const RETRY_BUDGET: &str = "olol_retry_budget";
+const NO_BUDGET: &str = "olol_retry_budget_exhausted_total";
+const FAILOVERS: &str = "olol_failovers_total";
 const HEDGES: &str = "olol_hedges_total";
 const DISTRIBUTED: &str = "olol_distributed_total";
 const TIMEOUTS: &str = "olol_timeouts_total";
@@ -39,6 +56,7 @@ const PREDICTION_ERROR: &str = "olol_prediction_error_seconds";
 const QUEUE_DEPTH: &str = "olol_queue_depth";
 const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
 const LOADS: &str = "olol_model_loads_total";
+const LOAD_TIME: &str = "olol_model_load_seconds";
 const AUTH: &str = "olol_auth_total";
 const KEYS: &str = "olol_keys";
 const KEYS_READ: &str = "olol_keys_last_read_successful";
@@ -51,6 +69,13 @@ const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
 const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
+const SERVER_CHECKS: &str = "olol_server_health_checks_total";
+const MODEL_SERVERS: &str = "olol_model_servers";
+const MODEL_LOADED: &str = "olol_server_model_loaded";
+const MODEL_VRAM: &str = "olol_server_vram_bytes";
+const SLOTS: &str = "olol_server_slots";
+const SLOTS_TAKEN: &str = "olol_server_slots_taken";
+const SATURATION: &str = "olol_saturation_ratio";
 const RESUMES: &str = "olol_resumes_total";
 const CIRCUIT_STATE: &str = "olol_server_circuit_state";
 const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
@@ -58,16 +83,36 @@ const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
+const BUILD: &str = "olol_build_info";
+
+const CPU: &str = "process_cpu_seconds_total";
+const MEMORY: &str = "process_resident_memory_bytes";
+const ADDRESSES: &str = "process_virtual_memory_bytes";
+const FILES: &str = "process_open_fds";
+const MOST_FILES: &str = "process_max_fds";
+const THREADS: &str = "process_threads";
+const STARTED: &str = "process_start_time_seconds";
 
 /// The names of all metrics, for checks of dashboards.
 pub const NAMES: &[&str] = &[
     REQUESTS,
     DURATION,
     FIRST_TOKEN,
-    TOKENS,
+    PER_TOKEN,
+    GAPS,
+    OVERHEAD,
+    PROMPT_TOKENS,
+    OUTPUT_TOKENS,
+    PROMPT_SIZE,
+    OUTPUT_SIZE,
     ENDED,
+    CANCELLED,
+    BROKEN,
     ERRORS,
     RETRIES,
+    RETRY_BUDGET,
+    NO_BUDGET,
+    FAILOVERS,
     HEDGES,
     DISTRIBUTED,
     TIMEOUTS,
@@ -79,6 +124,7 @@ pub const NAMES: &[&str] = &[
     QUEUE_DEPTH,
     QUEUE_WAIT,
     LOADS,
+    LOAD_TIME,
     AUTH,
     KEYS,
     KEYS_READ,
@@ -91,31 +137,104 @@ pub const NAMES: &[&str] = &[
     SERVER_UP,
     SERVER_MODELS,
     SERVER_LOADED,
+    SERVER_CHECKS,
+    MODEL_SERVERS,
+    MODEL_LOADED,
+    MODEL_VRAM,
+    SLOTS,
+    SLOTS_TAKEN,
+    SATURATION,
     RESUMES,
     CIRCUIT_STATE,
     CIRCUIT_OPENED,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
+    BUILD,
+    CPU,
+    MEMORY,
+    ADDRESSES,
+    FILES,
+    MOST_FILES,
+    THREADS,
+    STARTED,
 ];
 
-/// Upper bounds of the buckets of every histogram, seconds: from a cache hit to a model that loads for minutes.
-pub const BUCKETS: [f64; 17] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
+/// Upper bounds of the buckets of histograms that have none of their own, seconds: up to answers that take hours.
+pub const BUCKETS: &[f64] =
+    &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 7200.0];
+/// Until something begins: from a cache hit to a model that loads for minutes. vLLM's list.
+const WAITS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+];
+/// Between two tokens: from a small model on a large card to a large one without any.
+const PACES: &[f64] =
+    &[0.0005, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+const LOADING: &[f64] = &[0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0];
+/// What the proxy itself takes.
+const OWN_TIME: &[f64] =
+    &[0.000_01, 0.000_02, 0.000_05, 0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1];
+/// Powers of four.
+const SIZES: &[f64] = &[1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0];
+
+/// The upper bounds of the buckets of those histograms that have some of their own.
+pub const BUCKETS_OF: &[(&str, &[f64])] = &[
+    (FIRST_TOKEN, WAITS),
+    (QUEUE_WAIT, WAITS),
+    (PREDICTION_ERROR, WAITS),
+    (PER_TOKEN, PACES),
+    (GAPS, PACES),
+    (LOAD_TIME, LOADING),
+    (OVERHEAD, OWN_TIME),
+    (PROMPT_SIZE, SIZES),
+    (OUTPUT_SIZE, SIZES),
+];
 
 /// Status codes that have a label of their own.
 const CODES: [u16; 20] =
     [200, 201, 204, 301, 307, 400, 401, 403, 404, 405, 408, 413, 429, 499, 500, 502, 503, 504, 507, 508];
 
+/// Hundreds of status codes.
+const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
 /// Tells the recorder what the metrics mean. Call once after it was installed.
 pub fn describe() {
     describe_counter!(REQUESTS, Unit::Count, "Requests of clients, by route and status code");
-    describe_histogram!(DURATION, Unit::Seconds, "Time from a request to the end of its answer");
-    describe_histogram!(FIRST_TOKEN, Unit::Seconds, "Time from a request to the first piece of its answer, by model");
-    describe_counter!(TOKENS, Unit::Count, "Tokens as servers counted them, by model and kind (prompt, output)");
+    describe_histogram!(DURATION, Unit::Seconds, "Time from a request to the end of its answer, by route and status");
+    describe_histogram!(FIRST_TOKEN, Unit::Seconds, "Time from a request to the first piece of a stream");
+    describe_histogram!(
+        PER_TOKEN,
+        Unit::Seconds,
+        "Time for a token of a stream after the first: the mean of each stream, by model and server"
+    );
+    describe_histogram!(GAPS, Unit::Seconds, "Time between two pieces of a stream, by model; one in 64 is measured");
+    describe_histogram!(
+        OVERHEAD,
+        Unit::Seconds,
+        "What the proxy itself takes: until a request is sent (request; without waits for the client and for a slot), and \
+         for the first piece of a stream (answer)"
+    );
+    let tokens = "as servers counted them, by model, server and the name of the client's key";
+    describe_counter!(PROMPT_TOKENS, Unit::Count, format!("Tokens of prompts {tokens}"));
+    describe_counter!(OUTPUT_TOKENS, Unit::Count, format!("Tokens made {tokens}"));
+    describe_histogram!(PROMPT_SIZE, Unit::Count, "Tokens of the prompt of a request, by route");
+    describe_histogram!(OUTPUT_SIZE, Unit::Count, "Tokens of an answer, by route");
+    describe_counter!(
+        CANCELLED,
+        Unit::Count,
+        "Requests whose client left, by where they were (deciding, queued, loading, waiting, streaming)"
+    );
+    describe_counter!(
+        BROKEN,
+        Unit::Count,
+        "Answers that broke off after their head, before (begun) or after (streaming) their first piece"
+    );
     describe_counter!(ENDED, Unit::Count, "Answers by how they ended: whole, broken, dropped (the client left)");
     describe_counter!(ERRORS, Unit::Count, "Errors that the proxy answered itself, by reason");
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
+    describe_counter!(NO_BUDGET, Unit::Count, "Failures that were passed on, since the budget for retries was spent");
+    describe_counter!(FAILOVERS, Unit::Count, "Calls and streams that went on at another server, since theirs failed");
     describe_counter!(
         HEDGES,
         Unit::Count,
@@ -153,47 +272,59 @@ pub fn describe() {
         Unit::Seconds,
         "How far the first piece of an answer was from its prediction"
     );
-    describe_gauge!(QUEUE_DEPTH, Unit::Count, "Calls that wait for a slot");
     describe_histogram!(QUEUE_WAIT, Unit::Seconds, "How long calls waited for a slot, by priority and outcome");
     describe_counter!(LOADS, Unit::Count, "Calls that made a server load a model, by cause (cold, options)");
+    describe_histogram!(LOAD_TIME, Unit::Seconds, "Time that models took to load, as servers told it");
     describe_counter!(AUTH, Unit::Count, "Requests by what was found of their keys");
-    describe_gauge!(KEYS, Unit::Count, "Keys that are known");
-    describe_gauge!(KEYS_READ, Unit::Count, "0 if the file of keys has changed and could not be read, else 1");
     describe_counter!(
         RATE_LIMITED,
         Unit::Count,
         "Requests refused by a limit, by whose it is (key, client, model) and what it limits"
     );
-    describe_gauge!(RATE_LIMIT_ENTRIES, Unit::Count, "Accounts that limits are reckoned with, by whose they are");
     describe_counter!(
         AFFINITY,
         Unit::Count,
         "Turns of conversations, by what they were known by (header, body, chain) and what became of them (hit, miss, \
          spill: its server had enough, repin: its server could not be asked, none: no history)"
     );
-    describe_gauge!(AFFINITY_ENTRIES, Unit::Count, "Links of conversations that are remembered");
     describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
-    describe_gauge!(SERVER_IN_FLIGHT, Unit::Count, "Calls that a server is answering now");
-    describe_gauge!(SERVER_UP, Unit::Count, "1 if the server takes calls, 0 if not");
-    describe_gauge!(SERVER_MODELS, Unit::Count, "Models on the server's disk");
-    describe_gauge!(SERVER_LOADED, Unit::Count, "Models in the server's memory");
+    describe_counter!(SERVER_CHECKS, Unit::Count, "Times that a server was looked at, by result (ok, failed)");
     describe_counter!(
         RESUMES,
         Unit::Count,
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
-    describe_gauge!(CIRCUIT_STATE, Unit::Count, "Circuit of a server: 0 closed, 1 open (left alone), 2 half-open");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
-    describe_gauge!(RELOAD_OK, Unit::Count, "1 if the configuration was good when it was last read, 0 if not");
-    describe_gauge!(RELOADED_AT, Unit::Seconds, "When the configuration that is in use was read, seconds since 1970");
+}
+
+/// Counters that are there from the beginning, at zero: who has seen none does not see the first.
+const AT_ZERO: &[(&str, &str, &[&str])] = &[
+    (ENDED, "end", &["whole", "broken", "dropped"]),
+    (CANCELLED, "phase", &["deciding", "queued", "loading", "waiting", "streaming"]),
+    (BROKEN, "phase", &["begun", "streaming"]),
+    (RESUMES, "result", &["ok", "refused", "failed"]),
+    (TIMEOUTS, "phase", &["first-byte", "idle", "total"]),
+    (RELOADS, "result", &["ok", "failed"]),
+];
+
+/// Lets the counters that tell of trouble begin at zero. Call once after the recorder was installed.
+pub fn begin() {
+    for (name, label, values) in AT_ZERO {
+        values.iter().for_each(|value| counter!(*name, *label => *value).increment(0));
+    }
+    for name in [FAILOVERS, NO_BUDGET] {
+        counter!(name).increment(0);
+    }
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.
 #[derive(Debug, Default)]
 pub struct Instruments {
     requests: [[OnceLock<Counter>; CODES.len() + 1]; Route::ALL.len()],
-    durations: [OnceLock<Histogram>; Route::ALL.len()],
+    durations: [[OnceLock<Histogram>; CLASSES.len()]; Route::ALL.len()],
+    sizes: [OnceLock<[Histogram; 2]>; Route::ALL.len()],
+    overhead: [OnceLock<Histogram>; 2],
     ended: [OnceLock<Counter>; 3],
     knocks: [OnceLock<Counter>; Knock::ALL.len()],
     placed: [[OnceLock<Counter>; Placed::ALL.len()]; Source::ALL.len()],
@@ -286,8 +417,8 @@ impl Instruments {
             .increment(1);
     }
 
-    /// An answer is over; how, and how long after the request.
-    pub fn ended(&self, route: Route, how: crate::call::End, after: Duration) {
+    /// An answer with this status is over; how, and how long after the request.
+    pub fn ended(&self, route: Route, status: u16, how: crate::call::End, after: Duration) {
         use crate::call::End;
         let (at, word) = match how {
             End::Whole => (0, "whole"),
@@ -295,9 +426,44 @@ impl Instruments {
             End::Dropped => (2, "dropped"),
         };
         self.ended[at].get_or_init(|| counter!(ENDED, "end" => word)).increment(1);
-        self.durations[route as usize]
-            .get_or_init(|| histogram!(DURATION, "route" => route.as_str()))
+        let class = usize::from(status / 100).clamp(1, CLASSES.len()) - 1;
+        self.durations[route as usize][class]
+            .get_or_init(|| histogram!(DURATION, "route" => route.as_str(), "code_class" => CLASSES[class]))
             .record(after.as_secs_f64());
+    }
+
+    /// A server told how long prompt and answer were.
+    #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 tokens")]
+    pub fn sized(&self, route: Route, counters: &Counters) {
+        let [prompt, output] = self.sizes[route as usize]
+            .get_or_init(|| [PROMPT_SIZE, OUTPUT_SIZE].map(|name| histogram!(name, "route" => route.as_str())));
+        prompt.record(counters.prompt_tokens as f64);
+        output.record(counters.output_tokens as f64);
+    }
+
+    /// A request has taken the proxy so long until it was sent.
+    pub fn decided(&self, took: Duration) {
+        self.overhead[0].get_or_init(|| histogram!(OVERHEAD, "stage" => "request")).record(took.as_secs_f64());
+    }
+
+    /// The first piece of a stream has taken the proxy so long.
+    pub fn passed_on(&self, took: Duration) {
+        self.overhead[1].get_or_init(|| histogram!(OVERHEAD, "stage" => "answer")).record(took.as_secs_f64());
+    }
+
+    /// A client left before there was anything of its answer.
+    pub fn left(&self, stage: Stage) {
+        counter!(CANCELLED, "phase" => stage.as_str()).increment(1);
+    }
+
+    /// A client left in the middle of its answer.
+    pub fn left_stream(&self) {
+        counter!(CANCELLED, "phase" => "streaming").increment(1);
+    }
+
+    /// An answer broke off after its head: before or after its first piece.
+    pub fn broke(&self, had_begun: bool) {
+        counter!(BROKEN, "phase" => if had_begun { "streaming" } else { "begun" }).increment(1);
     }
 
     /// The proxy answers with an error of its own.
@@ -325,6 +491,16 @@ impl Instruments {
     /// Another attempt is made.
     pub fn retried(&self, cause: &'static str) {
         counter!(RETRIES, "cause" => cause).increment(1);
+    }
+
+    /// A failure is passed on, since there have been too many retries.
+    pub fn spared(&self) {
+        counter!(NO_BUDGET).increment(1);
+    }
+
+    /// A call or a stream goes on at another server.
+    pub fn failed_over(&self) {
+        counter!(FAILOVERS).increment(1);
     }
 
     /// A second try is over, or was not made.
@@ -433,23 +609,36 @@ pub fn timed_out(phase: &'static str) {
 #[derive(Debug)]
 pub struct ModelMeters {
     label: Arc<str>,
-    first_token: OnceLock<Histogram>,
-    prompt: OnceLock<Counter>,
-    output: OnceLock<Counter>,
+    /// By server, sorted.
+    runners: ArcSwap<Vec<Arc<RunnerMeters>>>,
 }
 
 impl ModelMeters {
     /// For a model that a server has.
     pub fn new(model: &ModelName) -> Self {
-        let label = model.as_str().into();
-        Self { label, first_token: OnceLock::new(), prompt: OnceLock::new(), output: OnceLock::new() }
+        Self { label: few::MODELS.of(&model.as_str().into()), runners: ArcSwap::default() }
     }
 
-    /// The first piece of an answer came.
-    pub fn first_token(&self, after: Duration) {
-        self.first_token
-            .get_or_init(|| histogram!(FIRST_TOKEN, vec![Label::new("model", self.label.clone())]))
-            .record(after.as_secs_f64());
+    /// The name of the model as labels tell it.
+    pub fn label(&self) -> &Arc<str> {
+        &self.label
+    }
+
+    /// The metrics of the model on a server.
+    pub fn at(&self, server: &Server) -> Arc<RunnerMeters> {
+        let known = self.runners.load();
+        if let Ok(at) = known.binary_search_by_key(&server.index, |runner| runner.server) {
+            return known[at].clone();
+        }
+        let fresh = Arc::new(RunnerMeters::new(&self.label, server));
+        self.runners.rcu(|known| {
+            let mut known = Vec::clone(known);
+            if let Err(at) = known.binary_search_by_key(&server.index, |runner| runner.server) {
+                known.insert(at, fresh.clone());
+            }
+            known
+        });
+        fresh
     }
 
     /// A call makes a server load the model.
@@ -457,12 +646,90 @@ impl ModelMeters {
         counter!(LOADS, vec![Label::new("model", self.label.clone()), Label::new("cause", cause.as_str())])
             .increment(1);
     }
+}
 
-    /// A server told its counts.
-    pub fn tokens(&self, counters: &Counters) {
-        let handle = |kind| counter!(TOKENS, vec![Label::new("model", self.label.clone()), Label::new("kind", kind)]);
-        self.prompt.get_or_init(|| handle("prompt")).increment(counters.prompt_tokens);
-        self.output.get_or_init(|| handle("output")).increment(counters.output_tokens);
+/// The metrics of one model on one server.
+#[derive(Debug)]
+pub struct RunnerMeters {
+    /// The server's index.
+    server: usize,
+    model: Arc<str>,
+    /// The server's name; "other" where there are too many models on servers.
+    server_label: Arc<str>,
+    first_token: OnceLock<Histogram>,
+    per_token: OnceLock<Histogram>,
+    gaps: OnceLock<Histogram>,
+    load_time: OnceLock<Histogram>,
+    /// Of clients without a key.
+    tokens: OnceLock<[Counter; 2]>,
+    /// Of those with one, by its name.
+    tokens_by_key: RwLock<HashMap<Arc<str>, [Counter; 2]>>,
+}
+
+impl RunnerMeters {
+    fn new(model: &Arc<str>, server: &Server) -> Self {
+        let has_room = few::RUNNERS.admits(&format!("{model} {}", server.id).into());
+        Self {
+            server: server.index,
+            model: model.clone(),
+            server_label: if has_room { server.id.shared() } else { few::OTHER.into() },
+            first_token: OnceLock::new(),
+            per_token: OnceLock::new(),
+            gaps: OnceLock::new(),
+            load_time: OnceLock::new(),
+            tokens: OnceLock::new(),
+            tokens_by_key: RwLock::default(),
+        }
+    }
+
+    /// The first piece of a stream came.
+    pub fn first_token(&self, after: Duration) {
+        self.first_token.get_or_init(|| histogram!(FIRST_TOKEN, self.labels())).record(after.as_secs_f64());
+    }
+
+    /// The tokens of a stream came at this pace.
+    pub fn per_token(&self, took: Duration) {
+        self.per_token.get_or_init(|| histogram!(PER_TOKEN, self.labels())).record(took.as_secs_f64());
+    }
+
+    /// So long after a piece of a stream came the next one.
+    pub fn gap(&self, took: Duration) {
+        self.gaps.get_or_init(|| histogram!(GAPS, self.model_label())).record(took.as_secs_f64());
+    }
+
+    /// The model has taken so long to load.
+    pub fn loaded(&self, took: Duration) {
+        self.load_time.get_or_init(|| histogram!(LOAD_TIME, self.model_label())).record(took.as_secs_f64());
+    }
+
+    /// A server told its counts, for a client with a key of this name.
+    pub fn tokens(&self, counters: &Counters, key: Option<&Arc<str>>) {
+        let add = |[prompt, output]: &[Counter; 2]| {
+            prompt.increment(counters.prompt_tokens);
+            output.increment(counters.output_tokens);
+        };
+        let Some(key) = key else {
+            return add(self.tokens.get_or_init(|| self.counters("none".into())));
+        };
+        if let Some(known) = self.tokens_by_key.read().unwrap_or_else(PoisonError::into_inner).get(key) {
+            return add(known);
+        }
+        let label = few::KEYS.of(key);
+        let mut by_key = self.tokens_by_key.write().unwrap_or_else(PoisonError::into_inner);
+        add(by_key.entry(label.clone()).or_insert_with(|| self.counters(label)));
+    }
+
+    fn counters(&self, key: Arc<str>) -> [Counter; 2] {
+        let labels: Vec<_> = self.labels().into_iter().chain([Label::new("key", key)]).collect();
+        [PROMPT_TOKENS, OUTPUT_TOKENS].map(|name| counter!(name, labels.clone()))
+    }
+
+    fn labels(&self) -> Vec<Label> {
+        vec![Label::new("model", self.model.clone()), Label::new("server", self.server_label.clone())]
+    }
+
+    fn model_label(&self) -> Vec<Label> {
+        vec![Label::new("model", self.model.clone())]
     }
 }
 
@@ -472,12 +739,13 @@ pub struct ServerMeters {
     label: Arc<str>,
     answered: OnceLock<Counter>,
     failed: OnceLock<Counter>,
+    checked: [OnceLock<Counter>; 2],
 }
 
 impl ServerMeters {
     /// For a configured server.
     pub fn new(server: &ServerId) -> Self {
-        Self { label: server.shared(), answered: OnceLock::new(), failed: OnceLock::new() }
+        Self { label: server.shared(), answered: OnceLock::new(), failed: OnceLock::new(), checked: Default::default() }
     }
 
     /// An attempt had an answer, or not.
@@ -491,6 +759,13 @@ impl ServerMeters {
 }
 
 impl ServerMeters {
+    /// The server was looked at, and is well or not.
+    pub fn checked(&self, is_well: bool) {
+        let word = if is_well { "ok" } else { "failed" };
+        let labels = || vec![Label::new("server", self.label.clone()), Label::new("result", word)];
+        self.checked[usize::from(is_well)].get_or_init(|| counter!(SERVER_CHECKS, labels())).increment(1);
+    }
+
     /// A circuit has opened: that of the server, or that of one of its models.
     pub fn opened(&self, scope: &'static str) {
         counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)])
@@ -498,49 +773,7 @@ impl ServerMeters {
     }
 }
 
-/// Sets what is read rather than counted. Call before a scrape.
-#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
-pub fn observe(shared: &Shared) {
-    let snapshot = shared.cluster.snapshot();
-    shared.instruments.begin_at_zero();
-    gauge!(QUEUE_DEPTH).set(shared.queue.len() as f64);
-    observe_keys(&shared.keys);
-    observe_limits(&shared.limits);
-    gauge!(AFFINITY_ENTRIES).set(shared.affinity.len() as f64);
-    for server in &snapshot.servers {
-        let label = || vec![Label::new("server", server.id.shared())];
-        gauge!(SERVER_IN_FLIGHT, label()).set(f64::from(server.load.in_flight()));
-        gauge!(SERVER_UP, label()).set(f64::from(u8::from(server.state == State::Up)));
-        gauge!(SERVER_MODELS, label()).set(server.report.models.len() as f64);
-        gauge!(SERVER_LOADED, label()).set(server.report.loaded.len() as f64);
-        gauge!(CIRCUIT_STATE, label()).set(f64::from(server.circuits.server_state()));
-    }
-}
-
 /// The configuration was read again, and is good or not.
 pub fn reloaded(is_good: bool) {
     counter!(RELOADS, "result" => if is_good { "ok" } else { "failed" }).increment(1);
-}
-
-/// Sets what is known of the configuration: whether it was good when it was last read, and when the one in use was read.
-/// Call before a scrape.
-pub fn observe_config(is_good: bool, read_at: SystemTime) {
-    let since = read_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    gauge!(RELOAD_OK).set(f64::from(u8::from(is_good)));
-    gauge!(RELOADED_AT).set(since.as_secs_f64());
-}
-
-/// The same of the keys of clients.
-#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 keys")]
-fn observe_keys(keys: &Keys) {
-    gauge!(KEYS).set(keys.count() as f64);
-    gauge!(KEYS_READ).set(f64::from(u8::from(keys.are_current())));
-}
-
-/// The same of the accounts of `rate-limit`.
-#[expect(clippy::cast_precision_loss, reason = "their number is bounded far below 2^52")]
-fn observe_limits(ledger: &rate_limit::Ledger) {
-    for (scope, accounts) in ledger.accounts() {
-        gauge!(RATE_LIMIT_ENTRIES, "scope" => scope).set(accounts as f64);
-    }
 }

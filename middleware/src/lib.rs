@@ -47,6 +47,7 @@ pub mod pattern;
 pub mod peek;
 pub mod pick;
 pub mod place;
+pub mod progress;
 pub mod quant_fallback;
 pub mod queue;
 pub mod rate_limit;

@@ -22,11 +22,11 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 use tower::Service;
 
-use crate::call::{Answer, Call, Chunk, End, Outcome, Reply, Watcher};
+use crate::call::{Answer, Call, Chunk, End, Head, Outcome, Reply, Watcher};
 use crate::circuit::Trial;
 use crate::cluster::{Known, Server};
 use crate::error::Error;
-use crate::instruments::{self, ModelMeters};
+use crate::instruments::{self, RunnerMeters};
 use crate::names::ModelName;
 use crate::pattern::Pattern;
 use crate::place::LoadOptions;
@@ -212,13 +212,13 @@ impl<F: Fleet> Service<Call> for Pick<F> {
         match self.fleet.service(server) {
             Some(service) => {
                 let attempts = call.attempts + 1;
+                let meters = picked.known.as_ref().map(|known| known.meters.at(server));
                 if let Some(asked) = &call.asked {
                     asked.sent(&server.id, attempts);
                 }
-                let model = picked.known.as_ref().map(|known| known.meters.clone());
                 let visit = picked.visit(&mut call);
                 let answer = stack::send(service, call);
-                Box::pin(follow(visit, attempts, model, answer))
+                Box::pin(follow(visit, attempts, meters, answer))
             }
             None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
         }
@@ -247,13 +247,17 @@ impl Picked {
         }
         let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
         let trial = Trial::of(call, &self.server, self.known.as_deref().zip(runner.as_ref()));
+        let sent = Instant::now();
+        call.progress.is_sent(sent - call.arrived, loading.is_some());
         Visit {
+            head: call.head.clone(),
             trial,
             server: self.server,
             lease: self.lease,
             runner,
             loading,
-            sent: Instant::now(),
+            loads: cause.is_some(),
+            sent,
             first: None,
             streamed: false,
             others,
@@ -581,7 +585,7 @@ fn consistent(choices: &Choices<'_>, near: &Places, call: &Call) -> usize {
 async fn follow(
     mut visit: Visit,
     attempts: u32,
-    model: Option<Arc<ModelMeters>>,
+    meters: Option<Arc<RunnerMeters>>,
     answer: Answer,
 ) -> Result<Reply, Error> {
     match answer.await {
@@ -594,7 +598,7 @@ async fn follow(
             let outcome = reply.body.outcome_mut();
             outcome.servers.push(visit.server.id.clone());
             outcome.attempts = attempts;
-            outcome.model = model;
+            outcome.meters = meters;
             Ok(reply.watch(visit))
         }
         Err(error) => {
@@ -609,11 +613,14 @@ async fn follow(
 
 /// A call at a server while its answer lasts; then server and runner are judged by how that went, and the slot is free.
 struct Visit {
+    head: Arc<Head>,
     server: Arc<Server>,
     lease: Option<Lease>,
     runner: Option<Arc<Runner>>,
     /// The load that it waits for.
     loading: Option<Loading>,
+    /// Whether it has caused that load.
+    loads: bool,
     sent: Instant,
     first: Option<Instant>,
     /// Whether more than one piece came.
@@ -630,7 +637,9 @@ struct Visit {
 impl Watcher for Visit {
     fn chunk(&mut self, _chunk: &Chunk) {
         if self.first.is_none() {
-            self.first = Some(Instant::now());
+            let now = Instant::now();
+            self.first = Some(now);
+            self.head.progress.has_come(now - self.head.arrived);
             if let Some(runner) = &self.runner {
                 runner.begins();
             }
@@ -671,6 +680,9 @@ impl Visit {
         if streamed {
             let took = (first - sent).as_secs_f32() * 1000.0;
             instruments::predicted(Duration::from_secs_f32((took - self.predicted.total()).abs() / 1000.0));
+        }
+        if let Some(meters) = outcome.meters.as_ref().filter(|_| self.loads && !counters.load_duration.is_zero()) {
+            meters.loaded(counters.load_duration);
         }
         runner.ended(&seen);
     }

@@ -256,6 +256,7 @@ impl Rules {
         let mut left = Left { ticket: ticket.clone(), how: Waited::Left, waited: None };
         let patience = ticket.arrived + self.config.max_wait_s.time();
         let limit = spare.deadline.map_or(patience, |deadline| deadline.min(patience));
+        spare.progress.is_queued();
         let mut runners = runners;
         loop {
             let slot = match wait_for(&ticket, &runners, limit).await {
@@ -277,10 +278,12 @@ impl Rules {
             let ms = waited_ms(&ticket);
             (left.how, left.waited) = (Waited::Served, Some(ticket.arrived.elapsed()));
             inside.goes();
+            spare.progress.has_waited(ticket.arrived.elapsed());
             match service.ready().await?.call(call).await {
                 Err(Error::Busy { runners: others, .. }) if !others.is_empty() => {
                     runners = others;
                     inside.comes_back();
+                    spare.progress.is_queued();
                     (left.how, left.waited) = (Waited::Left, None);
                 }
                 answer => {

@@ -202,7 +202,7 @@ where
         }
     };
     match answer {
-        Ok(reply) if reply.status.is_success() && (whole::is_stream(&reply) || !spare.route.infers()) => {
+        Ok(reply) if reply.status.is_success() && (reply.is_stream() || !spare.route.infers()) => {
             Ok(resume::follow(rules, service, spare, reply))
         }
         // Boxed: seldom, or an answer in one piece, and larger than all the rest.
@@ -246,10 +246,14 @@ impl Rules {
             };
             let Some((mut call, cause)) = self.next(&mut spare, &failure) else { return answer };
             if !self.budget.withdraw(&self.allowance) {
+                self.instruments.spared();
                 spare.note("retry", "the budget is spent", [("cause", Fact::Word(cause))]);
                 return answer;
             }
             self.instruments.retried(cause);
+            if !call.candidates.contains(&failure.server) {
+                self.instruments.failed_over();
+            }
             spare.note("retry", "again", [("cause", Fact::Word(cause)), ("attempts", spare.attempts.into())]);
             tracing::debug!(id = %spare.id, cause, attempt = spare.attempts + 1, "trying again");
             self.leave_alone(&mut call, false);

@@ -90,6 +90,7 @@ pub enum Priority {
 
 impl Priority {
     const COUNT: usize = 3;
+    const ALL: [Self; Self::COUNT] = [Self::High, Self::Normal, Self::Low];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
@@ -285,6 +286,15 @@ impl Line {
             .flat_map(|owner| &owner.calls)
             .filter(|waiter| waiter.ticket.arrived < ticket.arrived && waiter.servers.contains(&server))
             .count()
+    }
+
+    /// How many wait, by how urgent they came.
+    pub fn by_priority(&self) -> [(Priority, usize); Priority::COUNT] {
+        let waiting = self.lock();
+        Priority::ALL.map(|priority| {
+            let owners = waiting.classes[priority as usize].owners.values();
+            (priority, owners.map(|owner| owner.calls.len()).sum())
+        })
     }
 
     fn remove(&self, number: u64) {

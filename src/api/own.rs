@@ -73,11 +73,43 @@ fn is_for_anybody(path: &str) -> bool {
     matches!(path, "/healthz" | "/readyz")
 }
 
-async fn scrape(State(known): State<Known>) -> impl IntoResponse {
-    instruments::observe(&known.shared);
+/// In a large cluster the page takes tens of milliseconds, for which no stream waits.
+async fn scrape(State(known): State<Known>) -> Response<axum::body::Body> {
+    match tokio::task::spawn_blocking(move || page(&known)).await {
+        Ok(page) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+/// What Prometheus reads.
+fn page(known: &Known) -> String {
     let state = known.reloader.running().state();
-    instruments::observe_config(state.last.as_ref().is_none_or(|last| last.error.is_none()), state.since);
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], known.metrics.render())
+    let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
+    // First what is observed: that may begin to count something.
+    let observed = instruments::observe(&known.shared);
+    let parts = [
+        known.metrics.render(),
+        observed,
+        instruments::observe_config(is_good, state.since),
+        instruments::observe_process(&process()),
+        instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
+    ];
+    parts.concat()
+}
+
+/// What the system says of this process.
+fn process() -> instruments::Process {
+    let metrics_process::collector::Metrics {
+        cpu_seconds_total: cpu_seconds,
+        resident_memory_bytes: memory,
+        virtual_memory_bytes: addresses,
+        open_fds: files,
+        max_fds: most_files,
+        threads,
+        start_time_seconds: started,
+        ..
+    } = metrics_process::collector::collect();
+    instruments::Process { cpu_seconds, memory, addresses, files, most_files, threads, started }
 }
 
 /// Ready is who has a server that takes calls.

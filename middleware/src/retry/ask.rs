@@ -20,7 +20,7 @@ use tower::{Service, ServiceExt};
 
 use super::delivered::Form;
 use super::request::{Bounds, Refusal, Request};
-use super::{Rules, failure, whole};
+use super::{Rules, failure};
 use crate::call::{Call, Edits, Payload, Place, Reply};
 use crate::cluster::Candidates;
 use crate::error::Error;
@@ -180,7 +180,7 @@ where
     pub(super) async fn follow(&mut self, prompt: &str, most: Option<i64>, thinks: bool) -> Result<Reply, No> {
         let call = self.generate(self.request.raw(prompt, most, thinks, true));
         let reply = self.send(call).await?;
-        if reply.status == StatusCode::OK && whole::is_stream(&reply) {
+        if reply.status == StatusCode::OK && reply.is_stream() {
             return Ok(reply);
         }
         Err(No::Server(reply.body.outcome().servers.last().cloned(), "it did not go on"))

@@ -78,7 +78,7 @@ impl Rules {
                 self.note_trouble(call, failure.as_ref().map(|failure| &failure.server));
                 (Ok(reply), failure)
             }
-            Ok(reply) if reply.status.is_success() && call.route.infers() && !whole::is_stream(&reply) => {
+            Ok(reply) if reply.status.is_success() && call.route.infers() && !reply.is_stream() => {
                 let Begun { reply, broken, .. } = whole::begin(reply).await;
                 let failure = broken.and_then(|kind| of_reply(&reply, kind));
                 (Ok(reply), failure)

@@ -24,10 +24,11 @@ use super::ask::{self, Asking, No};
 use super::delivered::{Delivered, Form};
 use super::mould::{Account, Made, Mould};
 use super::request::Request;
-use super::{Resume, Rules, whole};
+use super::{Resume, Rules};
 use crate::call::{Body, Call, Chunk, Outcome, Reply, Source};
 use crate::cluster::{Bits, Candidates, Server, Snapshot};
 use crate::error::{Error, Phase};
+use crate::instruments::RunnerMeters;
 use crate::names::{ModelName, ServerId};
 use crate::trail::Fact;
 
@@ -47,7 +48,7 @@ where
 {
     let has_others = spare.candidates.snapshot().servers.len() > 1;
     let wanted = rules.config.resume == Resume::Auto && has_others;
-    if !wanted || !spare.route.infers() || !reply.status.is_success() || !whole::is_stream(&reply) {
+    if !wanted || !spare.route.infers() || !reply.status.is_success() || !reply.is_stream() {
         return reply;
     }
     let Some(server) = reply.body.outcome().servers.last().cloned() else { return reply };
@@ -69,7 +70,12 @@ where
         pieces: 0,
         eval: Duration::ZERO,
     };
-    let mut body = Body::new(Following { course: Course::Flowing(Box::new(flow)), moved: SmallVec::new(), asked: 0 });
+    let mut body = Body::new(Following {
+        course: Course::Flowing(Box::new(flow)),
+        moved: SmallVec::new(),
+        asked: 0,
+        meters: None,
+    });
     *body.outcome_mut() = outcome;
     Reply { body, ..reply }
 }
@@ -81,6 +87,8 @@ struct Following<S> {
     moved: SmallVec<[ServerId; 2]>,
     /// Attempts for that.
     asked: u32,
+    /// The metrics of the last of them.
+    meters: Option<Arc<RunnerMeters>>,
 }
 
 enum Course<S> {
@@ -186,6 +194,7 @@ where
                     this.course = match step {
                         Ok(Step::Flows) => {
                             this.moved.push(flow.server.clone());
+                            this.meters.clone_from(&flow.body.outcome().meters);
                             Course::Flowing(flow)
                         }
                         Ok(Step::Ends(chunk)) => Course::Last(Ok(chunk)),
@@ -204,6 +213,9 @@ where
     fn tell(&self, outcome: &mut Outcome) {
         outcome.servers.extend(self.moved.iter().cloned());
         outcome.attempts += self.asked;
+        if self.meters.is_some() {
+            outcome.meters.clone_from(&self.meters);
+        }
     }
 }
 
@@ -262,6 +274,7 @@ impl<S> Flow<S> {
         let (result, why) = match step {
             Ok(step) => {
                 self.rules.instruments.resumed("ok");
+                self.rules.instruments.failed_over();
                 tracing::info!(%id, server = %self.server, pieces, "a stream goes on at another server");
                 return Ok(step);
             }
@@ -380,7 +393,7 @@ where
                 Err(error) => Err(error),
             };
             match answer {
-                Ok(reply) if reply.status.is_success() && whole::is_stream(&reply) => {
+                Ok(reply) if reply.status.is_success() && reply.is_stream() => {
                     let server = reply.body.outcome().servers.last().cloned();
                     let server = server.ok_or(Halt::Failed("nobody knows who answered"))?;
                     self.goes_on(server, reply.body, None);

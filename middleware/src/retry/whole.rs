@@ -3,7 +3,6 @@
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use http::header;
 use smallvec::SmallVec;
 
 use crate::call::{Body, Chunk, Reply};
@@ -11,12 +10,6 @@ use crate::error::Error;
 
 /// The longest answer that is held back, bytes; of longer ones this much.
 pub(super) const LONGEST: usize = 256 << 10;
-
-/// Whether an answer comes piece by piece.
-pub(super) fn is_stream(reply: &Reply) -> bool {
-    let kind = reply.headers.get(header::CONTENT_TYPE).map(http::HeaderValue::as_bytes);
-    kind.is_some_and(|kind| kind.starts_with(b"application/x-ndjson") || kind.starts_with(b"text/event-stream"))
-}
 
 /// An answer that has begun to come.
 pub(super) struct Begun {
