@@ -23,6 +23,11 @@ use tokio::time::Instant;
 const YARDSTICK: &str = "relay-http";
 const YARDSTICK_AGAIN: &str = "relay-http-again";
 
+// What the proxy is measured with.
+const FIRST: &str = "[stack]\norder = [\"metrics\", \"model-route\", \"retry\"]\n";
+const FIRST_AND_LOG: &str = "[stack]\norder = [\"trace\", \"metrics\", \"model-route\", \"retry\"]\n";
+const NO_LOG: &str = "[trace]\naccess-log = false\n";
+
 fn main() {
     let Some(bench) = std::env::var_os("OLOL_BENCH_BIN").map(PathBuf::from) else {
         println!("proxy: OLOL_BENCH_BIN is not set; it names the load generator (ollama-bench). Nothing was measured.");
@@ -115,8 +120,10 @@ impl Field {
         let mut peers = vec![
             self.relay(YARDSTICK, "http", &upstream),
             self.relay(YARDSTICK_AGAIN, "http", &upstream),
-            self.olol("olol", &upstream, "", Vec::new()),
-            self.olol("olol without log", &upstream, "[trace]\naccess-log = false\n", Vec::new()),
+            self.olol("first layers", &upstream, FIRST, Vec::new()),
+            self.olol("first layers, log", &upstream, FIRST_AND_LOG, Vec::new()),
+            self.olol("every layer", &upstream, NO_LOG, Vec::new()),
+            self.olol("every layer, log", &upstream, "", Vec::new()),
         ];
         peers.extend(self.nginx(mocks));
         peers.push(self.relay_over_agents(mocks));
@@ -128,12 +135,7 @@ impl Field {
             (address, self.run(Path::new(env!("CARGO_BIN_EXE_olol")), &arguments, address))
         });
         let servers = agents.each_ref().map(|(address, _)| address.to_string()).join(",");
-        peers.push(self.olol(
-            "olol over agents",
-            &servers,
-            "[trace]\naccess-log = false\n",
-            agents.map(|(_, agent)| agent).into(),
-        ));
+        peers.push(self.olol("first over agents", &servers, FIRST, agents.map(|(_, agent)| agent).into()));
         peers
     }
 

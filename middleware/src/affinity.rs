@@ -185,8 +185,7 @@ impl Rules {
     /// Says where a call should rather go.
     fn look(&self, call: &mut Call) -> Course {
         let place = chain::place(call);
-        let mut names = self.config.headers.iter().filter_map(|name| call.headers.get(name));
-        let session = names.find(|name| !name.is_empty()).cloned();
+        let session = self.named(call).cloned();
         let Clues { source, chain, person } = match &session {
             Some(session) => Clues::named(place, session.as_bytes()),
             None => Clues::of(call, place),
@@ -212,6 +211,15 @@ impl Rules {
             session,
             answers_under: (call.route == Route::Generate).then_some(place),
         }
+    }
+
+    /// How the client has named its conversation: by the first of the headers that is there. The headers of a call are fewer
+    /// than what it costs to look for several among them.
+    fn named<'a>(&self, call: &'a Call) -> Option<&'a HeaderValue> {
+        let headers = call.headers.iter().filter(|(_, value)| !value.is_empty());
+        let named = headers
+            .filter_map(|(name, value)| Some((self.config.headers.iter().position(|wanted| wanted == name)?, value)));
+        named.min_by_key(|(place, _)| *place).map(|(_, value)| value)
     }
 
     /// A conversation that begins: to the first in the order of its key that has room, if that costs no more than others.

@@ -5,12 +5,11 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::SystemTime;
 
-use arc_swap::ArcSwapOption;
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
@@ -221,28 +220,34 @@ fn begin_of(text: &str) -> String {
     text[..end.unwrap_or_default()].to_owned()
 }
 
-/// The last requests. Who writes takes the next place, who reads looks through all: no lock.
+/// The last requests. Who writes takes the next place, so that nobody waits for anybody else's; who reads looks through all.
 #[derive(Debug)]
 pub struct Ring {
-    places: Box<[ArcSwapOption<Record>]>,
+    places: Box<[Mutex<Option<Arc<Record>>>]>,
     next: AtomicUsize,
 }
 
 impl Default for Ring {
     fn default() -> Self {
-        Self { places: (0..REMEMBERED).map(|_| ArcSwapOption::empty()).collect(), next: AtomicUsize::new(0) }
+        Self { places: (0..REMEMBERED).map(|_| Mutex::default()).collect(), next: AtomicUsize::new(0) }
     }
 }
 
 impl Ring {
     fn remember(&self, record: Record) {
         let next = self.next.fetch_add(1, Ordering::Relaxed);
-        self.places[next % self.places.len()].store(Some(Arc::new(record)));
+        let before = Self::lock(&self.places[next % self.places.len()]).replace(Arc::new(record));
+        // Not while the lock is held.
+        drop(before);
     }
 
     /// The request with this id, if it is over and not yet forgotten.
     pub fn find(&self, id: &str) -> Option<Arc<Record>> {
-        self.places.iter().filter_map(ArcSwapOption::load_full).find(|record| record.id == id)
+        self.places.iter().filter_map(|place| Self::lock(place).clone()).find(|record| record.id == id)
+    }
+
+    fn lock(place: &Mutex<Option<Arc<Record>>>) -> MutexGuard<'_, Option<Arc<Record>>> {
+        place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

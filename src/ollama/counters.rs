@@ -14,6 +14,8 @@ use super::lines::Boundary;
 
 /// How much of the end of an answer in one JSON object holds its counts.
 const TAIL: usize = 640;
+/// How Ollama ends a line that is not the last.
+const NOT_DONE: &[u8] = b"\"done\":false}\n";
 
 /// Watches an answer for its counts.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ impl Count {
     /// Looks at a piece.
     pub(super) fn see(&mut self, piece: &Bytes) -> Option<Counters> {
         match self.boundary {
+            // Nearly every line: its end tells that there are more.
+            Boundary::Line if piece.ends_with(NOT_DONE) => None,
             Boundary::Line => KEYS.done.find(piece).and_then(|_| counters(piece)),
             Boundary::Event => KEYS.usage.find(piece).and_then(|_| counters(piece)),
             Boundary::None => {
