@@ -303,7 +303,7 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (ENDED, "end", &["whole", "broken", "dropped"]),
     (CANCELLED, "phase", &["deciding", "queued", "loading", "waiting", "streaming"]),
     (BROKEN, "phase", &["begun", "streaming"]),
-    (RESUMES, "result", &["ok", "refused", "failed"]),
+    (RESUMES, "result", &["ok", "refused", "failed", "nobody"]),
     (TIMEOUTS, "phase", &["first-byte", "idle", "total"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
