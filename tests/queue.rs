@@ -144,7 +144,7 @@ async fn beside_a_flood_of_one_key_a_single_request_of_another_is_soon_asked() {
     for mut flooding in flood {
         assert!(flooding.answer().await.said().starts_with("flood"));
     }
-    let asked: Vec<_> = cluster.server(0).seen("/api/chat").iter().map(|seen| seen.json()).collect();
+    let asked: Vec<_> = cluster.server(0).seen("/api/chat").iter().map(harness::script::Seen::json).collect();
     let place = asked.iter().position(|body| body["messages"][0]["content"] == "single").unwrap();
     assert!(place <= 2, "asked after {place} of the flood: it must begin within two service times");
 }
