@@ -74,16 +74,19 @@ pub fn run() -> anyhow::Result<()> {
     }
 }
 
-/// A runtime with so many worker threads; 0: one a processor.
+/// A runtime with so many worker threads; 0: one for two processors. A thread relays more than any server answers, and what
+/// the kernel does for it, and the server if it is here, need processors of their own.
 fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
     crate::telemetry::raise_open_files();
-    let mut builder = match threads {
+    let half = || std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2));
+    let mut builder = match if threads == 0 { half() } else { threads } {
         1 => tokio::runtime::Builder::new_current_thread(),
-        _ => tokio::runtime::Builder::new_multi_thread(),
+        threads => {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            builder.worker_threads(threads);
+            builder
+        }
     };
-    if threads > 1 {
-        builder.worker_threads(threads);
-    }
     Ok(builder.enable_all().build()?)
 }
 

@@ -56,7 +56,7 @@ pub struct Proxy {
     pub port: u16,
     /// The servers, each as in `--servers`.
     pub servers: Vec<String>,
-    /// Worker threads; 0: one a processor.
+    /// Worker threads; 0: one for two processors.
     pub threads: Threads,
     /// Further origins that may ask from a browser, as in `OLLAMA_ORIGINS`.
     pub origins: Vec<String>,
@@ -81,7 +81,7 @@ impl Default for Proxy {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Worker threads; 0: one a processor. Stands before the tables.
+    /// Worker threads; 0: one for two processors. Stands before the tables.
     pub threads: Threads,
     /// Where to listen, and the servers.
     pub proxy: Proxy,
@@ -123,7 +123,7 @@ pub struct Config {
     pub distribute: olol_middleware::distribute::Config,
 }
 
-/// Worker threads; 0: one a processor.
+/// Worker threads; 0: one for two processors.
 pub type Threads = Whole<0, 1024>;
 
 /// A configuration that cannot be used.
@@ -284,7 +284,7 @@ impl Config {
         Origins::new(&origins.join(",")).map_err(|what| Wrong { key: Key::of(["proxy", "origins"]), what })
     }
 
-    /// Worker threads; 0: one a processor.
+    /// Worker threads; 0: one for two processors.
     pub fn worker_threads(&self) -> usize {
         let threads = if self.threads == Threads::default() { self.proxy.threads } else { self.threads };
         usize::try_from(threads.get()).unwrap_or(0)

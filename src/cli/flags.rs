@@ -23,7 +23,7 @@ pub(super) struct Flags {
     /// Configuration file (see config/olol.toml)
     #[arg(long, env = "OLOL_CONFIG", value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Worker threads; 0: one a processor [default: 0]
+    /// Worker threads; 0: one for two processors [default: 0]
     #[arg(long)]
     threads: Option<Threads>,
 }

@@ -25,7 +25,7 @@ pub(super) struct Arguments {
     /// Name of this server [default: the machine's]
     #[arg(long, default_value = "", hide_default_value = true)]
     name: String,
-    /// Worker threads; 0: one a processor
+    /// Worker threads; 0: one for two processors
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Seconds that running answers may take after a stop was asked for
