@@ -7,7 +7,8 @@
 //! loser is dropped, which ends its work. A try that fails leaves the other alone.
 //!
 //! Belongs inside whatever decides where a call may go (`queue`, `model-route`, `affinity`), since that holds for both tries,
-//! and outside `retry`, so that each of them is tried again by itself.
+//! and outside `retry`, so that each of them is tried again by itself. Elsewhere it works, too, and less well: outside `queue`
+//! a wait for a slot looks like a late answer.
 
 mod times;
 

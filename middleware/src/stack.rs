@@ -335,11 +335,6 @@ const RULES: &[Rule] = &[
     },
     Rule {
         outer: Concern::QuantFallback,
-        inner: Concern::Hedge,
-        why: "a second try must ask for the quantization that was chosen",
-    },
-    Rule {
-        outer: Concern::QuantFallback,
         inner: Concern::Distribute,
         why: "whether a model is too big for a server depends on its quantization",
     },
@@ -370,26 +365,6 @@ const RULES: &[Rule] = &[
         why: "a retry must keep to the servers that a conversation prefers, and one that failed must not be preferred again",
     },
     Rule {
-        outer: Concern::Queue,
-        inner: Concern::Hedge,
-        why: "a wait for a slot must not look like a late answer, and a second try must not wait for one",
-    },
-    Rule {
-        outer: Concern::ModelRoute,
-        inner: Concern::Hedge,
-        why: "a second try must choose among the servers that have the model",
-    },
-    Rule {
-        outer: Concern::Affinity,
-        inner: Concern::Hedge,
-        why: "a call that is sent twice must count once for the spread of conversations",
-    },
-    Rule {
-        outer: Concern::Hedge,
-        inner: Concern::Retry,
-        why: "when one of two tries fails it must be tried again by itself, while the other goes on",
-    },
-    Rule {
         outer: Concern::Alias,
         inner: Concern::Distribute,
         why: "whether a model is split depends on the model that is really asked for",
@@ -408,11 +383,6 @@ const RULES: &[Rule] = &[
         outer: Concern::Affinity,
         inner: Concern::Distribute,
         why: "where a conversation goes on must be decided before its call is sent, to a group as to a server",
-    },
-    Rule {
-        outer: Concern::Hedge,
-        inner: Concern::Distribute,
-        why: "each of two tries must be sent by itself, to a group as to a server",
     },
     Rule {
         outer: Concern::Retry,
