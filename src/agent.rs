@@ -18,7 +18,6 @@ use hyper::body::Incoming;
 use olol_middleware::ServerId;
 use olol_proto::v1::DescribeResponse;
 use olol_proto::v1::server_server::ServerServer;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
@@ -54,8 +53,9 @@ pub struct Agent {
 
 impl Agent {
     /// Starts an agent.
+    #[expect(clippy::unused_async, reason = "it begins tasks, so it must be called where tasks can run")]
     pub async fn start(options: Options) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(options.listen).await?;
+        let listener = crate::serve::listen(options.listen)?;
         let address = listener.local_addr()?;
         let name = if options.name.is_empty() {
             gethostname::gethostname().to_string_lossy().into_owned()

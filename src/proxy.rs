@@ -17,7 +17,6 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use olol_middleware::stack::Concern;
 use olol_middleware::{BoxError, Cluster, Error, Shared, Stack, instruments};
 use olol_proto::v1::server_server::ServerServer;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
@@ -59,14 +58,14 @@ impl Proxy {
     }
 
     /// Starts a proxy with a configuration that was read from `source`, and is read again when that changes.
+    #[expect(clippy::unused_async, reason = "it begins tasks, so it must be called where tasks can run")]
     pub async fn start_from(config: &Config, source: Option<Source>) -> anyhow::Result<Self> {
         config.validate()?;
         for strange in config.oddities() {
             tracing::warn!("{strange}");
         }
         let wanted = config.address()?;
-        let listener =
-            TcpListener::bind(wanted).await.map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;
+        let listener = serve::listen(wanted).map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;

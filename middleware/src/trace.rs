@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::SystemTime;
 
-use http::StatusCode;
-use serde::{Deserialize, Serialize};
+use http::{Method, StatusCode};
+use serde::{Deserialize, Serialize, Serializer};
+use smallvec::SmallVec;
 use tower::{Layer, Service};
 
 use crate::call::{Answer, Call, End, Head, Outcome, Reply, RequestId, Watcher};
 use crate::error::Error;
+use crate::names::ServerId;
 use crate::trail::Note;
 
 /// The target of the lines of the access log: what a filter names, and what a formatter may treat apart.
@@ -163,7 +165,8 @@ pub struct Record {
     /// When it came, milliseconds since 1970.
     pub at_ms: u64,
     /// Its method.
-    pub method: String,
+    #[serde(serialize_with = "as_text")]
+    pub method: Method,
     /// Its path, without the query.
     pub path: String,
     /// The model that it named.
@@ -177,7 +180,8 @@ pub struct Record {
     /// How its answer ended: `whole`, `client-left`, or the reason of an error.
     pub end: &'static str,
     /// The servers that were asked, in turn.
-    pub servers: Vec<String>,
+    #[serde(serialize_with = "as_names")]
+    pub servers: SmallVec<[ServerId; 1]>,
     /// How often it was tried.
     pub attempts: u32,
     /// From its first byte to the last one of its answer, milliseconds.
@@ -198,14 +202,14 @@ impl Record {
         Self {
             id: head.id.as_str().to_owned(),
             at_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX).saturating_sub(ms),
-            method: head.method.to_string(),
+            method: head.method.clone(),
             path: begin_of(head.path.path()),
             model: head.peek.model.as_deref().map(begin_of),
             client: head.client,
             key: head.key.get().map(|key| key.name.clone()),
             status: status.as_u16(),
             end,
-            servers: outcome.servers.iter().map(ToString::to_string).collect(),
+            servers: outcome.servers.clone(),
             attempts: outcome.attempts,
             ms,
             prompt_tokens: counters.prompt_tokens,
@@ -215,7 +219,18 @@ impl Record {
     }
 }
 
+fn as_text<S: Serializer>(method: &Method, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(method.as_str())
+}
+
+fn as_names<S: Serializer>(servers: &[ServerId], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(servers.iter().map(ServerId::as_str))
+}
+
 fn begin_of(text: &str) -> String {
+    if text.len() <= LONGEST {
+        return text.to_owned();
+    }
     let end = text.char_indices().map(|(at, _)| at).chain([text.len()]).take_while(|at| *at <= LONGEST).last();
     text[..end.unwrap_or_default()].to_owned()
 }
