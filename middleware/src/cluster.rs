@@ -99,6 +99,11 @@ pub struct Model {
 }
 
 impl Model {
+    /// What it is said to be: family, number of parameters, quantization.
+    pub fn kind(&self) -> [&str; 3] {
+        [&self.family, &self.parameter_size, &self.quantization]
+    }
+
     /// What tells whether it shares a runner with another model of its server: Ollama keeps runners by the file of the
     /// weights, not by the name. Nothing if too little is known of it.
     fn identity(&self) -> Option<&str> {
@@ -199,10 +204,7 @@ impl Make {
     }
 
     fn is_of(&self, model: &Model) -> bool {
-        let own = self.model();
-        own.quantization == model.quantization
-            && own.parameter_size == model.parameter_size
-            && own.family == model.family
+        self.model().kind() == model.kind()
     }
 }
 

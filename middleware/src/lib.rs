@@ -42,6 +42,7 @@ pub mod keys;
 pub mod listing;
 pub mod metrics;
 pub mod model_route;
+pub mod modelfile;
 pub mod names;
 pub mod pattern;
 pub mod peek;

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use olol_middleware::cluster::Model;
+use olol_middleware::modelfile;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -100,7 +101,7 @@ impl Ollama {
 fn alike(models: &[Model]) -> Vec<&Model> {
     let mut kinds: HashMap<_, Vec<&Model>> = HashMap::new();
     for model in models.iter().filter(|model| model.size > 0 && !model.digest.is_empty()) {
-        kinds.entry((&model.family, &model.parameter_size, &model.quantization)).or_default().push(model);
+        kinds.entry(model.kind()).or_default().push(model);
     }
     let is_alike = |one: &Model, other: &Model| one.digest != other.digest && one.size.abs_diff(other.size) < SLACK;
     let has_twin = |kind: &[&Model], model: &Model| kind.iter().any(|other| is_alike(model, other));
@@ -120,9 +121,7 @@ fn made_of(modelfile: &str) -> String {
 /// once gets a list.
 pub(crate) fn parameters(text: &str) -> String {
     let mut members = Map::new();
-    for line in text.lines() {
-        let Some((key, value)) = line.trim().split_once(char::is_whitespace) else { continue };
-        let value = value.trim();
+    for (key, value) in modelfile::parameters(text) {
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
         match members.get_mut(key) {
             None => drop(members.insert(key.to_owned(), value)),

@@ -24,6 +24,7 @@ use super::{Rules, failure};
 use crate::call::{Call, Edits, Payload, Place, Reply};
 use crate::cluster::Candidates;
 use crate::error::Error;
+use crate::modelfile;
 use crate::names::ServerId;
 use crate::peek::Peek;
 use crate::place::LoadOptions;
@@ -261,9 +262,7 @@ impl Shown {
             || kind == "gemma4"
             || info.get("tokenizer.ggml.add_bos_token").and_then(Value::as_bool).unwrap_or(false);
         let mut bounds = Bounds::default();
-        let parameters = body.parameters.lines().filter_map(|line| line.split_once(char::is_whitespace));
-        for (key, value) in parameters {
-            let value = value.trim();
+        for (key, value) in modelfile::parameters(&body.parameters) {
             match key {
                 "num_predict" => bounds.num_predict = super::request::number(value.as_bytes()),
                 "stop" => bounds.stops.get_or_insert_default().extend(serde_json::from_str::<String>(value)),
