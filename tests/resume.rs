@@ -135,11 +135,15 @@ async fn the_server_that_goes_on_is_asked_for_the_same_and_no_more() {
     let rendered = &cluster.server(1).seen("/api/chat")[0].json();
     assert_eq!((&rendered["_debug_render_only"], &rendered["stream"]), (&json!(true), &json!(false)));
     assert_eq!((&rendered["options"], &rendered["messages"][0]["content"]), (&options, &json!("hi")));
-    let raw = cluster.server(1).seen("/api/generate")[0].json();
-    let wanted = json!({"model": "tiny", "raw": true, "stream": true, "keep_alive": "9m", "shift": false,
-        "prompt": "<|start|>user\nhi<|end|><|start|>assistant\nHello big",
-        "options": {"num_predict": 1, "seed": 7, "num_ctx": 1024, "temperature": 0.5}});
-    assert_eq!(raw, wanted);
+    let before = "<|start|>user\nhi<|end|><|start|>assistant\n";
+    let options = json!({"num_predict": 1, "seed": 7, "num_ctx": 1024, "temperature": 0.5});
+    let counted = json!({"model": "tiny", "raw": true, "stream": false, "shift": false, "prompt": before,
+        "options": options});
+    let followed = json!({"model": "tiny", "raw": true, "stream": true, "keep_alive": "9m", "shift": false,
+        "prompt": format!("{before}Hello big"), "options": options});
+    let asked: Vec<Value> = cluster.server(1).seen("/api/generate").iter().map(Seen::json).collect();
+    // How long the prompt is, which is to unload nothing; and then what follows.
+    assert_eq!(asked, [counted, followed]);
 }
 
 #[tokio::test]

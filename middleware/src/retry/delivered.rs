@@ -18,6 +18,9 @@ use crate::route::Route;
 /// The longest text that a stream may go on from, bytes.
 pub(super) const LONGEST: usize = 1 << 20;
 
+/// Ends the text of a piece. No text of JSON has this byte in it.
+const MARK: u8 = 0xff;
+
 /// How the pieces of an answer are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
@@ -70,9 +73,9 @@ static FRAMES: LazyLock<Frames> =
 #[derive(Debug)]
 pub(super) struct Delivered {
     form: Option<Form>,
+    /// The texts of the pieces, each with [`MARK`] behind it.
     text: Vec<u8>,
-    /// Where the texts of the pieces end.
-    ends: Vec<u32>,
+    pieces: u32,
     /// The first piece: what does not change from piece to piece is taken from it.
     first: Vec<u8>,
     begun: Option<Instant>,
@@ -100,7 +103,7 @@ impl Delivered {
         Self {
             form: Form::of(route),
             text: Vec::new(),
-            ends: Vec::new(),
+            pieces: 0,
             first: Vec::new(),
             begun: None,
             is_done: false,
@@ -147,11 +150,12 @@ impl Delivered {
         if text.is_empty() {
             return;
         }
-        if self.text.len() + text.len() > LONGEST {
+        if self.text.len() + text.len() >= LONGEST {
             return self.give_up("the answer is too long to be kept");
         }
         self.text.extend_from_slice(text);
-        self.ends.push(u32::try_from(self.text.len()).unwrap_or(u32::MAX));
+        self.text.push(MARK);
+        self.pieces += 1;
     }
 
     /// The end has been delivered.
@@ -161,8 +165,7 @@ impl Delivered {
 
     fn give_up(&mut self, why: &'static str) {
         self.unfit = Some(why);
-        self.text = Vec::new();
-        self.ends = Vec::new();
+        (self.text, self.pieces) = (Vec::new(), 0);
     }
 
     /// Whether the end has been delivered.
@@ -191,22 +194,21 @@ impl Delivered {
 
     /// The text.
     pub(super) fn text(&self) -> String {
-        json::unescape(&self.text)
+        let text: Vec<u8> = self.text.iter().copied().filter(|byte| *byte != MARK).collect();
+        json::unescape(&text)
     }
 
     /// Pieces that have a text: the fewest tokens that the text can be.
     pub(super) fn pieces(&self) -> u64 {
-        self.ends.len() as u64
+        self.pieces.into()
     }
 
     /// Whether each piece is surely one token: a character may take several, and so may what was kept back because a stop
     /// word might have begun with it.
     pub(super) fn are_tokens(&self, stops: &[String]) -> bool {
-        let starts = [0].into_iter().chain(self.ends.iter().copied());
-        starts.zip(&self.ends).all(|(start, end)| {
-            let piece = &self.text[start as usize..*end as usize];
+        self.text.split_inclusive(|byte| *byte == MARK).all(|piece| {
             // Every escape is one character, if not an ASCII one.
-            let text = json::unescape(piece);
+            let text = json::unescape(&piece[..piece.len() - 1]);
             let begins = |stop: &String| {
                 let first = stop.chars().next();
                 first.is_some_and(|first| text.chars().rev().skip(1).any(|c| c == first))

@@ -32,8 +32,9 @@ pub(super) struct Mould {
 pub(super) struct Account {
     /// When the client asked.
     pub(super) arrived: Instant,
-    /// Tokens that had been delivered.
+    /// Tokens that had been delivered; if that is not exact, the fewest that can have been.
     pub(super) made: u64,
+    pub(super) is_exact: bool,
     /// Tokens of the prompt, if they were counted.
     pub(super) prompt: Option<u64>,
     /// Time for the tokens delivered.
@@ -187,10 +188,8 @@ impl Mould {
         let account = &self.account;
         // What went on had for a prompt all that came before.
         let prompt = account.prompt.unwrap_or(part.prompt_eval_count.saturating_sub(account.made));
-        let made = match account.prompt {
-            Some(prompt) if part.prompt_eval_count > prompt => part.prompt_eval_count - prompt,
-            _ => account.made,
-        };
+        let retold = part.prompt_eval_count.saturating_sub(prompt);
+        let made = if account.is_exact { account.made } else { retold.max(account.made) };
         Numbers {
             total_duration: nanos(account.arrived.elapsed()),
             prompt_eval_count: prompt,

@@ -54,28 +54,26 @@ where
     let Some(server) = reply.body.outcome().servers.last().cloned() else { return reply };
     let outcome = reply.body.outcome().clone();
     let flow = Flow {
-        delivered: Delivered::new(spare.route),
-        rules,
-        service,
-        spare,
         body: reply.body,
+        delivered: Delivered::new(spare.route),
         mould: None,
-        server,
-        digest: None,
-        failed: SmallVec::new(),
-        tries: 0,
-        barren: 0,
-        asked: 0,
-        resumes: 0,
-        pieces: 0,
-        eval: Duration::ZERO,
+        rest: Box::new(Rest {
+            rules,
+            service,
+            spare,
+            server,
+            digest: None,
+            failed: SmallVec::new(),
+            tries: 0,
+            barren: 0,
+            asked: 0,
+            resumes: 0,
+            pieces: 0,
+            eval: Duration::ZERO,
+        }),
     };
-    let mut body = Body::new(Following {
-        course: Course::Flowing(Box::new(flow)),
-        moved: SmallVec::new(),
-        asked: 0,
-        meters: None,
-    });
+    let mut body =
+        Body::new(Following { course: Course::Flowing(flow), moved: SmallVec::new(), asked: 0, meters: None });
     *body.outcome_mut() = outcome;
     Reply { body, ..reply }
 }
@@ -92,7 +90,7 @@ struct Following<S> {
 }
 
 enum Course<S> {
-    Flowing(Box<Flow<S>>),
+    Flowing(Flow<S>),
     /// It broke off, and somebody is asked to go on.
     Broken(Search<S>),
     /// This, and no more.
@@ -101,7 +99,7 @@ enum Course<S> {
 }
 
 /// Looks for somebody who goes on, and returns the stream with what came of that.
-type Search<S> = BoxFuture<'static, (Box<Flow<S>>, Result<Step, Cut>)>;
+type Search<S> = BoxFuture<'static, (Flow<S>, Result<Step, Cut>)>;
 
 /// How a stream broke off: what its client gets if nobody goes on.
 type Cut = Result<Chunk, Error>;
@@ -125,15 +123,20 @@ enum Took {
     Over,
 }
 
-/// A stream and all that is needed to go on with it.
+/// A stream and all that is needed to go on with it. What every piece touches lies together.
 struct Flow<S> {
+    body: Body,
+    delivered: Delivered,
+    /// How what comes is written for the client; the first server's words go on as they are.
+    mould: Option<Box<Mould>>,
+    rest: Box<Rest<S>>,
+}
+
+/// What nobody asks for while all is well.
+struct Rest<S> {
     rules: Arc<Rules>,
     service: S,
     spare: Call,
-    delivered: Delivered,
-    body: Body,
-    /// How what comes is written for the client; the first server's words go on as they are.
-    mould: Option<Mould>,
     /// Who answers now.
     server: ServerId,
     /// The model, by the digest that the first server had of it.
@@ -190,10 +193,10 @@ where
                 }
                 Course::Broken(search) => {
                     let (flow, step) = ready!(search.as_mut().poll(cx));
-                    this.asked = flow.asked;
+                    this.asked = flow.rest.asked;
                     this.course = match step {
                         Ok(Step::Flows) => {
-                            this.moved.push(flow.server.clone());
+                            this.moved.push(flow.rest.server.clone());
                             this.meters.clone_from(&flow.body.outcome().meters);
                             Course::Flowing(flow)
                         }
@@ -252,7 +255,7 @@ impl<S> Flow<S> {
         let Some(mould) = &mut self.mould else {
             let Some(at) = self.delivered.see(&chunk.bytes) else { return Took::Give(chunk) };
             let before = chunk.bytes.split_to(at);
-            self.rules.note_trouble(&self.spare, Some(&self.server));
+            self.rest.rules.note_trouble(&self.rest.spare, Some(&self.rest.server));
             return Took::Broken((at > 0).then(|| Chunk::from(before)), Ok(chunk));
         };
         match mould.take(chunk, &mut self.delivered) {
@@ -260,9 +263,9 @@ impl<S> Flow<S> {
             Made::Pieces(Some(chunk)) => Took::Give(chunk),
             Made::Stopped(chunk) => Took::Last(Ok(chunk)),
             Made::Trouble(before) => {
-                self.rules.note_trouble(&self.spare, Some(&self.server));
+                self.rest.rules.note_trouble(&self.rest.spare, Some(&self.rest.server));
                 let source = "it ended in an error".into();
-                let server = self.server.clone();
+                let server = self.rest.server.clone();
                 Took::Broken(before, Err(Error::Server { server, phase: Phase::Streaming, reused: false, source }))
             }
         }
@@ -270,20 +273,20 @@ impl<S> Flow<S> {
 
     /// Says what has come of it: to the metrics, the log and the trail.
     fn told(&self, step: Result<Step, Halt>, cut: Cut) -> Result<Step, Cut> {
-        let (id, pieces) = (&self.spare.id, self.delivered.pieces());
+        let (id, pieces) = (&self.rest.spare.id, self.delivered.pieces());
         let (result, why) = match step {
             Ok(step) => {
-                self.rules.instruments.resumed("ok");
-                self.rules.instruments.failed_over();
-                tracing::info!(%id, server = %self.server, pieces, "a stream goes on at another server");
+                self.rest.rules.instruments.resumed("ok");
+                self.rest.rules.instruments.failed_over();
+                tracing::info!(%id, server = %self.rest.server, pieces, "a stream goes on at another server");
                 return Ok(step);
             }
             Err(Halt::Refused(why)) => ("refused", why),
             Err(Halt::Failed(why)) => ("failed", why),
             Err(Halt::Nobody(why)) => ("nobody", why),
         };
-        self.rules.instruments.resumed(result);
-        self.spare.note(
+        self.rest.rules.instruments.resumed(result);
+        self.rest.spare.note(
             "retry",
             "nobody goes on with the stream",
             [("why", Fact::Word(why)), ("pieces", pieces.into())],
@@ -300,33 +303,33 @@ where
 {
     /// Goes on with the stream elsewhere; while nobody is there who could, waits for somebody: whoever died may come back.
     async fn persist(&mut self) -> Result<Step, Halt> {
-        self.eval += self.delivered.since_first();
-        if self.delivered.pieces() > self.pieces {
-            self.failed.clear();
-            (self.tries, self.barren) = (0, 0);
-        } else if self.resumes > 0 {
-            self.barren += 1;
+        self.rest.eval += self.delivered.since_first();
+        if self.delivered.pieces() > self.rest.pieces {
+            self.rest.failed.clear();
+            (self.rest.tries, self.rest.barren) = (0, 0);
+        } else if self.rest.resumes > 0 {
+            self.rest.barren += 1;
         }
-        self.pieces = self.delivered.pieces();
-        self.failed.push(self.server.clone());
-        if self.resumes >= MOST {
+        self.rest.pieces = self.delivered.pieces();
+        self.rest.failed.push(self.rest.server.clone());
+        if self.rest.resumes >= MOST {
             return Err(Halt::Refused("the stream has moved too often"));
         }
-        if self.barren >= self.rules.config.attempts.get() {
+        if self.rest.barren >= self.rest.rules.config.attempts.get() {
             return Err(Halt::Failed("it breaks off wherever it goes on"));
         }
-        let patience = Instant::now() + self.rules.config.resume_wait_s.time();
-        let until = self.spare.deadline.map_or(patience, |deadline| patience.min(deadline));
+        let patience = Instant::now() + self.rest.rules.config.resume_wait_s.time();
+        let until = self.rest.spare.deadline.map_or(patience, |deadline| patience.min(deadline));
         let mut pause = FIRST_PAUSE;
         loop {
             match self.go_on().await {
                 Err(Halt::Nobody(why)) if Instant::now() + pause < until => {
-                    self.spare.note("retry", "waits for somebody who goes on", [("why", Fact::Word(why))]);
+                    self.rest.spare.note("retry", "waits for somebody who goes on", [("why", Fact::Word(why))]);
                     // Not all at the same moment, who broke off at the same moment.
                     tokio::time::sleep(pause.mul_f64(0.75 + 0.5 * fastrand::f64())).await;
                     pause = LONGEST_PAUSE.min(pause * 2);
-                    self.failed.clear();
-                    self.tries = 0;
+                    self.rest.failed.clear();
+                    self.rest.tries = 0;
                 }
                 other => return other,
             }
@@ -339,14 +342,14 @@ where
             return self.begin_again().await;
         }
         let form = self.delivered.form().map_err(Halt::Refused)?;
-        let request = Request::read(&self.spare, form).map_err(Halt::Refused)?;
-        let made = i64::try_from(self.pieces).unwrap_or(i64::MAX);
+        let request = Request::read(&self.rest.spare, form).map_err(Halt::Refused)?;
+        let made = i64::try_from(self.rest.pieces).unwrap_or(i64::MAX);
         if request.bounds().num_predict.is_some_and(|most| most > 0 && made >= most) {
             // Another server is asked only how long the prompt was; the answer is whole without that, too.
             let counted = tokio::time::timeout(COUNTS_WITHIN, self.continued(form, &request, true)).await;
             return match counted {
                 Ok(Ok(step)) => Ok(step),
-                _ => self.finish(form, &request, self.pieces, None),
+                _ => self.finish(form, &request, self.rest.pieces, None),
             };
         }
         self.continued(form, &request, false).await
@@ -355,14 +358,15 @@ where
     /// Has another server go on from the text already sent, if one can. `only_counts`: nothing but counts is left to ask
     /// for, which is worth no load.
     async fn continued(&mut self, form: Form, request: &Request, only_counts: bool) -> Result<Step, Halt> {
-        if self.digest.is_none() {
-            let of = |snapshot: &Snapshot| digest(snapshot, &self.server, self.spare.place.model.as_ref());
+        if self.rest.digest.is_none() {
+            let of = |snapshot: &Snapshot| digest(snapshot, &self.rest.server, self.rest.spare.place.model.as_ref());
             // When the stream began its server may not have told yet what it has.
-            self.digest = of(self.spare.candidates.snapshot()).or_else(|| of(&self.rules.cluster.snapshot()));
+            self.rest.digest =
+                of(self.rest.spare.candidates.snapshot()).or_else(|| of(&self.rest.rules.cluster.snapshot()));
         }
-        let digest = self.digest.clone().ok_or(Halt::Refused("the digest of the model is not known"))?;
+        let digest = self.rest.digest.clone().ok_or(Halt::Refused("the digest of the model is not known"))?;
         loop {
-            let model = self.spare.place.model.clone();
+            let model = self.rest.spare.place.model.clone();
             let candidates = self.others(|server| {
                 ask::can_render(&server.report.version, form)
                     && digest_of(server, model.as_ref()) == Some(&digest)
@@ -381,13 +385,13 @@ where
     async fn begin_again(&mut self) -> Result<Step, Halt> {
         loop {
             let candidates = self.others(|_| true)?;
-            let mut call = self.spare.again().ok_or(Halt::Refused("the body of the request is not at hand"))?;
+            let mut call = self.rest.spare.again().ok_or(Halt::Refused("the body of the request is not at hand"))?;
             call.candidates = candidates;
-            call.attempts = self.spare.attempts + self.asked;
+            call.attempts = self.rest.spare.attempts + self.rest.asked;
             call.fresh = false;
             // Its client has waited for a slot already.
             call.ticket = None;
-            let service = self.service.ready().await;
+            let service = self.rest.service.ready().await;
             let answer = match service {
                 Ok(service) => service.call(call).await,
                 Err(error) => Err(error),
@@ -413,11 +417,11 @@ where
 
     /// Has one server go on.
     async fn go_on_at(&mut self, candidates: Candidates, form: Form, request: &Request) -> Result<Step, No> {
-        let attempts = self.spare.attempts + self.asked;
+        let attempts = self.rest.spare.attempts + self.rest.asked;
         let mut asking = Asking {
-            rules: &self.rules,
-            service: &mut self.service,
-            spare: &mut self.spare,
+            rules: &self.rest.rules,
+            service: &mut self.rest.service,
+            spare: &mut self.rest.spare,
             request,
             candidates,
             attempts,
@@ -429,30 +433,26 @@ where
         let stops = bounds.stops.or_else(|| shown.bounds.stops.clone()).unwrap_or_default();
         let before = asking.raw_prompt(&rendered, &shown);
         let prompt = [before.as_str(), &self.delivered.text()].concat();
+        // The last line of whoever goes on counts prompt and text together, and the text by tokens that need not be those
+        // that were made of it.
+        let of_prompt = asking.count(&before, shown.thinks).await?;
         let mut made = self.delivered.pieces();
-        let mut of_prompt = None;
-        if !self.delivered.are_tokens(&stops) {
-            let counted = asking.count(&before, shown.thinks).await?;
-            of_prompt = Some(counted);
-            if most.is_some() {
-                made = asking.count(&prompt, shown.thinks).await?.saturating_sub(counted).max(made);
-            }
+        let is_exact = self.delivered.are_tokens(&stops);
+        if most.is_some() && !is_exact {
+            made = asking.count(&prompt, shown.thinks).await?.saturating_sub(of_prompt).max(made);
         }
         let left = most.map(|most| most - i64::try_from(made).unwrap_or(i64::MAX));
         if left.is_some_and(|left| left <= 0) {
-            let of_prompt = match of_prompt {
-                Some(counted) => counted,
-                None => asking.count(&before, shown.thinks).await?,
-            };
             let finished = self.finish(form, request, made, Some(of_prompt));
             return finished.map_err(|_| No::Nobody("its pieces cannot be written"));
         }
         let reply = asking.follow(&prompt, left, shown.thinks).await?;
-        let account = Account { arrived: self.spare.arrived, made, prompt: of_prompt, eval: self.eval };
+        let account =
+            Account { arrived: self.rest.spare.arrived, made, is_exact, prompt: Some(of_prompt), eval: self.rest.eval };
         let mould = Mould::new(form, &self.delivered, stops, request.tells_usage, account);
         let mould = mould.ok_or(No::Nobody("its pieces cannot be written"))?;
         if form == Form::Generate && !request.is_raw {
-            self.spare.note("retry", "the answer will have no context", []);
+            self.rest.spare.note("retry", "the answer will have no context", []);
         }
         self.goes_on(rendered.server, reply.body, Some(mould));
         Ok(Step::Flows)
@@ -460,51 +460,56 @@ where
 
     /// Ends the stream: it had all the tokens it may have.
     fn finish(&mut self, form: Form, request: &Request, made: u64, prompt: Option<u64>) -> Result<Step, Halt> {
-        let account = Account { arrived: self.spare.arrived, made, prompt, eval: self.eval };
+        let account = Account { arrived: self.rest.spare.arrived, made, is_exact: true, prompt, eval: self.rest.eval };
         let mould = Mould::new(form, &self.delivered, Vec::new(), request.tells_usage, account);
         let mould = mould.ok_or(Halt::Refused("its pieces cannot be written"))?;
-        self.spare.note("retry", "the stream had its last token already", [("pieces", self.pieces.into())]);
+        self.rest.spare.note("retry", "the stream had its last token already", [("pieces", self.rest.pieces.into())]);
         Ok(Step::Ends(mould.finish(&mut self.delivered)))
     }
 
     fn goes_on(&mut self, server: ServerId, body: Body, mould: Option<Mould>) {
         let facts = [
-            ("from", Fact::from(&self.server)),
+            ("from", Fact::from(&self.rest.server)),
             ("to", Fact::from(&server)),
-            ("pieces", self.pieces.into()),
-            ("tries", self.tries.into()),
+            ("pieces", self.rest.pieces.into()),
+            ("tries", self.rest.tries.into()),
         ];
-        self.spare.note("retry", "another server goes on with the stream", facts);
+        self.rest.spare.note("retry", "another server goes on with the stream", facts);
         self.delivered.begin_part();
-        (self.server, self.body, self.mould) = (server, body, mould);
-        self.resumes += 1;
+        (self.rest.server, self.body, self.mould) = (server, body, mould.map(Box::new));
+        self.rest.resumes += 1;
     }
 
     fn cannot(&mut self, server: ServerId, why: &'static str) {
-        self.spare.note("retry", "a server cannot go on", [("server", Fact::from(&server)), ("why", Fact::Word(why))]);
-        self.failed.push(server);
+        self.rest.spare.note(
+            "retry",
+            "a server cannot go on",
+            [("server", Fact::from(&server)), ("why", Fact::Word(why))],
+        );
+        self.rest.failed.push(server);
     }
 
     /// Those who may be asked to go on, of those that fit; an attempt has begun then.
     fn others(&mut self, fits: impl Fn(&Server) -> bool) -> Result<Candidates, Halt> {
-        if self.tries >= self.rules.config.attempts.get() {
+        if self.rest.tries >= self.rest.rules.config.attempts.get() {
             return Err(Halt::Nobody("all attempts were in vain"));
         }
-        let snapshot = self.rules.cluster.snapshot();
+        let snapshot = self.rest.rules.cluster.snapshot();
         let mut bits = Bits::default();
         for server in &snapshot.servers {
-            if self.spare.candidates.contains(&server.id) && !self.failed.contains(&server.id) && fits(server) {
+            if self.rest.spare.candidates.contains(&server.id) && !self.rest.failed.contains(&server.id) && fits(server)
+            {
                 bits.insert(server.index);
             }
         }
         if bits.is_empty() {
             return Err(Halt::Nobody("no other server can go on"));
         }
-        if !self.rules.budget.withdraw(&self.rules.allowance) {
+        if !self.rest.rules.budget.withdraw(&self.rest.rules.allowance) {
             return Err(Halt::Nobody("the budget is spent"));
         }
-        self.tries += 1;
-        self.asked += 1;
+        self.rest.tries += 1;
+        self.rest.asked += 1;
         let mut candidates = snapshot.all();
         candidates.keep(&bits);
         Ok(candidates)
@@ -583,6 +588,14 @@ mod tests {
         call.candidates.iter().map(|server| server.id.to_string()).collect()
     }
 
+    /// The same, and how many tokens the prompt has.
+    async fn counts(inner: &mut tower_test::mock::Handle<Call, Reply>, server: &str) -> Vec<String> {
+        let asked = prepares(inner, server).await;
+        let counted = testing::json(server, r#"{"prompt_eval_count":5}"#);
+        inner.next_request().await.unwrap().1.send_response(counted);
+        asked
+    }
+
     struct Ends(Arc<Mutex<Vec<(End, Outcome)>>>);
 
     impl Watcher for Ends {
@@ -602,7 +615,7 @@ mod tests {
         let ends: Arc<Mutex<Vec<_>>> = Arc::default();
         let reply = answer.await.unwrap().watch(Ends(ends.clone()));
         let reading = tokio::spawn(reply.body.collect(9999));
-        assert_eq!(prepares(&mut inner, "1").await, ["1"], "the third has another model");
+        assert_eq!(counts(&mut inner, "1").await, ["1"], "the third has another model");
         let (call, respond) = inner.next_request().await.unwrap();
         assert_eq!(call.edits.unwrap().path.unwrap(), "/api/generate");
         let Payload::Whole(pieces) = call.payload else { panic!("a stream") };
@@ -665,7 +678,7 @@ mod tests {
         for _ in 0..3 {
             inner.next_request().await.unwrap().1.send_error(testing::failure("0", Phase::Connecting, false));
         }
-        assert_eq!(prepares(&mut inner, "0").await, ["0"], "the other has another model");
+        assert_eq!(counts(&mut inner, "0").await, ["0"], "the other has another model");
         inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[WORLD, DONE], false));
         let text = reading.await.unwrap().unwrap();
         assert!(text.starts_with([HELLO, WORLD].concat().as_bytes()), "{text:?}");
@@ -698,7 +711,7 @@ mod tests {
         inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[HELLO], true));
         let reading = tokio::spawn(answer.await.unwrap().body.collect(9999));
         for _ in 0..3 {
-            prepares(&mut inner, "0").await;
+            counts(&mut inner, "0").await;
             inner.next_request().await.unwrap().1.send_response(testing::stream("0", &[], true));
         }
         assert!(reading.await.unwrap().is_err());
