@@ -36,6 +36,8 @@ pub struct Peek {
     pub asks: bool,
     /// Whether `keep_alive` is zero.
     pub keeps_not: bool,
+    /// Whether `truncate` or `shift` is false: the context is a bound then, and more of it another answer.
+    pub is_bound: bool,
     /// What is said.
     pub talk: Talk,
 }
@@ -183,6 +185,7 @@ impl Members {
                     self.peek.stream = Some(stream);
                 }
             }
+            Key::Truncate => self.peek.is_bound |= kind == Kind::Bool(false),
             Key::MaxTokens => {
                 if kind == Kind::Number {
                     self.peek.max_tokens = number(&json::cut(pieces, span));
@@ -259,6 +262,7 @@ enum Key {
     Options,
     KeepAlive,
     Stream,
+    Truncate,
     MaxTokens,
     Prompt,
     Messages,
@@ -272,7 +276,7 @@ enum Key {
 }
 
 impl Key {
-    const ALL: [(&'static str, Self); 23] = [
+    const ALL: [(&'static str, Self); 25] = [
         ("model", Self::Model),
         ("name", Self::Name),
         ("source", Self::Source),
@@ -283,6 +287,8 @@ impl Key {
         ("options", Self::Options),
         ("keep_alive", Self::KeepAlive),
         ("stream", Self::Stream),
+        ("truncate", Self::Truncate),
+        ("shift", Self::Truncate),
         ("max_tokens", Self::MaxTokens),
         ("max_completion_tokens", Self::MaxTokens),
         ("max_output_tokens", Self::MaxTokens),

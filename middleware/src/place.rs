@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 
 use crate::call::{Call, Payload};
 use crate::json::{self, Kind, Malformed, Reader, Span};
+use crate::peek::Peek;
 use crate::route::Dialect;
 
 /// The options that belong to a runner: `Runner` in Ollama's `api/types.go`.
@@ -29,13 +30,13 @@ impl LoadOptions {
         let (Dialect::Ollama, Payload::Whole(pieces)) = (call.route.dialect(), &call.payload) else {
             return Named { takes: false, ..Named::default() };
         };
-        Self::in_body(pieces, call.peek.options)
+        Self::in_body(pieces, &call.peek)
     }
 
-    /// The load options in the body of a native request whose `options` stand there.
-    pub(crate) fn in_body(pieces: &[Bytes], options: Option<Span>) -> Named {
-        let mut named = Named { takes: true, ..Named::default() };
-        if let Some(span) = options {
+    /// The load options in the body of a native request that has been looked into.
+    pub(crate) fn in_body(pieces: &[Bytes], peek: &Peek) -> Named {
+        let mut named = Named { takes: true, is_bound: peek.is_bound, ..Named::default() };
+        if let Some(span) = peek.options {
             // What cannot be read is the server's to refuse.
             let _ = named.read(&json::cut(pieces, span), span.start);
         }
@@ -69,14 +70,14 @@ impl LoadOptions {
 
     /// The options that a runner has after a call that names some of them: those, and for the rest what it had.
     #[must_use]
-    pub fn after(&self, named: &Self) -> Self {
+    pub fn after(&self, named: &Named) -> Self {
         let mut options = self.clone();
-        for (had, asked) in options.0.iter_mut().zip(&named.0) {
+        for (had, asked) in options.0.iter_mut().zip(&named.options.0) {
             if asked.is_some() {
                 had.clone_from(asked);
             }
         }
-        if self.context() > named.context() {
+        if self.context() > named.options.context() && !named.is_bound {
             options.0[CONTEXT].clone_from(&self.0[CONTEXT]);
         }
         options
@@ -90,6 +91,8 @@ pub struct Named {
     pub options: LoadOptions,
     /// Whether the route takes options at all.
     takes: bool,
+    /// Whether more context than is asked for would be another answer.
+    is_bound: bool,
     /// Where the value of `num_ctx` stands.
     context_at: Option<Span>,
     /// Where the first member of `options` would stand, and whether there is one already.
@@ -154,7 +157,9 @@ impl Named {
             // What the model names by itself can only be overruled where the route takes options.
             (Some(_), has) if at == CONTEXT && self.takes => {
                 let has = has.as_ref().and_then(|has| has.parse().ok()).or((context > 0).then_some(u64::from(context)));
-                has.is_some_and(|has: u64| self.options.context().is_some_and(|asked| asked <= has))
+                let fits =
+                    |asked: u64| has.is_some_and(|has: u64| if self.is_bound { asked == has } else { asked <= has });
+                self.options.context().is_some_and(fits)
             }
             (Some(_), _) => false,
         };
@@ -173,7 +178,7 @@ impl Named {
         for (at, (asked, has)) in self.options.0.iter().zip(&loaded.0).enumerate() {
             match (asked, has) {
                 (None, Some(has)) if self.context_at.is_none() || at != CONTEXT => member(KEYS[at], has),
-                (Some(asked), has) if at == CONTEXT => {
+                (Some(asked), has) if at == CONTEXT && !self.is_bound => {
                     let has = has.as_deref().map_or_else(|| context.to_string(), str::to_owned);
                     let is_less = |asked: &str| Some(asked.parse::<u64>().ok()? < has.parse::<u64>().ok()?);
                     match (is_less(asked), self.context_at) {
@@ -210,7 +215,6 @@ fn insertion(members: String, at: Option<(usize, bool)>, pieces: &[Bytes]) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peek::Peek;
     use crate::testing;
     use serde_json::{Value, json};
 
@@ -264,6 +268,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_wants_an_error_beyond_the_context_gets_just_that_context() {
+        for key in ["truncate", "shift"] {
+            let asked = json!({"model": "tiny", key: false, "options": {"num_ctx": 2048}});
+            assert_eq!(goes(asked.clone(), &[(0, "8192")], 0).await, (true, asked.clone()));
+            assert_eq!(goes(asked.clone(), &[(0, "2048")], 0).await, (false, asked));
+            let asked = json!({"model": "tiny", key: true, "options": {"num_ctx": 2048}});
+            assert!(!goes(asked, &[(0, "8192")], 0).await.0);
+        }
+    }
+
+    #[tokio::test]
     async fn what_a_model_names_by_itself_counts_as_named_and_need_not_be_said() {
         let asked = json!({"model": "wide", "options": {"seed": 1}});
         let call = call(&asked).await;
@@ -280,7 +295,9 @@ mod tests {
     #[tokio::test]
     async fn what_a_call_leaves_behind_is_known() {
         let had = loaded(&[(0, "8192"), (2, "3")]);
-        assert_eq!(had.after(&loaded(&[(0, "2048")])), had);
-        assert_eq!(had.after(&loaded(&[(0, "9000")])), loaded(&[(0, "9000"), (2, "3")]));
+        let named = |context: &str, is_bound| Named { options: loaded(&[(0, context)]), is_bound, ..Named::default() };
+        assert_eq!(had.after(&named("2048", false)), had);
+        assert_eq!(had.after(&named("9000", false)), loaded(&[(0, "9000"), (2, "3")]));
+        assert_eq!(had.after(&named("2048", true)), loaded(&[(0, "2048"), (2, "3")]));
     }
 }

@@ -268,7 +268,7 @@ impl Runner {
         let has = match cause {
             Some(Cause::Cold) => named.options.clone(),
             Some(Cause::Options) if !named.takes_options() => named.options.clone(),
-            _ => had.after(&named.options),
+            _ => had.after(&named),
         };
         if cause != Some(Cause::Cold) {
             let edits = named.edits(&call.payload, &has, self.context.load(Ordering::Relaxed));

@@ -289,7 +289,7 @@ mod tests {
         let server = cluster.snapshot().servers[0].clone();
         for (name, reloads) in [("plain", false), ("poet", false), ("odd", true)] {
             let known = known(&cluster, name).await;
-            let named = LoadOptions::in_body(&[], None).or(known.defaults.as_deref().unwrap());
+            let named = LoadOptions::in_body(&[], &crate::peek::Peek::default()).or(known.defaults.as_deref().unwrap());
             assert_eq!(known.runners.at(&server).cause(Some(&named), true).is_some(), reloads, "{name}");
         }
     }

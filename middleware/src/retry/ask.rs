@@ -231,7 +231,7 @@ where
         call.place = spare.place.clone();
         let is_native = path.is_some() || spare.route.dialect() == Dialect::Ollama;
         if let (Some(_), true, Payload::Whole(pieces)) = (&spare.place.options, is_native, &call.payload) {
-            let options = LoadOptions::in_body(pieces, Peek::json(pieces).options);
+            let options = LoadOptions::in_body(pieces, &Peek::json(pieces));
             call.place.options = Some(Arc::new(options));
         }
         let client = spare.edits.as_deref().cloned().unwrap_or_default();
