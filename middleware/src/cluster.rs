@@ -23,6 +23,7 @@ use crate::names::{ModelName, ServerId};
 use crate::place::LoadOptions;
 use crate::runner::Runners;
 use crate::slots::Load;
+use crate::vitals::{self, Vitals};
 
 use found::{Finding, Found};
 
@@ -153,6 +154,8 @@ pub struct Server {
     pub share: Arc<Share>,
     /// Its metrics.
     pub meters: Arc<ServerMeters>,
+    /// Live: how its machine is.
+    pub vitals: Arc<vitals::Live>,
 }
 
 impl Server {
@@ -422,6 +425,7 @@ struct Entry {
     circuits: Arc<Circuits>,
     share: Arc<Share>,
     meters: Arc<ServerMeters>,
+    vitals: Arc<vitals::Live>,
     /// What calls have changed there, until a report that was begun later.
     changes: Vec<Change>,
 }
@@ -480,6 +484,7 @@ impl Cluster {
                     report: Arc::default(),
                     load: Arc::default(),
                     share: Arc::default(),
+                    vitals: vitals::unknown(),
                 }
             })
             .collect();
@@ -524,6 +529,13 @@ impl Cluster {
         entry.reason.clear();
         entry.report = Arc::new(report);
         self.changed(book);
+    }
+
+    /// A server's agent told how its machine is.
+    pub fn tell_vitals(&self, index: usize, vitals: Vitals) {
+        if let Some(server) = self.snapshot().servers.get(index) {
+            server.vitals.store(Some(Arc::new(vitals)));
+        }
     }
 
     /// A check of a server failed; after `threshold` in a row it is down.
@@ -710,6 +722,7 @@ impl Cluster {
                     circuits: entry.circuits.clone(),
                     share: entry.share.clone(),
                     meters: entry.meters.clone(),
+                    vitals: entry.vitals.clone(),
                 })
             })
             .collect();

@@ -64,6 +64,7 @@ pub mod timeout;
 pub mod trace;
 pub mod trail;
 pub mod units;
+pub mod vitals;
 
 #[cfg(test)]
 mod testing;
