@@ -9,6 +9,7 @@ use crate::json::{self, Kind, Malformed, Reader, Span};
 
 /// What was seen of a request's body. Everything is optional: a body that cannot be read is the server's to refuse.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "they are facts of one body, not states of something")]
 pub struct Peek {
     /// The text that names the model: `model`, or `name` where that is empty; `source` of a copy.
     pub model: Option<String>,
