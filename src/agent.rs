@@ -25,6 +25,10 @@ use tower::Service;
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
 use crate::serve::{self, Answers};
+use crate::sessions::{self, Sessions};
+
+/// The file of an agent's sessions.
+const FILE: &str = "agent-sessions.redb";
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -39,6 +43,8 @@ pub struct Options {
     pub engine: &'static str,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
+    /// Where the sessions of those lie who talk with it over gRPC.
+    pub sessions: sessions::Config,
 }
 
 /// An agent that listens.
@@ -72,7 +78,7 @@ impl Agent {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })
         });
-        let answers = Grpc(rpc::service(send, Some(about)));
+        let answers = Grpc(rpc::service(send, Some(about), Sessions::new(options.sessions, FILE), None));
         let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }

@@ -13,6 +13,7 @@
 //! | [`pool`] | the servers as services |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
+//! | [`sessions`] | conversations whose history is kept here |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
 //! | [`reload`] | a new configuration without a restart |
 //! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
@@ -31,6 +32,7 @@ pub mod reload;
 pub mod rpc;
 pub mod scatter;
 pub mod serve;
+pub mod sessions;
 pub mod status;
 pub mod telemetry;
 pub mod watch;

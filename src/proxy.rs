@@ -31,10 +31,14 @@ use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
 use crate::serve::{self, Answers};
+use crate::sessions::Sessions;
 use crate::status::About;
 
 /// Time between two rounds of keeping histograms small.
 const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The file of a proxy's sessions.
+const SESSIONS: &str = "proxy-sessions.redb";
 
 /// A proxy that listens.
 #[derive(Debug)]
@@ -94,8 +98,10 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
-        let own = Own::new(shared.clone(), about, metrics, reloader.clone());
-        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, trusted, room, own, hop));
+        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
+        let stack = reloader.stack().clone();
+        let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
         let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
@@ -175,7 +181,7 @@ impl Edge {
             let api = api.clone();
             Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        rpc::service(send, None)
+        rpc::service(send, None, self.api.sessions().clone(), Some(self.api.keys().clone()))
     }
 }
 

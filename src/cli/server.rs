@@ -1,5 +1,6 @@
 //! `olol server`: the agent beside an Ollama.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -9,6 +10,7 @@ use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
+use crate::sessions;
 
 /// Run the agent beside an Ollama.
 #[derive(Debug, Args)]
@@ -31,6 +33,9 @@ pub(super) struct Arguments {
     /// Seconds that running answers may take after a stop was asked for
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
+    /// Folder for sessions of programs that talk with it over gRPC; one agent's each [default: ~/.local/state/olol]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "DIR")]
+    sessions_dir: PathBuf,
     /// Accepted for compatibility: the server is always asynchronous
     #[arg(long = "async", hide = true)]
     _async: bool,
@@ -44,6 +49,7 @@ impl Arguments {
             name: self.name,
             engine: "ollama",
             grace: Duration::from_secs(self.grace),
+            sessions: sessions::Config { dir: self.sessions_dir, ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
             let (listen, ollama) = (options.listen, options.ollama.clone());

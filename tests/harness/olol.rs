@@ -67,6 +67,9 @@ impl Olol {
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
+        if config.sessions.dir.as_os_str().is_empty() {
+            config.sessions.dir = home.path().join("state");
+        }
         if config.auth.file.as_os_str().is_empty() {
             config.auth.file = home.path().join("keys.toml");
         }
