@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use harness::olol::{chat, chat_at_once};
-use harness::{Answer, Cluster, Connection, Ending, Gate, Olol, Process, Request, Way, patiently, until};
+use harness::{Answer, Cluster, Connection, Ending, Olol, Process, Request, Way, patiently, until};
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::session::Status as Is;
 use olol_proto::v1::{
@@ -185,7 +185,9 @@ async fn what_cannot_be_a_session_is_said() {
 async fn a_chat_that_names_a_session_is_asked_with_its_history() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way).all_have_loaded("tiny");
-        cluster.servers().iter().for_each(|server| drop(server.echoes()));
+        cluster.servers().iter().for_each(|server| {
+            server.echoes();
+        });
         let olol = Olol::start(&cluster, "").await;
         let made = olol.ask(&make("talk")).await;
         assert_eq!((made.status, made.json()["status"].as_str()), (201, Some("active")), "{}", made.text());

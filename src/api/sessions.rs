@@ -77,11 +77,11 @@ impl Api {
             (&Method::GET | &Method::HEAD, "") => self.list(&visitor, &request).await,
             (&Method::POST, "") => self.make(&visitor, request, client).await,
             (&Method::GET | &Method::HEAD, id) => self.show(&visitor, id).await,
+            (_, "") => return response::not_allowed("GET, HEAD, POST"),
             (&Method::DELETE, id) => {
                 let ended = self.sessions.end(&visitor, id).await;
                 ended.map(|turns| told(StatusCode::OK, &json!({"ended": true, "turns": turns})))
             }
-            (_, "") => return response::not_allowed("GET, HEAD, POST"),
             _ => return response::not_allowed("DELETE, GET, HEAD"),
         };
         answer.unwrap_or_else(|error| told(error.status(), &json!({"error": error.to_string()})))
@@ -265,24 +265,14 @@ fn edits(turn: &mut Turn, messages: Span, options: Option<Span>, pieces: &[Bytes
         // What is no object is the server's to refuse.
         _ if !has_own || !is_readable => {}
         Some(span) => edits.push((span, options_text.into())),
+        // At the end: an `options` that is null comes before, and the last one counts.
         None => {
-            let start = first_member(pieces);
-            edits.push((Span { start, end: start }, format!("\"options\":{options_text},").into()));
+            if let Ok(start) = json::members(pieces, |_, _, _| {}) {
+                edits.push((Span { start, end: start }, format!(",\"options\":{options_text}").into()));
+            }
         }
     }
     edits
-}
-
-/// Where the first member of an object stands, which has one.
-fn first_member(pieces: &[Bytes]) -> usize {
-    let mut start = 0;
-    for piece in pieces {
-        if let Some(at) = memchr::memchr(b'{', piece) {
-            return start + at + 1;
-        }
-        start += piece.len();
-    }
-    0
 }
 
 fn server(body: &Body) -> String {

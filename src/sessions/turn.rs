@@ -315,7 +315,9 @@ impl Source for Recorder {
                 }
             }
             let may_pass = this.turn.is_none() || !this.said.is_within_a_line();
-            if let (true, Some(chunk)) = (may_pass || this.is_over, this.held.pop_front()) {
+            if (may_pass || this.is_over)
+                && let Some(chunk) = this.held.pop_front()
+            {
                 return Poll::Ready(Some(Ok(chunk)));
             }
             if this.is_over {
