@@ -59,7 +59,7 @@ pub(super) struct Store {
     /// `None` only while it is dropped.
     orders: Option<SyncSender<Order>>,
     writer: Option<JoinHandle<()>>,
-    database: Arc<Database>,
+    file: Arc<Opened>,
     index: Arc<Index>,
     bounds: Bounds,
 }
@@ -86,30 +86,25 @@ pub(super) struct Append {
 impl Store {
     /// Opens a file, or makes it with its folder.
     pub(super) fn open(path: &Path, bounds: Bounds) -> Result<Self, Error> {
-        let told = |what: String| Error::Storage(format!("sessions cannot be kept in {}: {what}", path.display()));
-        let file = private_file(path).map_err(|error| told(error.to_string()))?;
-        let database =
-            Database::builder().set_cache_size(CACHE).create_with_file_format_v3(true).create_file(file).map_err(
-                |error| match error {
-                    redb::DatabaseError::DatabaseAlreadyOpen => {
-                        told("another process has it open; give each its own [sessions] dir".to_owned())
-                    }
-                    other => told(format!("{other}; move the file away to begin anew")),
-                },
-            )?;
-        let mut book = Book::read(&database).map_err(|error| told(error.to_string()))?;
-        let database = Arc::new(database);
+        let path = path.to_owned();
+        Self::over(Box::new(move || open_file(&path)), bounds)
+    }
+
+    /// A store over whatever is opened so.
+    fn over(open: Open, bounds: Bounds) -> Result<Self, Error> {
+        let file = Arc::new(Opened { database: RwLock::new(Some(open()?)), open });
+        let mut book = file.with(Book::read).map_err(|error| broken(&error))?;
         let index = Arc::new(Index::default());
         index.fill(&book);
         let (orders, waiting) = sync_channel(WAITING);
-        let mut writer = Writer { database: database.clone(), index: index.clone(), bounds, changes: Vec::new() };
+        let mut writer = Writer { file: file.clone(), index: index.clone(), bounds, changes: Vec::new() };
         let writing = move || {
             writer.sweep(&mut book);
             writer.write(&waiting, &mut book);
         };
         let named = std::thread::Builder::new().name("sessions".to_owned());
-        let writer = named.spawn(writing).map_err(|error| told(error.to_string()))?;
-        Ok(Self { orders: Some(orders), writer: Some(writer), database, index, bounds })
+        let writer = named.spawn(writing).map_err(|error| Error::Storage(error.to_string()))?;
+        Ok(Self { orders: Some(orders), writer: Some(writer), file, index, bounds })
     }
 
     /// How many sessions there are, and the bytes of their histories.
@@ -139,9 +134,9 @@ impl Store {
 
     /// All that a session remembers, oldest first.
     pub(super) async fn history(&self, key: String) -> Result<Vec<Entry>, Error> {
-        let database = self.database.clone();
-        let reading =
-            tokio::task::spawn_blocking(move || read_history(&database, &key).map_err(|error| broken(&error)));
+        let file = self.file.clone();
+        let read = move || file.with(|database| read_history(database, &key)).map_err(|error| broken(&error));
+        let reading = tokio::task::spawn_blocking(read);
         reading.await.map_err(|error| Error::Storage(error.to_string()))?
     }
 
@@ -196,6 +191,57 @@ impl Drop for Store {
             let _ = writer.join();
         }
     }
+}
+
+/// Opens the file.
+type Open = Box<dyn Fn() -> Result<Database, Error> + Send + Sync>;
+
+/// The file while it can be used. After a disk has failed once it must be opened anew.
+struct Opened {
+    database: RwLock<Option<Database>>,
+    open: Open,
+}
+
+impl Opened {
+    /// Does something with the file. Not for threads that tasks run on.
+    fn with<T>(&self, does: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, redb::Error> {
+        match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(database) => does(database),
+            None => Err(redb::Error::PreviousIo),
+        }
+    }
+
+    /// Closes the file and opens it again: what was not committed is forgotten.
+    fn reopen(&self) -> Result<(), Error> {
+        let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        // It is one owner's, and that includes us.
+        *database = None;
+        *database = Some((self.open)()?);
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Opened").finish_non_exhaustive()
+    }
+}
+
+fn open_file(path: &Path) -> Result<Database, Error> {
+    let told = |what: String| Error::Storage(format!("sessions cannot be kept in {}: {what}", path.display()));
+    let file = private_file(path).map_err(|error| told(error.to_string()))?;
+    builder().create_file(file).map_err(|error| match error {
+        redb::DatabaseError::DatabaseAlreadyOpen => {
+            told("another process has it open; give each its own [sessions] dir".to_owned())
+        }
+        other => told(format!("{other}; move the file away to begin anew")),
+    })
+}
+
+fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE).create_with_file_format_v3(true);
+    builder
 }
 
 /// The file of histories is its user's alone, and its name is on the disk before anything is in it.
@@ -364,7 +410,7 @@ impl Book {
 
 /// The thread that writes.
 struct Writer {
-    database: Arc<Database>,
+    file: Arc<Opened>,
     index: Arc<Index>,
     bounds: Bounds,
     /// The names of the sessions that the transaction changes.
@@ -413,13 +459,15 @@ impl Writer {
     /// Carries out some orders in one transaction: all of them, or none.
     fn carry_out(&mut self, orders: Vec<Order>, book: &mut Book) {
         let mut tell: Vec<Told> = Vec::new();
-        let result = self.transact(orders, book, &mut tell);
+        let file = self.file.clone();
+        let result = file.with(|database| self.transact(database, orders, book, &mut tell));
         let changes = std::mem::take(&mut self.changes);
         if let Err(error) = &result {
             tracing::error!(%error, "what sessions said is not kept");
             // What the transaction would have made is not so.
-            if let Ok(read) = Book::read(&self.database) {
-                *book = read;
+            match self.file.reopen().and_then(|()| self.file.with(Book::read).map_err(|error| broken(&error))) {
+                Ok(read) => *book = read,
+                Err(error) => tracing::error!(%error, "the file of sessions cannot be opened again yet"),
             }
         }
         for key in changes {
@@ -430,8 +478,14 @@ impl Writer {
         tell.into_iter().for_each(|tell| tell(result.clone()));
     }
 
-    fn transact(&mut self, orders: Vec<Order>, book: &mut Book, tell: &mut Vec<Told>) -> Result<(), redb::Error> {
-        let transaction = self.database.begin_write()?;
+    fn transact(
+        &mut self,
+        database: &Database,
+        orders: Vec<Order>,
+        book: &mut Book,
+        tell: &mut Vec<Told>,
+    ) -> Result<(), redb::Error> {
+        let transaction = database.begin_write()?;
         let mut tables = Tables::of(&transaction)?;
         let mut kept: Vec<String> = Vec::new();
         for order in orders {

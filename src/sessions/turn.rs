@@ -357,3 +357,103 @@ impl Source for Recorder {
         self.chunks.tell(outcome);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, StatusCode};
+    use olol_middleware::call::Body;
+    use serde_json::json;
+
+    use super::*;
+    use crate::sessions::{Config, Sessions, Visitor, Wanted};
+
+    struct Place {
+        sessions: Sessions,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Place {
+        async fn new(max_bytes: u64) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let max_bytes = olol_middleware::units::Whole::new(max_bytes);
+            let config = Config { dir: folder.path().to_owned(), max_bytes, ..Config::default() };
+            let sessions = Sessions::new(config, "s.redb");
+            let wanted = Wanted { id: "a".to_owned(), model: "m".to_owned(), ..Wanted::default() };
+            sessions.create(&Visitor::anybody(), wanted).await.unwrap();
+            Self { sessions, _folder: folder }
+        }
+
+        /// What comes of an answer that is sent in these pieces.
+        async fn answer(&self, pieces: &[&str]) -> (Vec<String>, Option<String>) {
+            let sent = vec![json!({"role": "user", "content": "hi"})];
+            let turn = self.sessions.turn(&Visitor::anybody(), "a", sent).await.unwrap();
+            let chunks: Vec<_> =
+                pieces.iter().map(|piece| Ok(Chunk::from(bytes::Bytes::copy_from_slice(piece.as_bytes())))).collect();
+            let body = Body::new(futures_util::stream::iter(chunks));
+            let mut body = turn.follow(Reply { status: StatusCode::OK, headers: HeaderMap::new(), body }).body;
+            let mut seen = Vec::new();
+            while let Some(chunk) = body.next().await {
+                match chunk {
+                    Ok(chunk) => seen.push(String::from_utf8_lossy(&chunk.bytes).into_owned()),
+                    Err(error) => return (seen, Some(error.to_string())),
+                }
+            }
+            (seen, None)
+        }
+
+        async fn kept(&self) -> Vec<Value> {
+            let (_, _, entries) = self.sessions.export(&Visitor::anybody(), "a").await.unwrap();
+            entries.into_iter().map(|entry| entry.message).collect()
+        }
+    }
+
+    const PART: &str = "{\"message\":{\"role\":\"assistant\",\"content\":\"Hel\"},\"done\":false}\n";
+    const LAST: &str = "{\"message\":{\"role\":\"assistant\",\"content\":\"lo\"},\"done\":true,\"eval_count\":2}";
+
+    #[tokio::test]
+    async fn pieces_pass_as_they_came_wherever_they_are_cut() {
+        let end = format!("{LAST}\n");
+        let (first, rest) = end.split_at(20);
+        for pieces in [&[PART, &end][..], &[PART, first, rest], &[&[PART, &end].concat()], &[LAST], &[PART, LAST]] {
+            let place = Place::new(1 << 20).await;
+            let (seen, error) = place.answer(pieces).await;
+            assert_eq!((seen, error), (pieces.iter().map(|&piece| piece.to_owned()).collect(), None));
+            let said = if pieces == [LAST] { "lo" } else { "Hello" };
+            assert_eq!(place.kept().await[1], json!({"role": "assistant", "content": said}), "{pieces:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn thoughts_and_calls_of_tools_are_kept() {
+        let place = Place::new(1 << 20).await;
+        let thinks = "{\"message\":{\"role\":\"assistant\",\"content\":\"\",\"thinking\":\"hm\"},\"done\":false}\n";
+        let calls =
+            "{\"message\":{\"content\":\"\",\"tool_calls\":[{\"function\":{\"name\":\"f\"}}]},\"done\":false}\n";
+        place.answer(&[thinks, thinks, calls, LAST]).await;
+        let wanted = json!({"role": "assistant", "content": "lo", "thinking": "hmhm", "tool_calls": [{"function": {"name": "f"}}]});
+        assert_eq!(place.kept().await[1], wanted);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_whole_answer_passes_and_leaves_nothing() {
+        let place = Place::new(1 << 20).await;
+        for pieces in [&[PART][..], &[PART, "{\"error\":\"no\"}\n"], &["garbage\n", "more"], &["{\"done\":"], &[]] {
+            let (seen, error) = place.answer(pieces).await;
+            assert_eq!((seen, error), (pieces.iter().map(|&piece| piece.to_owned()).collect(), None));
+            assert!(place.kept().await.is_empty(), "{pieces:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_end_is_not_told_of_what_cannot_be_kept() {
+        let place = Place::new(300).await;
+        let long = PART.replace("Hel", &"x".repeat(400));
+        let (seen, error) = place.answer(&[&long, LAST]).await;
+        assert_eq!(seen, [long]);
+        assert!(error.unwrap().contains("max-bytes"));
+        assert!(place.kept().await.is_empty());
+        let endless = PART.replace("Hel", &"x".repeat(1 << 20));
+        let (seen, error) = place.answer(&[endless.as_str(); 20]).await;
+        assert!(seen.len() == 16 && error.unwrap().contains("too long"), "{}", seen.len());
+    }
+}

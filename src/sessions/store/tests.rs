@@ -224,3 +224,78 @@ async fn turns_of_many_at_once_are_all_stored() {
         assert_eq!(texts(&store, &id.to_string()).await.len(), 100);
     }
 }
+
+/// A disk that may fail.
+#[derive(Clone, Debug, Default)]
+struct Disk {
+    bytes: Arc<std::sync::Mutex<Vec<u8>>>,
+    is_full: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Disk {
+    fn is_full(&self, is_full: bool) {
+        self.is_full.store(is_full, Ordering::Relaxed);
+    }
+
+    fn check(&self) -> std::io::Result<()> {
+        if self.is_full.load(Ordering::Relaxed) { Err(std::io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn open(&self) -> Open {
+        let disk = self.clone();
+        Box::new(move || builder().create_with_backend(disk.clone()).map_err(|error| Error::Storage(error.to_string())))
+    }
+}
+
+impl redb::StorageBackend for Disk {
+    fn len(&self) -> std::io::Result<u64> {
+        Ok(self.bytes.lock().unwrap().len() as u64)
+    }
+
+    fn read(&self, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        let offset = usize::try_from(offset).unwrap();
+        Ok(self.bytes.lock().unwrap()[offset..offset + len].to_vec())
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.check()?;
+        self.bytes.lock().unwrap().resize(usize::try_from(len).unwrap(), 0);
+        Ok(())
+    }
+
+    fn sync_data(&self, _eventual: bool) -> std::io::Result<()> {
+        self.check()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.check()?;
+        let offset = usize::try_from(offset).unwrap();
+        self.bytes.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_loses_what_was_not_told_and_nothing_else() {
+    let disk = Disk::default();
+    let store = Store::over(disk.open(), MANY).unwrap();
+    store.create(session("a"), Vec::new()).await.unwrap();
+    store.append(turn("a", "one", "s")).await.unwrap();
+    disk.is_full(true);
+    for text in ["two", "three"] {
+        let error = store.append(turn("a", text, "s")).await.unwrap_err();
+        assert!(matches!(error, Error::Storage(_)), "{error}");
+    }
+    disk.is_full(false);
+    // The first one finds the file closed, if it could not be opened again; the next finds it open.
+    let _ = store.append(turn("a", "four", "s")).await;
+    store.append(turn("a", "five", "s")).await.unwrap();
+    let kept = texts(&store, "a").await;
+    assert!(
+        kept.starts_with(&["one".to_owned(), "one!".to_owned()]) && kept.ends_with(&["five!".to_owned()]),
+        "{kept:?}"
+    );
+    assert!(!kept.contains(&"two".to_owned()) && !kept.contains(&"three".to_owned()), "{kept:?}");
+    let (session, _) = store.find("a").unwrap();
+    assert_eq!(session.messages, kept.len() as u64);
+}
