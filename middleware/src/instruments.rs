@@ -304,6 +304,11 @@ pub fn describe() {
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    describe_sessions();
+    describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
+}
+
+fn describe_sessions() {
     describe_counter!(
         SESSION_TURNS,
         Unit::Count,
@@ -315,7 +320,6 @@ pub fn describe() {
         Unit::Count,
         "Sessions that had to leave, by why: idle for too long (expired), too many (sessions), too much (bytes)"
     );
-    describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
 }
 
 /// Counters that are there from the beginning, at zero: who has seen none does not see the first.

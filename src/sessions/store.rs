@@ -98,12 +98,12 @@ impl Store {
         index.fill(&book);
         let (orders, waiting) = sync_channel(WAITING);
         let mut writer = Writer { file: file.clone(), index: index.clone(), bounds, changes: Vec::new() };
-        let writing = move || {
+        let work = move || {
             writer.sweep(&mut book);
             writer.write(&waiting, &mut book);
         };
         let named = std::thread::Builder::new().name("sessions".to_owned());
-        let writer = named.spawn(writing).map_err(|error| Error::Storage(error.to_string()))?;
+        let writer = named.spawn(work).map_err(|error| Error::Storage(error.to_string()))?;
         Ok(Self { orders: Some(orders), writer: Some(writer), file, index, bounds })
     }
 
@@ -204,10 +204,10 @@ struct Opened {
 
 impl Opened {
     /// Does something with the file. Not for threads that tasks run on.
-    fn with<T>(&self, does: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, redb::Error> {
+    fn with<T>(&self, does: impl FnOnce(&Database) -> Result<T, Broken>) -> Result<T, Broken> {
         match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
             Some(database) => does(database),
-            None => Err(redb::Error::PreviousIo),
+            None => Err(redb::Error::PreviousIo.into()),
         }
     }
 
@@ -263,19 +263,35 @@ fn private_file(path: &Path) -> std::io::Result<std::fs::File> {
     Ok(file)
 }
 
-fn broken(error: &redb::Error) -> Error {
-    Error::Storage(format!("the file of sessions cannot be used: {error}"))
+/// What is wrong with the file; boxed, since it is large.
+#[derive(Debug)]
+struct Broken(Box<redb::Error>);
+
+impl<E: Into<redb::Error>> From<E> for Broken {
+    fn from(error: E) -> Self {
+        Self(Box::new(error.into()))
+    }
 }
 
-fn encoded<T: serde::Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, redb::Error> {
-    serde_json::to_vec(value).map_err(|error| redb::Error::Corrupted(error.to_string()))
+impl Broken {
+    fn malformed(what: impl Into<Box<dyn std::error::Error>>) -> Self {
+        Self(Box::new(redb::Error::Corrupted(what.into().to_string())))
+    }
 }
 
-fn decoded(bytes: &[u8]) -> Result<Vec<Entry>, redb::Error> {
-    serde_json::from_slice(bytes).map_err(|error| redb::Error::Corrupted(error.to_string()))
+fn broken(error: &Broken) -> Error {
+    Error::Storage(format!("the file of sessions cannot be used: {}", error.0))
 }
 
-fn read_history(database: &Database, key: &str) -> Result<Vec<Entry>, redb::Error> {
+fn encoded<T: serde::Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, Broken> {
+    serde_json::to_vec(value).map_err(Broken::malformed)
+}
+
+fn decoded(bytes: &[u8]) -> Result<Vec<Entry>, Broken> {
+    serde_json::from_slice(bytes).map_err(Broken::malformed)
+}
+
+fn read_history(database: &Database, key: &str) -> Result<Vec<Entry>, Broken> {
     let turns = match database.begin_read()?.open_table(TURNS) {
         Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
         turns => turns?,
@@ -370,21 +386,21 @@ struct Book {
 
 impl Book {
     /// Reads the file, and makes its tables if it is new.
-    fn read(database: &Database) -> Result<Self, redb::Error> {
+    fn read(database: &Database) -> Result<Self, Broken> {
         let transaction = database.begin_write()?;
         let mut book = Self::default();
         {
             let mut about = transaction.open_table(ABOUT)?;
             let version = about.get("version")?.map(|version| version.value());
             if version.is_some_and(|version| version > VERSION) {
-                return Err(redb::Error::Corrupted("a newer version of OLOL has written it".to_owned()));
+                return Err(Broken::malformed("a newer version of OLOL has written it"));
             }
             about.insert("version", VERSION)?;
             transaction.open_table(TURNS)?;
             for session in transaction.open_table(SESSIONS)?.iter()? {
                 let (key, session) = session?;
                 let session: Session = serde_json::from_slice(session.value())
-                    .map_err(|error| redb::Error::Corrupted(format!("{}: {error}", key.value())))?;
+                    .map_err(|error| Broken::malformed(format!("{}: {error}", key.value())))?;
                 book.put(Arc::new(session));
             }
         }
@@ -427,7 +443,7 @@ struct Tables<'t> {
 }
 
 impl<'t> Tables<'t> {
-    fn of(transaction: &'t WriteTransaction) -> Result<Self, redb::Error> {
+    fn of(transaction: &'t WriteTransaction) -> Result<Self, Broken> {
         Ok(Self { sessions: transaction.open_table(SESSIONS)?, turns: transaction.open_table(TURNS)? })
     }
 }
@@ -463,7 +479,7 @@ impl Writer {
         let result = file.with(|database| self.transact(database, orders, book, &mut tell));
         let changes = std::mem::take(&mut self.changes);
         if let Err(error) = &result {
-            tracing::error!(%error, "what sessions said is not kept");
+            tracing::error!(error = %error.0, "what sessions said is not kept");
             // What the transaction would have made is not so.
             match self.file.reopen().and_then(|()| self.file.with(Book::read).map_err(|error| broken(&error))) {
                 Ok(read) => *book = read,
@@ -475,7 +491,9 @@ impl Writer {
         }
         self.index.count(book);
         let result = result.map_err(|error| broken(&error));
-        tell.into_iter().for_each(|tell| tell(result.clone()));
+        for tell in tell {
+            tell(result.clone());
+        }
     }
 
     fn transact(
@@ -484,7 +502,7 @@ impl Writer {
         orders: Vec<Order>,
         book: &mut Book,
         tell: &mut Vec<Told>,
-    ) -> Result<(), redb::Error> {
+    ) -> Result<(), Broken> {
         let transaction = database.begin_write()?;
         let mut tables = Tables::of(&transaction)?;
         let mut kept: Vec<String> = Vec::new();
@@ -523,7 +541,7 @@ impl Writer {
         entries: &[Entry],
         tables: &mut Tables<'_>,
         book: &mut Book,
-    ) -> Result<(Arc<Session>, bool), redb::Error> {
+    ) -> Result<(Arc<Session>, bool), Broken> {
         let key = session.key();
         if let Some(known) = book.sessions.get(&key) {
             if self.index.is_busy(&key) || !known.has_expired(ms_now()) {
@@ -545,7 +563,7 @@ impl Writer {
         turn: &Append,
         tables: &mut Tables<'_>,
         book: &mut Book,
-    ) -> Result<Option<Arc<Session>>, redb::Error> {
+    ) -> Result<Option<Arc<Session>>, Broken> {
         let Some(known) = book.sessions.get(&turn.key) else { return Ok(None) };
         let mut session = Session::clone(known);
         let bytes = encoded(&turn.entries)?;
@@ -565,7 +583,7 @@ impl Writer {
     }
 
     /// Forgets the first turns of a session that is too long: never its last, nor what came before all turns.
-    fn shorten(&self, session: &mut Session, tables: &mut Tables<'_>) -> Result<(), redb::Error> {
+    fn shorten(&self, session: &mut Session, tables: &mut Tables<'_>) -> Result<(), Broken> {
         let key = session.key();
         let is_long = |session: &Session| session.messages > self.bounds.messages || session.bytes > self.bounds.bytes;
         while is_long(session) && session.first + 1 < session.next {
@@ -578,7 +596,7 @@ impl Writer {
         Ok(())
     }
 
-    fn put(&mut self, session: Session, tables: &mut Tables<'_>, book: &mut Book) -> Result<Arc<Session>, redb::Error> {
+    fn put(&mut self, session: Session, tables: &mut Tables<'_>, book: &mut Book) -> Result<Arc<Session>, Broken> {
         let (key, bytes) = (session.key(), encoded(&session)?);
         tables.sessions.insert(key.as_str(), bytes.as_slice())?;
         let session = Arc::new(session);
@@ -587,7 +605,7 @@ impl Writer {
         Ok(session)
     }
 
-    fn remove(&mut self, key: &str, tables: &mut Tables<'_>, book: &mut Book) -> Result<(), redb::Error> {
+    fn remove(&mut self, key: &str, tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
         if book.take(key).is_some() {
             tables.sessions.remove(key)?;
             tables.turns.retain_in((key, 0)..=(key, u64::MAX), |_, _| false)?;
@@ -597,7 +615,7 @@ impl Writer {
     }
 
     /// Removes the sessions whose time is over.
-    fn expire(&mut self, tables: &mut Tables<'_>, book: &mut Book) -> Result<(), redb::Error> {
+    fn expire(&mut self, tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
         let now = ms_now();
         let expired =
             book.sessions.iter().filter(|(key, session)| session.has_expired(now) && !self.index.is_busy(key));
@@ -611,7 +629,7 @@ impl Writer {
 
     /// Removes the sessions that were idle for longest while there are too many: none that is in the midst of a turn, and
     /// none of those that were just written.
-    fn evict(&mut self, kept: &[String], tables: &mut Tables<'_>, book: &mut Book) -> Result<(), redb::Error> {
+    fn evict(&mut self, kept: &[String], tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
         loop {
             let why = match () {
                 () if book.sessions.len() as u64 > self.bounds.sessions => "sessions",

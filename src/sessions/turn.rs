@@ -33,7 +33,7 @@ pub struct Turn {
     temperature: Option<f64>,
     request: String,
     // The session does not leave meanwhile.
-    _busy: Busy,
+    busy: Busy,
 }
 
 impl Turn {
@@ -44,7 +44,7 @@ impl Turn {
         history: Vec<Entry>,
         sent: Vec<Value>,
     ) -> Self {
-        Self { store, session, history, sent, temperature: None, request: String::new(), _busy: busy }
+        Self { store, session, history, sent, temperature: None, request: String::new(), busy }
     }
 
     /// Its session as it was when the turn began.
@@ -131,7 +131,7 @@ impl Turn {
         };
         let sent = self.sent.into_iter().map(|message| Entry { temperature: self.temperature, ..Entry::sent(message) });
         let entries = sent.chain([answer]).collect();
-        (self.store, Append { key: self.session.key(), entries, server }, self._busy)
+        (self.store, Append { key: self.session.key(), entries, server }, self.busy)
     }
 }
 

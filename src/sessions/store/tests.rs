@@ -42,7 +42,7 @@ async fn texts(store: &Store, id: &str) -> Vec<String> {
     history.iter().map(|entry| entry.message["content"].as_str().unwrap().to_owned()).collect()
 }
 
-async fn ids(store: &Store) -> Vec<String> {
+fn ids(store: &Store) -> Vec<String> {
     let page = store.list(|_| true, "", 1000);
     page.sessions.iter().map(|(session, _)| session.session_id.clone()).collect()
 }
@@ -105,9 +105,9 @@ async fn the_one_that_was_idle_for_longest_leaves_when_there_are_too_many() {
         store.create(Session { last_active, ..session(id) }, vec![said("user", id)]).await.unwrap();
         drop(busy);
     }
-    assert_eq!(ids(&store).await, ["a", "c"], "a was in the midst of a turn");
+    assert_eq!(ids(&store), ["a", "c"], "a was in the midst of a turn");
     store.create(session("d"), Vec::new()).await.unwrap();
-    assert_eq!(ids(&store).await, ["c", "d"]);
+    assert_eq!(ids(&store), ["c", "d"]);
     assert!(texts(&store, "a").await.is_empty() && store.append(turn("a", "late", "s")).await.unwrap().is_none());
 }
 
@@ -120,12 +120,12 @@ async fn histories_take_no_more_bytes_than_they_may() {
         store.create(Session { last_active: ms_now() - age, ..session(id) }, Vec::new()).await.unwrap();
         store.append(turn(id, &long, "s")).await.unwrap();
     }
-    assert_eq!(ids(&store).await, ["b", "c"]);
+    assert_eq!(ids(&store), ["b", "c"]);
     assert!(store.counts().1 <= 4000);
     for _ in 0..5 {
         store.append(turn("c", &long, "s")).await.unwrap();
     }
-    assert_eq!((ids(&store).await, texts(&store, "c").await.len()), (vec!["c".to_owned()], 4));
+    assert_eq!((ids(&store), texts(&store, "c").await.len()), (vec!["c".to_owned()], 4));
     let error = store.append(turn("c", &"x".repeat(5000), "s")).await.unwrap_err();
     assert!(matches!(error, Error::TooLarge(_)), "{error}");
 }
