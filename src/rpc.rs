@@ -204,7 +204,7 @@ impl Server for Face {
 
     async fn get_session(&self, request: Request<GetSessionRequest>) -> Result<Response<Session>, Status> {
         let (metadata, _, request) = request.into_parts();
-        self.exported(&metadata, &request.session_id).await.map(Response::new)
+        self.exported(&metadata, request).await.map(Response::new)
     }
 }
 

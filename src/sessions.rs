@@ -345,6 +345,12 @@ impl Inner {
     }
 }
 
+/// The last of some messages; 0: all of them.
+pub(crate) fn last(entries: &[Entry], count: usize) -> &[Entry] {
+    let skipped = if count == 0 { 0 } else { entries.len().saturating_sub(count) };
+    &entries[skipped..]
+}
+
 /// The session that somebody means: `id` is its own, `id@key` that of a key. Who sees all may leave out whose it is while
 /// there is only one.
 fn resolve(store: &Store, visitor: &Visitor, id: &str) -> Result<(Arc<Session>, Running), Error> {

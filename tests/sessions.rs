@@ -66,7 +66,7 @@ async fn say(client: &mut Client, id: &str, text: &str) -> Result<String, Status
 }
 
 async fn get(client: &mut Client, id: &str) -> Session {
-    client.get_session(GetSessionRequest { session_id: id.into() }).await.unwrap().into_inner()
+    client.get_session(GetSessionRequest { session_id: id.into(), last: 0 }).await.unwrap().into_inner()
 }
 
 fn said(session: &Session) -> Vec<(String, String)> {
@@ -135,6 +135,9 @@ async fn a_session_over_grpc_is_asked_with_its_history() {
             assert_eq!((session.server.as_str(), last.metadata["server"].as_str()), ("0", "0"));
         }
         assert!(session.bytes > 0 && session.last_active_ms >= session.created_at_ms);
+        let part = GetSessionRequest { session_id: "talk".into(), last: 1 };
+        let part = client.get_session(part).await.unwrap().into_inner();
+        assert_eq!(said(&part), [("assistant".to_owned(), "two".to_owned())]);
         let ended = client.end_session(EndSessionRequest { session_id: "talk".into() }).await.unwrap().into_inner();
         assert_eq!(ended.turns, 2);
         assert_eq!(say(client, "talk", "three").await.unwrap_err().code(), Code::NotFound);
@@ -176,7 +179,7 @@ async fn what_cannot_be_a_session_is_said() {
         }
         let missing = CreateSessionRequest { model: "nosuch".into(), preload: true, ..wanted("a") };
         assert_eq!(client.create_session(missing).await.unwrap_err().code(), Code::NotFound);
-        let unknown = client.get_session(GetSessionRequest { session_id: "a".into() }).await.unwrap_err();
+        let unknown = client.get_session(GetSessionRequest { session_id: "a".into(), last: 0 }).await.unwrap_err();
         assert_eq!(unknown.code(), Code::NotFound, "what could not be loaded was not made");
     }
 }
@@ -210,6 +213,7 @@ async fn a_chat_that_names_a_session_is_asked_with_its_history() {
         );
         let shown = olol.get(&page("talk")).await;
         assert_eq!(texts(&shown), ["one", "one", "two", "two"]);
+        assert_eq!(texts(&olol.get(&format!("{}?last=3", page("talk"))).await), ["one", "two", "two"]);
         let shown = shown.json();
         assert_eq!((shown["server_host"].as_str(), shown["turns"].as_u64()), (Some(second.server()), Some(2)));
         for field in ["session_id", "model_name", "created_at", "last_active", "model_parameters", "timeout"] {
@@ -351,7 +355,7 @@ async fn each_key_has_its_own_sessions() {
     assert_eq!(olol.ask(&as_key(Request::new("DELETE", &page(&name)), root)).await.status, 200);
     let mut client = client(olol.address()).await;
     assert_eq!(client.create_session(wanted("talk")).await.unwrap_err().code(), Code::Unauthenticated);
-    let mut get = tonic::Request::new(GetSessionRequest { session_id: "talk".into() });
+    let mut get = tonic::Request::new(GetSessionRequest { session_id: "talk".into(), last: 0 });
     get.metadata_mut().insert("authorization", bob.parse().unwrap());
     assert_eq!(client.get_session(get).await.unwrap().into_inner().session_id, "talk");
 }
@@ -405,13 +409,13 @@ async fn a_second_proxy_says_who_has_the_file() {
     let request = chat("tiny", "hi").header("X-Olol-Session", "talk");
     assert_eq!(second.ask(&request).await.status, 200, "everything else is served");
     first.stop().await;
-    until("the file is free", || false_once_free(folder.path())).await;
+    until("the file is free", || is_free(folder.path())).await;
     assert_eq!(second.ask(&make("talk")).await.status, 200, "it takes over when the first has ended");
     assert_eq!(second.ask(&request).await.header("x-olol-session-turn"), "1");
 }
 
 /// Whether nobody has the file of sessions in a folder.
-fn false_once_free(folder: &std::path::Path) -> bool {
+fn is_free(folder: &std::path::Path) -> bool {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(folder.join("proxy-sessions.redb")).unwrap();
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
 }

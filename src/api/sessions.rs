@@ -9,7 +9,7 @@ use std::sync::Arc;
 use axum::extract::Query;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 use olol_middleware::call::Body;
 use olol_middleware::json::{self, Span};
@@ -40,6 +40,14 @@ struct Asked {
     after: String,
     #[serde(default = "usual")]
     limit: usize,
+}
+
+/// What the query of a session says.
+#[derive(Debug, Deserialize)]
+struct Part {
+    /// Only so many of the last messages; 0: all of them.
+    #[serde(default)]
+    last: usize,
 }
 
 fn usual() -> usize {
@@ -76,7 +84,7 @@ impl Api {
         let answer = match (request.method(), id) {
             (&Method::GET | &Method::HEAD, "") => self.list(&visitor, &request).await,
             (&Method::POST, "") => self.make(&visitor, request, client).await,
-            (&Method::GET | &Method::HEAD, id) => self.show(&visitor, id).await,
+            (&Method::GET | &Method::HEAD, id) => self.show(&visitor, id, request.uri()).await,
             (_, "") => return response::not_allowed("GET, HEAD, POST"),
             (&Method::DELETE, id) => {
                 let ended = self.sessions.end(&visitor, id).await;
@@ -102,10 +110,11 @@ impl Api {
         Ok(told(StatusCode::OK, &json!({"sessions": shown, "next": page.next})))
     }
 
-    async fn show(&self, visitor: &Visitor, id: &str) -> Result<Response<HttpBody>, sessions::Error> {
+    async fn show(&self, visitor: &Visitor, id: &str, uri: &Uri) -> Result<Response<HttpBody>, sessions::Error> {
+        let part = Query::<Part>::try_from_uri(uri).map_err(|error| sessions::Error::Bad(error.to_string()))?;
         let (session, is_busy, entries) = self.sessions.export(visitor, id).await?;
         let mut shown = session.shown(is_busy);
-        shown["messages"] = entries.iter().map(sessions::Entry::shown).collect();
+        shown["messages"] = sessions::last(&entries, part.last).iter().map(sessions::Entry::shown).collect();
         Ok(told(StatusCode::OK, &shown))
     }
 

@@ -3,7 +3,8 @@
 use http::HeaderValue;
 use olol_middleware::Reply;
 use olol_proto::v1::{
-    ChatHistory, ChatMessageRequest, CreateSessionRequest, EndSessionResponse, Message, Session, session,
+    ChatHistory, ChatMessageRequest, CreateSessionRequest, EndSessionResponse, GetSessionRequest, Message, Session,
+    session,
 };
 use serde_json::{Map, Value, json};
 use tonic::metadata::MetadataMap;
@@ -81,11 +82,12 @@ impl Face {
         Ok(EndSessionResponse { turns: small(turns) })
     }
 
-    pub(super) async fn exported(&self, metadata: &MetadataMap, id: &str) -> Result<Session, Status> {
+    pub(super) async fn exported(&self, metadata: &MetadataMap, request: GetSessionRequest) -> Result<Session, Status> {
         let visitor = self.visitor(metadata)?;
-        let exported = self.sessions.export(&visitor, id).await;
+        let exported = self.sessions.export(&visitor, &request.session_id).await;
         let (session, is_busy, entries) = exported.map_err(|error| refusal(&error))?;
-        Ok(shown(&session, is_busy, entries.iter().map(history).collect()))
+        let messages = sessions::last(&entries, request.last as usize).iter().map(history).collect();
+        Ok(shown(&session, is_busy, messages))
     }
 }
 

@@ -120,7 +120,7 @@ impl Session {
 pub struct Entry {
     /// The message in Ollama's form.
     pub message: Value,
-    /// When it was stored, milliseconds since 1970.
+    /// When it came, or was whole, milliseconds since 1970.
     pub timestamp: u64,
     /// The temperature that its turn asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -32,6 +32,8 @@ pub struct Turn {
     sent: Vec<Value>,
     temperature: Option<f64>,
     request: String,
+    /// When it began, milliseconds since 1970.
+    begun: u64,
     // The session does not leave meanwhile.
     busy: Busy,
 }
@@ -44,7 +46,7 @@ impl Turn {
         history: Vec<Entry>,
         sent: Vec<Value>,
     ) -> Self {
-        Self { store, session, history, sent, temperature: None, request: String::new(), busy }
+        Self { store, session, history, sent, temperature: None, request: String::new(), begun: record::ms_now(), busy }
     }
 
     /// Its session as it was when the turn began.
@@ -129,7 +131,8 @@ impl Turn {
             metadata,
             ..Entry::sent(message)
         };
-        let sent = self.sent.into_iter().map(|message| Entry { temperature: self.temperature, ..Entry::sent(message) });
+        let (timestamp, temperature) = (self.begun, self.temperature);
+        let sent = self.sent.into_iter().map(|message| Entry { timestamp, temperature, ..Entry::sent(message) });
         let entries = sent.chain([answer]).collect();
         (self.store, Append { key: self.session.key(), entries, server }, self.busy)
     }
