@@ -34,8 +34,8 @@ pub(super) struct Arguments {
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
     /// Folder for sessions of programs that talk with it over gRPC; one agent's each [default: ~/.local/state/olol]
-    #[arg(long, default_value = "", hide_default_value = true, value_name = "DIR")]
-    sessions_dir: PathBuf,
+    #[arg(long, value_name = "DIR")]
+    sessions_dir: Option<PathBuf>,
     /// Accepted for compatibility: the server is always asynchronous
     #[arg(long = "async", hide = true)]
     _async: bool,
@@ -49,7 +49,7 @@ impl Arguments {
             name: self.name,
             engine: "ollama",
             grace: Duration::from_secs(self.grace),
-            sessions: sessions::Config { dir: self.sessions_dir, ..sessions::Config::default() },
+            sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
             let (listen, ollama) = (options.listen, options.ollama.clone());

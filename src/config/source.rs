@@ -45,6 +45,8 @@ pub enum Set {
     Threads(Threads),
     /// `auth.file`
     Keys(PathBuf),
+    /// `sessions.dir`
+    Sessions(PathBuf),
 }
 
 /// Where a value comes from.
@@ -129,6 +131,7 @@ impl Set {
             Self::Origins(_) => &["proxy.origins"],
             Self::Threads(_) => &["threads", "proxy.threads"],
             Self::Keys(_) => &["auth.file"],
+            Self::Sessions(_) => &["sessions.dir"],
         }
     }
 
@@ -139,6 +142,7 @@ impl Set {
             Self::Servers(servers) => config.proxy.servers.clone_from(servers),
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
             Self::Keys(file) => config.auth.file.clone_from(file),
+            Self::Sessions(folder) => config.sessions.dir.clone_from(folder),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }
