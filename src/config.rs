@@ -293,7 +293,8 @@ impl Config {
     /// This configuration with the values of another where only a restart can change them.
     #[must_use]
     pub(crate) fn restarting_as(&self, other: &Self) -> Self {
-        let proxy = Proxy { origins: self.proxy.origins.clone(), ..other.proxy.clone() };
+        let (servers, origins) = (self.proxy.servers.clone(), self.proxy.origins.clone());
+        let proxy = Proxy { servers, origins, ..other.proxy.clone() };
         Self {
             threads: other.threads,
             proxy,

@@ -26,7 +26,7 @@ use tower_http::catch_panic::CatchPanic;
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::keys;
-use crate::pool::Pool;
+use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
@@ -45,6 +45,7 @@ pub struct Proxy {
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
+    _watching: Watching,
     _tasks: Vec<JoinSet<()>>,
 }
 
@@ -83,10 +84,11 @@ impl Proxy {
             }
             keys => keys?,
         };
-        let watching = pool.watch(&config.pool);
-        let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
+        let watching = pool.watch();
+        let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
-        let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
+        let reloader =
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), pool));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -104,7 +106,7 @@ impl Proxy {
             cluster.refresh(FIRST_LOOK).await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
+        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
     }
 
     /// Reads its configuration again.

@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
+use olol_middleware::cluster::Source as Membership;
 use olol_middleware::{Shared, Stack, instruments, stack};
 use serde::Serialize;
 
 use crate::api::Origins;
 use crate::config::{Config, ConfigError, Source, differences};
+use crate::pool::Pool;
 use crate::watch;
 
 /// Reads the configuration again when it is asked to.
@@ -26,6 +28,7 @@ pub struct Reloader {
     leaf: Stack,
     stack: Arc<ArcSwap<Stack>>,
     origins: Arc<ArcSwap<Origins>>,
+    pool: Pool,
     running: Arc<Running>,
     /// One at a time.
     turn: Mutex<()>,
@@ -141,10 +144,11 @@ impl Reloader {
         shared: Shared,
         leaf: Stack,
         origins: Arc<ArcSwap<Origins>>,
+        pool: Pool,
     ) -> Self {
         let stack = stack::build(&running.state().config.layers(), &shared, leaf.clone());
         let stack = Arc::new(ArcSwap::from_pointee(stack));
-        Self { source, shared, leaf, stack, origins, running, turn: Mutex::default() }
+        Self { source, shared, leaf, stack, origins, pool, running, turn: Mutex::default() }
     }
 
     /// The stack that is in use, now and whenever it is looked at.
@@ -231,12 +235,13 @@ impl Reloader {
         let config = wanted.restarting_as(&old.config);
         let differ = |one, other| differences(one, other).map_err(|error| ConfigError::Invalid(error.to_string()));
         let (changed, needs_restart) = (differ(&old.config, &config)?, differ(&config, &wanted)?);
-        let origins = config.origins()?;
+        let (origins, servers) = (config.origins()?, config.servers()?);
         for strange in config.oddities() {
             tracing::warn!("{strange}");
         }
         let stack = stack::build(&config.layers(), &self.shared, self.leaf.clone());
         self.stack.store(Arc::new(stack));
+        self.pool.set(Membership::Static, &servers);
         self.origins.store(Arc::new(origins));
         let now = SystemTime::now();
         let last = Some(Attempt { at: now, trigger, error: None });
