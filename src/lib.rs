@@ -11,6 +11,7 @@
 //! | [`keys`] | the file of keys |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
+//! | [`discovery`] | who the servers are |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
@@ -21,6 +22,7 @@ pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod keys;

@@ -92,14 +92,7 @@ impl ServerSpec {
     /// Reads `[NAME@]host:port[=WEIGHT]` (an agent) or `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
     pub fn parse(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim();
-        let (rest, weight) = match text.rsplit_once('=') {
-            None => (text, NonZeroU32::MIN),
-            Some((rest, weight)) => {
-                let weight = weight.trim().parse().ok().filter(|weight: &NonZeroU32| weight.get() <= 1000);
-                let error = || EndpointError(format!("the weight in '{text}' must be a whole number from 1 to 1000"));
-                (rest, weight.ok_or_else(error)?)
-            }
-        };
+        let (rest, weight) = Self::weight(text, text)?;
         let (name, address) = rest.split_once('@').map_or((None, rest), |(name, address)| (Some(name), address));
         if name.is_some_and(|name| {
             name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
@@ -115,6 +108,14 @@ impl ServerSpec {
             Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
         };
         Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, weight })
+    }
+
+    /// Reads the `[=WEIGHT]` at the end of `rest`, which is part of `text`; returns what is before it, too.
+    pub(crate) fn weight<'a>(text: &str, rest: &'a str) -> Result<(&'a str, NonZeroU32), EndpointError> {
+        let Some((rest, weight)) = rest.rsplit_once('=') else { return Ok((rest, NonZeroU32::MIN)) };
+        let weight = weight.trim().parse().ok().filter(|weight: &NonZeroU32| weight.get() <= 1000);
+        let error = || EndpointError(format!("the weight in '{text}' must be a whole number from 1 to 1000"));
+        Ok((rest, weight.ok_or_else(error)?))
     }
 
     /// Reads a list with commas between the servers. Names and addresses must differ.

@@ -25,6 +25,7 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
+use crate::discovery::Names;
 use crate::keys;
 use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
@@ -70,7 +71,9 @@ impl Proxy {
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
-        let pool = Pool::new(&config.servers()?, &config.pool, &hop);
+        let listed = config.listed()?;
+        let pool = Pool::new(&listed.servers, &config.pool, &hop);
+        let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
@@ -85,10 +88,12 @@ impl Proxy {
             keys => keys?,
         };
         let watching = pool.watch();
+        names.set(listed.names);
+        let settled = names.settled();
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let reloader =
-            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), pool));
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -103,6 +108,7 @@ impl Proxy {
         let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
+            let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
             cluster.refresh(FIRST_LOOK).await;
             serving.await
         });

@@ -4,9 +4,22 @@
 
 mod harness;
 
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
 use harness::olol::chat;
 use harness::{Cluster, Ending, Gate, Olol, Process, Request, Way, until};
+use hickory_resolver::proto::op::{Message, OpCode, ResponseCode};
+use hickory_resolver::proto::rr::rdata::SRV;
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use olol::agent::{Agent, Options};
+use olol::ollama::Endpoint;
 use serde_json::{Value, json};
+use tokio::net::UdpSocket;
+use tokio_util::task::AbortOnDropHandle;
 
 async fn tells(olol: &Olol, server: &str, what: &str) -> (u16, Value) {
     let answer = olol.ask(&Request::post(&format!("/api/status/servers/{server}/{what}"), "")).await;
@@ -116,6 +129,120 @@ async fn servers_join_and_leave_by_the_file_and_streams_go_on() {
     assert_eq!((answer.said().as_str(), answer.ending, answer.server()), ("Hello world", Ending::LastChunk, "s0"));
     names(&[0, 2]);
     until("the log tells who left", || proxy.log().contains("a server has left")).await;
+}
+
+/// A name server with a few names, none of whose records hold.
+struct Zone {
+    address: SocketAddr,
+    records: Arc<Mutex<HashMap<(String, RecordType), Vec<RData>>>>,
+    /// Whether it answers at all.
+    answers: Arc<AtomicBool>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Zone {
+    async fn start() -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let (address, records) = (socket.local_addr().unwrap(), Arc::<Mutex<HashMap<_, Vec<RData>>>>::default());
+        let answers = Arc::new(AtomicBool::new(true));
+        let (known, is_there) = (records.clone(), answers.clone());
+        let task = AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut bytes = [0; 1500];
+            loop {
+                let (length, client) = socket.recv_from(&mut bytes).await.unwrap();
+                let question = Message::from_vec(&bytes[..length]).unwrap();
+                let query = question.queries[0].clone();
+                let mut answer = Message::response(question.metadata.id, OpCode::Query);
+                answer.metadata.response_code = ResponseCode::NXDomain;
+                let key = (query.name().to_utf8().trim_end_matches('.').to_owned(), query.query_type());
+                if let Some(found) = known.lock().unwrap().get(&key) {
+                    answer.metadata.response_code = ResponseCode::NoError;
+                    for data in found {
+                        answer.add_answer(Record::from_rdata(query.name().clone(), 0, data.clone()));
+                    }
+                }
+                answer.add_query(query);
+                if is_there.load(Ordering::Relaxed) {
+                    socket.send_to(&answer.to_vec().unwrap(), client).await.unwrap();
+                }
+            }
+        }));
+        Self { address, records, answers, _task: task }
+    }
+
+    fn has(&self, name: &str, kind: RecordType, records: Vec<RData>) {
+        self.records.lock().unwrap().insert((name.to_owned(), kind), records);
+    }
+
+    fn toml(&self) -> String {
+        format!("[discovery]\ndns = [\"{}\"]\ndns-max-age-s = 1\n", self.address)
+    }
+}
+
+fn a(ip: [u8; 4]) -> RData {
+    RData::A(Ipv4Addr::from(ip).into())
+}
+
+/// An agent on each of these addresses of the loopback, all on the same port, before one Ollama.
+async fn agents(cluster: &Cluster, ips: &[[u8; 4]]) -> (Vec<Agent>, u16) {
+    let mut port = 0;
+    let mut agents = Vec::new();
+    for ip in ips {
+        let options = Options {
+            listen: SocketAddr::new(Ipv4Addr::from(*ip).into(), port),
+            ollama: Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap(),
+            name: "agent".to_owned(),
+            engine: "ollama",
+            grace: Duration::from_secs(5),
+        };
+        agents.push(Agent::start(options).await.unwrap());
+        port = agents[0].address().port();
+    }
+    (agents, port)
+}
+
+#[tokio::test]
+async fn servers_come_and_go_with_the_addresses_of_a_name() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let ips = [[127, 0, 0, 21], [127, 0, 0, 22], [127, 0, 0, 23]];
+    let (_agents, port) = agents(&cluster, &ips).await;
+    let zone = Zone::start().await;
+    zone.has("gpus.lab", RecordType::A, vec![a(ips[1]), a(ips[0])]);
+    let olol = Olol::at(vec![format!("dns://gpus.lab:{port}=2")], &zone.toml()).await;
+    // The first answer waits for the first look-up.
+    assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    let named = |at: &[usize]| at.iter().map(|at| format!("{}:{port}", Ipv4Addr::from(ips[*at]))).collect::<Vec<_>>();
+    assert_eq!(olol.names(), named(&[0, 1]));
+    zone.has("gpus.lab", RecordType::A, vec![a(ips[2]), a(ips[1])]);
+    until("one has left and one has joined", || olol.names() == named(&[1, 2])).await;
+    // A name server that is silent takes nobody away; a name that is gone does.
+    zone.answers.store(false, Ordering::Relaxed);
+    assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    zone.records.lock().unwrap().clear();
+    assert_eq!(olol.names(), named(&[1, 2]));
+    zone.answers.store(true, Ordering::Relaxed);
+    until("all have left", || olol.names().is_empty()).await;
+    assert_eq!(olol.chat("tiny", "hi").await.status, 503);
+}
+
+#[tokio::test]
+async fn services_have_their_ports_and_weights_from_their_records() {
+    let cluster = Cluster::of(2).await.all_have("tiny");
+    let zone = Zone::start().await;
+    let service = |at: usize, weight| {
+        let target = Name::from_ascii(format!("box{at}.lab.")).unwrap();
+        RData::SRV(SRV::new(0, weight, cluster.server(at).address().port(), target))
+    };
+    zone.has("_ollama._tcp.lab", RecordType::SRV, vec![service(1, 30), service(0, 10)]);
+    zone.has("box0.lab", RecordType::A, vec![a([127, 0, 0, 1])]);
+    zone.has("box1.lab", RecordType::A, vec![a([127, 0, 0, 1])]);
+    let olol = Olol::at(vec!["srv+http://_ollama._tcp.lab".to_owned()], &zone.toml()).await;
+    assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    let port = |at: usize| cluster.server(at).address().port();
+    assert_eq!(olol.names(), [format!("box0.lab:{}", port(0)), format!("box1.lab:{}", port(1))]);
+    let page = olol.get("/api/status/servers").await.json();
+    let told: Vec<_> = page["servers"].as_array().unwrap().iter().map(|s| (&s["weight"], &s["source"])).collect();
+    assert_eq!(told, [(&json!(10), &json!("dns")), (&json!(30), &json!("dns"))]);
 }
 
 /// Waits until the page shows just so many servers.
