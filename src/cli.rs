@@ -9,6 +9,7 @@ mod flags;
 mod keys;
 mod proxy;
 mod server;
+mod token;
 mod up;
 
 use std::io::Write;
@@ -48,6 +49,8 @@ enum Command {
     Explain(explain::Arguments),
     /// Make, list and remove the keys of clients
     Keys(keys::Arguments),
+    /// Print the token that the machines of a cluster share
+    Token(token::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -69,6 +72,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
         Command::Keys(arguments) => arguments.run(),
+        Command::Token(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }

@@ -20,7 +20,7 @@ use olol_middleware::{alias, distribute, stack};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
-use crate::{pool, scatter};
+use crate::{pool, scatter, security};
 
 pub use document::Complaint;
 use document::Document;
@@ -89,6 +89,8 @@ pub struct Config {
     pub limits: Limits,
     /// How servers are reached and checked.
     pub pool: pool::Config,
+    /// What makes a machine one of the cluster.
+    pub security: security::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Which layers are on.
@@ -299,6 +301,7 @@ impl Config {
             proxy,
             limits: other.limits.clone(),
             pool: other.pool.clone(),
+            security: other.security.clone(),
             spool: other.spool.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()

@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::security::{Trust, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
@@ -196,13 +197,14 @@ struct Inner {
 
 impl Pool {
     /// A pool of these servers. `hop` marks what this proxy sends, so that it knows its own requests again.
-    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue) -> Self {
+    /// `trust` is what it shows to agents.
+    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue, trust: &Trust) -> Self {
         let members = servers.iter().map(|server| Member { id: server.id.clone(), weight: server.weight }).collect();
         let cluster = Cluster::new(members);
         let connect = config.connect_timeout_ms.time();
         let backend = |server: &ServerSpec| match &server.way {
             Way::Agent(endpoint) => {
-                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)))
+                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint, connect, trust)))
             }
             Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
         };
@@ -270,6 +272,7 @@ fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
     headers.insert(HOP, hop.clone());
     keys::strip(&mut headers);
+    headers.remove(token::HEADER);
     if let Some(credentials) = call.key.get().and_then(|key| key.outbound(server)) {
         headers.insert(header::AUTHORIZATION, credentials.clone());
     }

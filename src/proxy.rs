@@ -26,10 +26,11 @@ use tower_http::catch_panic::CatchPanic;
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::keys;
-use crate::pool::Pool;
+use crate::pool::{Pool, ServerSpec, Way};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
+use crate::security::Trust;
 use crate::serve::{self, Answers};
 use crate::status::About;
 
@@ -69,7 +70,9 @@ impl Proxy {
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
-        let pool = Pool::new(&config.servers()?, &config.pool, &hop);
+        let servers = config.servers()?;
+        let trust = trust(config, &servers)?;
+        let pool = Pool::new(&servers, &config.pool, &hop, &trust);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
@@ -132,6 +135,18 @@ impl Proxy {
         self.stop.cancel();
         self.running.await.unwrap_or(false)
     }
+}
+
+/// What is shown to servers. Where none of them is an agent, nothing has to be.
+fn trust(config: &Config, servers: &[ServerSpec]) -> anyhow::Result<Trust> {
+    let token = match config.security.token() {
+        Err(error) if !servers.iter().any(|server| matches!(server.way, Way::Agent(_))) => {
+            tracing::debug!(%error, "there is no token, and no agent that asks for it");
+            None
+        }
+        token => Some(token?),
+    };
+    Ok(Trust { token })
 }
 
 /// The recorder of this process: one, however many proxies run in it.
