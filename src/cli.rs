@@ -10,6 +10,7 @@ mod flags;
 mod keys;
 mod proxy;
 mod server;
+mod token;
 mod up;
 
 use std::io::Write;
@@ -53,6 +54,8 @@ enum Command {
     Undrain(drain::Arguments),
     /// Make, list and remove the keys of clients
     Keys(keys::Arguments),
+    /// Print the token that the machines of a cluster share
+    Token(token::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -76,6 +79,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Drain(arguments) => arguments.run(true),
         Command::Undrain(arguments) => arguments.run(false),
         Command::Keys(arguments) => arguments.run(),
+        Command::Token(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }

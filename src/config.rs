@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
-use crate::{pool, scatter};
+use crate::{pool, scatter, security};
 
 pub use document::Complaint;
 use document::Document;
@@ -92,6 +92,8 @@ pub struct Config {
     pub pool: pool::Config,
     /// Who the servers are, where a name stands for them.
     pub discovery: discovery::Config,
+    /// What makes a machine one of the cluster.
+    pub security: security::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Which layers are on.
@@ -313,6 +315,7 @@ impl Config {
             limits: other.limits.clone(),
             pool: other.pool.clone(),
             discovery: other.discovery.clone(),
+            security: other.security.clone(),
             spool: other.spool.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()

@@ -5,7 +5,7 @@ mod dns;
 use serde::{Deserialize, Serialize};
 
 use crate::ollama::EndpointError;
-use crate::pool::{Pool, ServerSpec};
+use crate::pool::{Pool, ServerSpec, Way};
 
 pub use dns::{NameServer, NameSpec, Names};
 
@@ -48,6 +48,12 @@ impl Listed {
             self.names.push(name);
         }
         Ok(())
+    }
+
+    /// Whether any of them is an agent, or may lead to one.
+    pub fn has_agents(&self) -> bool {
+        self.servers.iter().any(|server| matches!(server.way, Way::Agent(_)))
+            || self.names.iter().any(NameSpec::is_agent)
     }
 
     /// Makes these the servers of a pool. Those behind the names follow.

@@ -9,6 +9,7 @@
 //! | [`api`] | HTTP to a call, a reply to HTTP |
 //! | [`scatter`] | calls that concern several servers |
 //! | [`keys`] | the file of keys |
+//! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
 //! | [`discovery`] | who the servers are |
@@ -32,6 +33,7 @@ pub mod proxy;
 pub mod reload;
 pub mod rpc;
 pub mod scatter;
+pub mod security;
 pub mod serve;
 pub mod status;
 pub mod telemetry;

@@ -28,6 +28,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::security::{Trust, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
@@ -146,10 +147,10 @@ enum Backend {
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, connect: Duration) -> Self {
+    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust) -> Self {
         let id = spec.id.clone();
         match &spec.way {
-            Way::Agent(endpoint) => Self::Agent(Arc::new(grpc::Agent::new(id, endpoint.clone(), connect))),
+            Way::Agent(endpoint) => Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, trust))),
             Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
         }
     }
@@ -206,6 +207,7 @@ struct Inner {
     cluster: Arc<Cluster>,
     linger: Arc<Linger>,
     hop: HeaderValue,
+    trust: Trust,
 }
 
 /// Who is a member, and who watches it.
@@ -245,7 +247,8 @@ impl Drop for Watching {
 
 impl Pool {
     /// A pool of these servers. `hop` marks what this proxy sends, so that it knows its own requests again.
-    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue) -> Self {
+    /// `trust` is what it shows to agents.
+    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue, trust: &Trust) -> Self {
         let pool = Self(Arc::new(Inner {
             config: config.clone(),
             backends: ArcSwap::default(),
@@ -253,6 +256,7 @@ impl Pool {
             cluster: Cluster::new(Vec::new()),
             linger: Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max)),
             hop: hop.clone(),
+            trust: trust.clone(),
         }));
         pool.set(Source::Static, servers);
         pool
@@ -319,7 +323,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, connect))));
+            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust))));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }
@@ -412,6 +416,7 @@ fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
     headers.insert(HOP, hop.clone());
     keys::strip(&mut headers);
+    headers.remove(token::HEADER);
     if let Some(credentials) = call.key.get().and_then(|key| key.outbound(server)) {
         headers.insert(header::AUTHORIZATION, credentials.clone());
     }
@@ -465,7 +470,7 @@ mod tests {
     #[tokio::test]
     async fn the_servers_of_a_source_are_exchanged_while_those_of_others_stay() {
         let list = |text| ServerSpec::parse_list(text).unwrap();
-        let pool = Pool::new(&list("a:1,b:1"), &Config::default(), &HeaderValue::from_static("hop"));
+        let pool = Pool::new(&list("a:1,b:1"), &Config::default(), &HeaderValue::from_static("hop"), &Trust::default());
         let watching = pool.watch();
         pool.set(Source::Dns, &list("c:1,d:1,x@a:1=9"));
         assert_eq!(names(&pool), ["a:1=1", "b:1=1", "c:1=1", "d:1=1"], "who is named by the operator stays so");

@@ -25,12 +25,13 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
-use crate::discovery::Names;
+use crate::discovery::{Listed, Names};
 use crate::keys;
 use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
+use crate::security::Trust;
 use crate::serve::{self, Answers};
 use crate::status::About;
 
@@ -72,7 +73,8 @@ impl Proxy {
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
         let listed = config.listed()?;
-        let pool = Pool::new(&listed.servers, &config.pool, &hop);
+        let trust = trust(config, &listed)?;
+        let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
@@ -140,6 +142,18 @@ impl Proxy {
         self.stop.cancel();
         self.running.await.unwrap_or(false)
     }
+}
+
+/// What is shown to servers. Where none of them is an agent, nothing has to be.
+fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
+    let token = match config.security.token() {
+        Err(error) if !listed.has_agents() => {
+            tracing::debug!(%error, "there is no token, and no agent that asks for it");
+            None
+        }
+        token => Some(token?),
+    };
+    Ok(Trust { token })
 }
 
 /// The recorder of this process: one, however many proxies run in it.

@@ -131,10 +131,13 @@ async fn servers_join_and_leave_by_the_file_and_streams_go_on() {
     until("the log tells who left", || proxy.log().contains("a server has left")).await;
 }
 
+/// The records of a zone, by name and kind.
+type Records = HashMap<(String, RecordType), Vec<RData>>;
+
 /// A name server with a few names, none of whose records hold.
 struct Zone {
     address: SocketAddr,
-    records: Arc<Mutex<HashMap<(String, RecordType), Vec<RData>>>>,
+    records: Arc<Mutex<Records>>,
     /// Whether it answers at all.
     answers: Arc<AtomicBool>,
     _task: AbortOnDropHandle<()>,
@@ -143,7 +146,7 @@ struct Zone {
 impl Zone {
     async fn start() -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let (address, records) = (socket.local_addr().unwrap(), Arc::<Mutex<HashMap<_, Vec<RData>>>>::default());
+        let (address, records) = (socket.local_addr().unwrap(), Arc::<Mutex<Records>>::default());
         let answers = Arc::new(AtomicBool::new(true));
         let (known, is_there) = (records.clone(), answers.clone());
         let task = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -193,6 +196,7 @@ async fn agents(cluster: &Cluster, ips: &[[u8; 4]]) -> (Vec<Agent>, u16) {
             ollama: Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap(),
             name: "agent".to_owned(),
             engine: "ollama",
+            token: harness::cluster::token(),
             grace: Duration::from_secs(5),
         };
         agents.push(Agent::start(options).await.unwrap());

@@ -733,6 +733,11 @@ impl Cluster {
         let Some(entry) = book.member(index) else { return };
         entry.failures += 1;
         entry.meters.checked(false);
+        if entry.state == State::Down && entry.reason != reason {
+            // Still down, but for another reason now: that is what has to be mended.
+            entry.reason = reason;
+            return self.changed(book);
+        }
         if entry.state == State::Down {
             return;
         }

@@ -99,6 +99,11 @@ impl NameSpec {
         Ok(Some(Self { is_agent, name: name.to_owned(), port, weight }))
     }
 
+    /// Whether it leads to agents.
+    pub fn is_agent(&self) -> bool {
+        self.is_agent
+    }
+
     /// Whether another stands for the same.
     pub(super) fn is_twin(&self, other: &Self) -> bool {
         (self.is_agent, &self.name, self.port) == (other.is_agent, &other.name, other.port)
