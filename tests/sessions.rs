@@ -7,6 +7,7 @@ mod harness;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use harness::cluster::token;
 use harness::olol::{chat, chat_at_once};
 use harness::{Answer, Cluster, Connection, Ending, Olol, Process, Request, Way, patiently, until};
 use olol_proto::v1::server_client::ServerClient;
@@ -15,10 +16,11 @@ use olol_proto::v1::{
     ChatMessageRequest, CreateSessionRequest, EndSessionRequest, GetSessionRequest, Message, Session,
 };
 use serde_json::{Value, json};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-type Client = ServerClient<Channel>;
+type Client = ServerClient<InterceptedService<Channel, fn(tonic::Request<()>) -> Result<tonic::Request<()>, Status>>>;
 
 const PAGE: &str = "/api/status/sessions";
 
@@ -36,7 +38,14 @@ async fn clients(olol: &Olol) -> [Client; 2] {
 
 async fn client(address: SocketAddr) -> Client {
     let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
-    ServerClient::new(patiently("a gRPC connection", endpoint.connect()).await.unwrap())
+    let channel = patiently("a gRPC connection", endpoint.connect()).await.unwrap();
+    ServerClient::with_interceptor(channel, shows_token)
+}
+
+/// Agents serve nobody who does not show it.
+fn shows_token(mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+    request.metadata_mut().insert("olol-token", token().reveal().parse().unwrap());
+    Ok(request)
 }
 
 fn message(role: &str, content: &str) -> Message {

@@ -8,6 +8,7 @@ use toml::Value;
 use super::document::Document;
 use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
+use crate::security::Token;
 
 /// The server that is asked when none is named: an agent on this machine.
 pub(super) const USUAL_SERVER: &str = "localhost:50051";
@@ -47,6 +48,10 @@ pub enum Set {
     Keys(PathBuf),
     /// `sessions.dir`
     Sessions(PathBuf),
+    /// `security.token-file`
+    TokenFile(PathBuf),
+    /// The token of the cluster itself.
+    Token(Token),
 }
 
 /// Where a value comes from.
@@ -132,6 +137,7 @@ impl Set {
             Self::Threads(_) => &["threads", "proxy.threads"],
             Self::Keys(_) => &["auth.file"],
             Self::Sessions(_) => &["sessions.dir"],
+            Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
         }
     }
 
@@ -143,6 +149,10 @@ impl Set {
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
             Self::Keys(file) => config.auth.file.clone_from(file),
             Self::Sessions(folder) => config.sessions.dir.clone_from(folder),
+            Self::TokenFile(file) => {
+                (config.security.token_file, config.security.token) = (file.clone(), None);
+            }
+            Self::Token(token) => config.security.token = Some(token.clone()),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use olol::agent::{Agent, Options};
 use olol::ollama::Endpoint;
+use olol::security::Token;
 use tempfile::TempDir;
 
 use super::server::Server;
@@ -99,6 +100,11 @@ impl Cluster {
     }
 }
 
+/// The token of every cluster on loopback, which is no user's.
+pub fn token() -> Token {
+    "the-token-of-the-tests-and-of-nobody-else".parse().unwrap()
+}
+
 /// An agent beside an Ollama.
 pub async fn agent(ollama: Endpoint) -> Agent {
     agent_at(ollama, Path::new("/nowhere")).await
@@ -111,6 +117,7 @@ pub async fn agent_at(ollama: Endpoint, folder: &Path) -> Agent {
         ollama,
         name: "agent".to_owned(),
         engine: "ollama",
+        token: token(),
         grace: Duration::from_secs(5),
         sessions: olol::sessions::Config { dir: folder.to_owned(), ..olol::sessions::Config::default() },
     };

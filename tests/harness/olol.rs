@@ -13,7 +13,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::client::{Answer, Connection, Request};
-use super::cluster::Cluster;
+use super::cluster::{Cluster, token};
 use super::server::Server;
 use super::{patiently, until};
 
@@ -52,7 +52,8 @@ impl Olol {
         let home = tempfile::tempdir().unwrap();
         let keys = Set::Keys(home.path().join("keys.toml"));
         let sessions = Set::Sessions(home.path().join("state"));
-        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions];
+        let token = Set::Token(token());
+        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
@@ -70,6 +71,9 @@ impl Olol {
         config.spool.dir = spool.path().to_owned();
         if config.sessions.dir.as_os_str().is_empty() {
             config.sessions.dir = home.path().join("state");
+        }
+        if config.security.token_file.as_os_str().is_empty() {
+            config.security.token = Some(token());
         }
         if config.auth.file.as_os_str().is_empty() {
             config.auth.file = home.path().join("keys.toml");
@@ -96,6 +100,11 @@ impl Olol {
     pub fn spooled(&self) -> Vec<String> {
         let files = std::fs::read_dir(self.spool.path()).unwrap();
         files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// What the proxy calls its servers.
+    pub fn names(&self) -> Vec<String> {
+        self.proxy.cluster().snapshot().servers.iter().map(|server| server.id.to_string()).collect()
     }
 
     /// Calls that are at a server now, in the books of the proxy.
