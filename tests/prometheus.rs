@@ -33,6 +33,9 @@ const CONFIG: &str = r#"
 [pool]
 check-interval-ms = 200
 
+[sessions]
+max-sessions = 1
+
 [pick]
 slots = [{ slots = 1, models = ["solo"] }]
 
@@ -149,6 +152,7 @@ impl World {
             self.ask(request).await;
         }
         self.conversation().await;
+        self.sessions().await;
         self.quantizations().await;
         self.late().await;
         // Keys: none, a wrong one, and one that is used too often.
@@ -181,6 +185,15 @@ impl World {
         self.ask(chat("mute", "hi")).await;
         self.queue().await;
         olol.ask(&with(Request::post("/api/status/reload", ""), &self.admin)).await;
+    }
+
+    /// Sessions, of which one is kept: each makes the one before it leave.
+    async fn sessions(&self) {
+        for id in ["one", "two"] {
+            let session = json!({"session_id": id, "model_name": "tiny"});
+            self.ask(Request::post("/api/status/sessions", session)).await;
+            self.ask(chat("tiny", "hi").header("X-Olol-Session", id)).await;
+        }
     }
 
     /// Turns of a conversation.
