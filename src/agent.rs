@@ -28,8 +28,9 @@ use tower::Service;
 
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
+use crate::security::tls::Acceptor;
 use crate::security::{Token, token};
-use crate::serve::{self, Answers};
+use crate::serve::{self, Answers, Peer};
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub struct Options {
     pub engine: &'static str,
     /// The token of the cluster: who does not show it is not served.
     pub token: Token,
+    /// TLS, if callers are met with it. A machine with a certificate of the cluster's CA needs no token.
+    pub tls: Option<Acceptor>,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
 }
@@ -79,7 +82,7 @@ impl Agent {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })
         });
-        if !address.ip().is_loopback() {
+        if !address.ip().is_loopback() && options.tls.is_none() {
             tracing::warn!(
                 %address,
                 "the agent listens beyond this machine without TLS: whoever can read on the network reads the token and all that \
@@ -88,8 +91,8 @@ impl Agent {
         }
         let doorkeeper =
             Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
-        let answers = Grpc { inner: rpc::service(send, Some(about)), doorkeeper, client: address };
-        let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
+        let answers = Grpc { inner: rpc::service(send, Some(about)), doorkeeper, peer: None };
+        let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }
 
@@ -127,7 +130,7 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 struct Grpc {
     inner: ServerServer<Face>,
     doorkeeper: Arc<Doorkeeper>,
-    client: SocketAddr,
+    peer: Option<Peer>,
 }
 
 /// Time between two warnings of refused callers, however many there are.
@@ -143,9 +146,9 @@ struct Doorkeeper {
 
 impl Doorkeeper {
     /// Why a call is refused, if it is.
-    fn refuses(&self, headers: &HeaderMap, client: SocketAddr) -> Option<&'static str> {
+    fn refuses(&self, headers: &HeaderMap, peer: Option<Peer>) -> Option<&'static str> {
         let reason = match headers.contains_key(token::HEADER) {
-            _ if self.token.is_shown(headers) => return None,
+            _ if peer.is_some_and(|peer| peer.is_machine) || self.token.is_shown(headers) => return None,
             true => {
                 "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent \
                  runs, and OLOL_TOKEN or --token-file give it to the proxy"
@@ -160,7 +163,8 @@ impl Doorkeeper {
         let next = self.warned.load(Ordering::Relaxed);
         let takes = self.warned.compare_exchange(next, now.saturating_add(wait), Ordering::Relaxed, Ordering::Relaxed);
         if now >= next && takes.is_ok() {
-            tracing::warn!(%client, reason, "a call was refused");
+            let client = peer.map(|peer| peer.address.to_string());
+            tracing::warn!(client, reason, "a call was refused");
         }
         Some(reason)
     }
@@ -170,8 +174,8 @@ impl Answers for Grpc {
     type Body = tonic::body::Body;
     type Service = Self;
 
-    fn service(&self, client: SocketAddr) -> Self {
-        Self { client, ..self.clone() }
+    fn service(&self, peer: Peer) -> Self {
+        Self { peer: Some(peer), ..self.clone() }
     }
 }
 
@@ -186,7 +190,7 @@ impl Service<Request<Incoming>> for Grpc {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
-            return match self.doorkeeper.refuses(request.headers(), self.client) {
+            return match self.doorkeeper.refuses(request.headers(), self.peer) {
                 None => self.inner.call(request),
                 Some(reason) => Box::pin(std::future::ready(Ok(Status::unauthenticated(reason).into_http()))),
             };

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod certs;
 mod check;
 mod client;
 #[cfg(feature = "engine")]
@@ -51,6 +52,8 @@ enum Command {
     Keys(keys::Arguments),
     /// Print the token that the machines of a cluster share
     Token(token::Arguments),
+    /// Make a CA for the cluster, and certificates of it
+    Certs(certs::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -73,6 +76,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Explain(arguments) => arguments.run(),
         Command::Keys(arguments) => arguments.run(),
         Command::Token(arguments) => arguments.run(),
+        Command::Certs(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }

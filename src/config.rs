@@ -91,6 +91,8 @@ pub struct Config {
     pub pool: pool::Config,
     /// What makes a machine one of the cluster.
     pub security: security::Config,
+    /// TLS with clients and agents.
+    pub tls: security::tls::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Which layers are on.
@@ -187,6 +189,7 @@ impl Config {
 
     fn check(&self) -> Result<(), Wrong> {
         self.resolved_servers()?;
+        self.checked_tls()?;
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
@@ -273,6 +276,18 @@ impl Config {
         Ok(servers)
     }
 
+    fn checked_tls(&self) -> Result<(), Wrong> {
+        self.tls.check().map_err(|(key, what)| Wrong { key: Key::of(["tls", key]), what: what.to_owned() })?;
+        let secure = self.resolved_servers()?.iter().position(|server| server.wire == security::Wire::Tls);
+        match secure.filter(|_| self.tls.ca.as_os_str().is_empty()) {
+            Some(at) => Err(Wrong {
+                key: Key::of(["proxy", "servers"]).at(at),
+                what: "an agent at tls:// is known by the CA of the cluster: name its file in `ca` of [tls]".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// The origins of web pages that may ask.
     pub fn origins(&self) -> Result<Origins, ConfigError> {
         self.checked_origins().map_err(Wrong::alone)
@@ -302,6 +317,7 @@ impl Config {
             limits: other.limits.clone(),
             pool: other.pool.clone(),
             security: other.security.clone(),
+            tls: other.tls.clone(),
             spool: other.spool.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()

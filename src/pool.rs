@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
-use crate::security::{Trust, token};
+use crate::security::{Trust, Wire, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
@@ -83,12 +83,14 @@ pub struct ServerSpec {
     pub id: ServerId,
     /// How it is reached.
     pub way: Way,
+    /// Whether it, an agent, is reached over TLS.
+    pub wire: Wire,
     /// How much more it gets than a server of weight one.
     pub weight: NonZeroU32,
 }
 
 impl ServerSpec {
-    /// Reads `[NAME@]host:port[=WEIGHT]` (an agent) or `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
+    /// Reads `[NAME@]host:port[=WEIGHT]` (an agent; with `tls://` before it over TLS, with `grpc://` without) or `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
     pub fn parse(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim();
         let (rest, weight) = match text.rsplit_once('=') {
@@ -105,15 +107,24 @@ impl ServerSpec {
         }) {
             return Err(EndpointError(format!("the name in '{text}' must be of letters, digits, '-', '_' and '.'")));
         }
-        let way = if address.starts_with("http://") || address.starts_with("https://") {
+        let (wire, address) = match (address.strip_prefix("tls://"), address.strip_prefix("grpc://")) {
+            (Some(address), _) => (Wire::Tls, address),
+            (_, Some(address)) => (Wire::Plain, address),
+            _ => (Wire::Usual, address),
+        };
+        let way = if wire == Wire::Usual && is_http(address) {
             Way::Ollama(Endpoint::parse(address, OLLAMA_PORT)?)
+        } else if is_http(address) {
+            return Err(EndpointError(format!(
+                "'{text}' is not an address: an agent is at tls://HOST:PORT or HOST:PORT"
+            )));
         } else {
             Way::Agent(Endpoint::parse(address, AGENT_PORT)?)
         };
         let shown = match &way {
             Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
         };
-        Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, weight })
+        Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, wire, weight })
     }
 
     /// Reads a list with commas between the servers. Names and addresses must differ.
@@ -134,6 +145,10 @@ impl ServerSpec {
         }
         Ok(())
     }
+}
+
+fn is_http(address: &str) -> bool {
+    address.starts_with("http://") || address.starts_with("https://")
 }
 
 /// One server as a thing to send calls to.
@@ -203,9 +218,12 @@ impl Pool {
         let cluster = Cluster::new(members);
         let connect = config.connect_timeout_ms.time();
         let backend = |server: &ServerSpec| match &server.way {
-            Way::Agent(endpoint) => {
-                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint, connect, trust)))
-            }
+            Way::Agent(endpoint) => Backend::Agent(Arc::new(grpc::Agent::new(
+                server.id.clone(),
+                endpoint,
+                connect,
+                &trust.over(server.wire),
+            ))),
             Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
         };
         let backends = servers.iter().map(|server| Arc::new(backend(server))).collect();
@@ -325,6 +343,9 @@ mod tests {
         let shown: Vec<_> = servers.iter().map(|server| (server.id.as_str(), server.weight.get())).collect();
         assert_eq!(shown, [("a:50051", 2), ("big", 1), ("[::1]:50051", 1), ("c:11434", 1)]);
         assert!(matches!(servers[1].way, Way::Ollama(_)) && matches!(servers[2].way, Way::Agent(_)));
+        let servers = ServerSpec::parse_list("a@tls://b:1=3,grpc://[::1],c").unwrap();
+        assert_eq!(servers.iter().map(|server| server.wire).collect::<Vec<_>>(), [Wire::Tls, Wire::Plain, Wire::Usual]);
+        assert_eq!(servers[1].id.as_str(), "[::1]:50051");
     }
 
     #[test]
@@ -336,6 +357,7 @@ mod tests {
             ("a:1,a:1", "stands twice"),
             ("x@a:1,x@b:1", "stands twice"),
             ("a:70000", "is no port"),
+            ("tls://http://a:1", "tls://HOST:PORT"),
         ] {
             let error = ServerSpec::parse_list(text).unwrap_err().to_string();
             assert!(error.contains(why), "{text}: {error}");

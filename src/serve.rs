@@ -20,12 +20,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use olol_middleware::BoxError;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio_util::either::Either;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::security::tls::{Accepted, Acceptor};
 use preamble::Preamble;
 use wire::Brief;
 
@@ -43,6 +45,18 @@ const STREAMS: u32 = 16_384;
 /// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(20);
 
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    /// Whether it has shown the certificate of a machine of the cluster.
+    pub is_machine: bool,
+}
+
+/// A connection, with TLS or without.
+type Stream = Either<TcpStream, Box<Accepted>>;
+
 /// Answers requests.
 pub trait Answers: Clone + Send + 'static {
     /// The body of its answers.
@@ -54,7 +68,7 @@ pub trait Answers: Clone + Send + 'static {
         + 'static;
 
     /// The service of the connection of a client.
-    fn service(&self, client: SocketAddr) -> Self::Service;
+    fn service(&self, peer: Peer) -> Self::Service;
 
     /// Whether the answer takes so little that it is given to a client, too, that has shut down its sending side. In all
     /// other cases such a client has left.
@@ -100,8 +114,14 @@ pub fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves until `stop`, then lets what runs finish within `grace`. True if all of it did.
-pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: CancellationToken, grace: Duration) -> bool {
+/// Serves until `stop`, over TLS if there is an acceptor, then lets what runs finish within `grace`. True if all of it did.
+pub async fn serve<A: Answers>(
+    listener: TcpListener,
+    answers: A,
+    tls: Option<Acceptor>,
+    stop: CancellationToken,
+    grace: Duration,
+) -> bool {
     let (open, closing) = (TaskTracker::new(), Closing::default());
     loop {
         let (stream, client) = tokio::select! {
@@ -118,13 +138,27 @@ pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: Cancella
         };
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
-        let service = answers.service(client);
-        let closing = closing.clone();
+        let (answers, tls, closing) = (answers.clone(), tls.clone(), closing.clone());
         open.spawn(async move {
-            let preamble = tokio::select! {
-                () = closing.signal.cancelled() => return,
-                preamble = preamble::read(stream, IDLE) => preamble,
+            let beginning = async {
+                let (stream, is_machine) = match &tls {
+                    None => (Stream::Left(stream), false),
+                    Some(tls) => {
+                        let (stream, is_machine) = tls.accept(stream).await?;
+                        (Stream::Right(Box::new(stream)), is_machine)
+                    }
+                };
+                Ok::<_, std::io::Error>((preamble::read(stream, IDLE).await, is_machine))
             };
+            let begun = tokio::select! {
+                () = closing.signal.cancelled() => return,
+                begun = beginning => begun,
+            };
+            let (preamble, is_machine) = match begun {
+                Ok(begun) => begun,
+                Err(error) => return tracing::debug!(%client, %error, "no handshake"),
+            };
+            let service = answers.service(Peer { address: client, is_machine });
             if let Err(error) = connection::<A>(preamble, service, closing).await {
                 tracing::debug!(%client, %error, "a connection ended early");
             }

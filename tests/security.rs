@@ -24,6 +24,10 @@ use tonic::{Code, Status};
 /// A token that is good, and not that of the cluster.
 const ANOTHER: &str = "another-token-of-some-other-cluster-0123";
 
+fn status<T>(answer: Result<T, Status>) -> Status {
+    answer.err().unwrap_or_else(|| Status::ok(""))
+}
+
 /// How an agent answers each of its methods when a call shows this.
 async fn ask_everything(agent: SocketAddr, shown: Option<&str>) -> Vec<Status> {
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{agent}")).unwrap();
@@ -35,9 +39,6 @@ async fn ask_everything(agent: SocketAddr, shown: Option<&str>) -> Vec<Status> {
         }
         Ok(request)
     });
-    fn status<T>(answer: Result<T, Status>) -> Status {
-        answer.err().unwrap_or_else(|| Status::ok(""))
-    }
     vec![
         status(client.relay(futures_util::stream::iter([RelayRequest::default()])).await),
         status(client.describe(DescribeRequest {}).await),
@@ -145,11 +146,11 @@ impl Home {
     }
 
     async fn run(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
-        ended(Process::run_with(&self.environment(), arguments).await)
+        ended(&Process::run_with(&self.environment(), arguments).await)
     }
 }
 
-fn ended(output: std::process::Output) -> (Option<i32>, String, String) {
+fn ended(output: &std::process::Output) -> (Option<i32>, String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -200,9 +201,9 @@ async fn a_token_is_taken_from_a_flag_then_the_environment_then_the_folder() {
     let home = Home::new();
     let [folder, _] = home.environment();
     let environment = [folder, ("OLOL_TOKEN", ANOTHER)];
-    assert_eq!(ended(Process::run_with(&environment, &["token"]).await).1.trim(), ANOTHER);
+    assert_eq!(ended(&Process::run_with(&environment, &["token"]).await).1.trim(), ANOTHER);
     assert!(!home.file().exists());
-    let (code, _, error) = ended(Process::run_with(&environment, &["token", "--rotate"]).await);
+    let (code, _, error) = ended(&Process::run_with(&environment, &["token", "--rotate"]).await);
     assert!(code == Some(1) && error.contains("OLOL_TOKEN"), "{error}");
     let file = File::with(token().reveal());
     let (path, ollama) = (file.path(), format!("http://{}", cluster.server(0).address()));
@@ -231,7 +232,8 @@ async fn what_is_wrong_with_a_token_is_said_and_nothing_of_it() {
         assert!(!(out + &error).contains("Geheimnis"), "{error}");
     }
     let [folder, _] = home.environment();
-    let (code, _, error) = ended(Process::run_with(&[folder, ("OLOL_TOKEN", "kurz")], &["proxy", "--port", "0"]).await);
+    let (code, _, error) =
+        ended(&Process::run_with(&[folder, ("OLOL_TOKEN", "kurz")], &["proxy", "--port", "0"]).await);
     assert!(
         code == Some(1) && error.contains("OLOL_TOKEN: a token has 32 to 512 characters") && !error.contains("kurz")
     );
@@ -251,7 +253,7 @@ async fn a_proxy_without_agents_needs_no_token() {
     let proxy = Process::start_with(&nowhere, &["proxy", "--port", "0", "--servers", &servers]).await;
     proxy.has_up(1).await;
     let (code, _, error) =
-        ended(Process::run_with(&nowhere, &["proxy", "--port", "0", "--servers", "localhost:1"]).await);
+        ended(&Process::run_with(&nowhere, &["proxy", "--port", "0", "--servers", "localhost:1"]).await);
     assert!(code == Some(1) && error.contains("cannot be written to /proc/nowhere/olol/token"), "{error}");
 }
 

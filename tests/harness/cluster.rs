@@ -104,6 +104,7 @@ pub fn token() -> Token {
 pub async fn agent(ollama: Endpoint) -> Agent {
     let listen = "127.0.0.1:0".parse().unwrap();
     let grace = Duration::from_secs(5);
-    let options = Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", token: token(), grace };
+    let options =
+        Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", token: token(), tls: None, grace };
     Agent::start(options).await.unwrap()
 }
