@@ -136,6 +136,9 @@ struct Grpc {
 /// Time between two warnings of refused callers, however many there are.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
+/// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
+const INTRODUCTION: Duration = Duration::from_secs(10);
+
 /// Knows who belongs to the cluster.
 struct Doorkeeper {
     token: Token,
@@ -146,17 +149,19 @@ struct Doorkeeper {
 
 impl Doorkeeper {
     /// Why a call is refused, if it is.
-    fn refuses(&self, headers: &HeaderMap, peer: Option<Peer>) -> Option<&'static str> {
-        let reason = match headers.contains_key(token::HEADER) {
-            _ if peer.is_some_and(|peer| peer.is_machine) || self.token.is_shown(headers) => return None,
-            true => {
-                "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent \
-                 runs, and OLOL_TOKEN or --token-file give it to the proxy"
+    fn refuses(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Option<&'static str> {
+        if peer.is_some_and(|peer| peer.is_machine) || self.token.is_shown(headers) {
+            if let Some(peer) = peer.filter(|peer| !peer.is_known.load(Ordering::Relaxed)) {
+                peer.is_known.store(true, Ordering::Relaxed);
             }
-            false => {
-                "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent \
-                 runs, a proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
-            }
+            return None;
+        }
+        let reason = if headers.contains_key(token::HEADER) {
+            "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent runs, and \
+             OLOL_TOKEN or --token-file give it to the proxy"
+        } else {
+            "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent runs, a \
+             proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
         };
         let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
@@ -173,6 +178,7 @@ impl Doorkeeper {
 impl Answers for Grpc {
     type Body = tonic::body::Body;
     type Service = Self;
+    const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
 
     fn service(&self, peer: Peer) -> Self {
         Self { peer: Some(peer), ..self.clone() }
@@ -190,7 +196,7 @@ impl Service<Request<Incoming>> for Grpc {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
-            return match self.doorkeeper.refuses(request.headers(), self.peer) {
+            return match self.doorkeeper.refuses(request.headers(), self.peer.as_ref()) {
                 None => self.inner.call(request),
                 Some(reason) => Box::pin(std::future::ready(Ok(Status::unauthenticated(reason).into_http()))),
             };

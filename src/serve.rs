@@ -46,12 +46,14 @@ const STREAMS: u32 = 16_384;
 const PROBE: Duration = Duration::from_secs(20);
 
 /// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Peer {
     /// Its address.
     pub address: SocketAddr,
     /// Whether it has shown the certificate of a machine of the cluster.
     pub is_machine: bool,
+    /// Whether it has become known, by a certificate or by what it has said since. One who has not is not kept.
+    pub is_known: Arc<AtomicBool>,
 }
 
 /// A connection, with TLS or without.
@@ -66,6 +68,10 @@ pub trait Answers: Clone + Send + 'static {
         + Clone
         + Send
         + 'static;
+
+    /// The time within which a client must have asked something, and have become known; `None`: it may take its time, and
+    /// need not.
+    const INTRODUCTION: Option<Duration> = None;
 
     /// The service of the connection of a client.
     fn service(&self, peer: Peer) -> Self::Service;
@@ -148,7 +154,7 @@ pub async fn serve<A: Answers>(
                         (Stream::Right(Box::new(stream)), is_machine)
                     }
                 };
-                Ok::<_, std::io::Error>((preamble::read(stream, IDLE).await, is_machine))
+                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE)).await, is_machine))
             };
             let begun = tokio::select! {
                 () = closing.signal.cancelled() => return,
@@ -158,8 +164,17 @@ pub async fn serve<A: Answers>(
                 Ok(begun) => begun,
                 Err(error) => return tracing::debug!(%client, %error, "no handshake"),
             };
-            let service = answers.service(Peer { address: client, is_machine });
-            if let Err(error) = connection::<A>(preamble, service, closing).await {
+            let is_known = Arc::new(AtomicBool::new(is_machine));
+            let service = answers.service(Peer { address: client, is_machine, is_known: is_known.clone() });
+            let connection = connection::<A>(preamble, service, closing);
+            let ended = match A::INTRODUCTION {
+                None => connection.await,
+                Some(limit) => tokio::select! {
+                    ended = connection => ended,
+                    () = stays_unknown(limit, &is_known) => return tracing::debug!(%client, "nobody whom we know"),
+                },
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%client, %error, "a connection ended early");
             }
         });
@@ -168,6 +183,14 @@ pub async fn serve<A: Answers>(
     closing.tell();
     open.close();
     tokio::time::timeout(grace, open.wait()).await.is_ok()
+}
+
+/// Ends after this time if the client is not known by then.
+async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
+    tokio::time::sleep(limit).await;
+    if is_known.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
 }
 
 async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing: Closing) -> Result<(), hyper::Error> {

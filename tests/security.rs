@@ -15,7 +15,7 @@ use olol::ollama::Endpoint;
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, CreateSessionRequest, DescribeRequest, EmbedRequest, EndSessionRequest,
-    GenerateRequest, ListModelsRequest, PullModelRequest, RelayRequest, ShowModelRequest, WatchRequest,
+    GenerateRequest, ListModelsRequest, PullModelRequest, RelayHead, RelayRequest, ShowModelRequest, WatchRequest,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -265,6 +265,63 @@ async fn an_agent_beyond_loopback_warns() {
         let agent = Process::start(&["server", "--host", host, "--port", "0", "--ollama-host", &ollama]).await;
         assert_eq!(agent.log().contains("beyond this machine without TLS"), warns, "{}", agent.log());
     }
+}
+
+#[tokio::test]
+async fn an_agent_does_not_keep_who_does_not_show_the_token() {
+    let cluster = Cluster::of(1).await.over(Way::Agents).all_have("tiny");
+    let olol = Olol::start(&cluster, "").await;
+    let agent = olol.agents()[0].address();
+    let mut silent = tokio::net::TcpStream::connect(agent).await.unwrap();
+    let mut slow = tokio::net::TcpStream::connect(agent).await.unwrap();
+    slow.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    let io = hyper_util::rt::TokioIo::new(tokio::net::TcpStream::connect(agent).await.unwrap());
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(executor, io).await.unwrap();
+    let refused = tokio::spawn(connection);
+    let request = http::Request::post("http://olol/olol.v1.Server/Watch").header("olol-token", ANOTHER);
+    let answer = sender.send_request(request.body(http_body_util::Empty::<bytes::Bytes>::new()).unwrap());
+    let answer = patiently("an answer", answer).await.unwrap();
+    assert_eq!(answer.headers()["grpc-status"], "16");
+    // Its own token, in a stream that never ends.
+    assert!(olol.is_server_up(0));
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    for stream in [&mut silent, &mut slow] {
+        assert!(matches!(patiently("it is closed", stream.read(&mut [0; 64])).await, Ok(0) | Err(_)));
+    }
+    let _ = patiently("the connection ends", refused).await.unwrap();
+    assert!(begun.elapsed().as_secs() <= 11, "{:?}", begun.elapsed());
+    tokio::time::resume();
+    olol.knows(&cluster).await;
+    assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    drop(sender);
+}
+
+#[tokio::test]
+async fn a_call_goes_nowhere_but_to_the_server_beside_the_agent() {
+    let [cluster, elsewhere] = [Cluster::of(1).await.all_have("tiny"), Cluster::of(1).await];
+    let agent = agent(Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap()).await;
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", agent.address())).unwrap();
+    let channel = patiently("a gRPC connection", endpoint.connect()).await.unwrap();
+    let mut client = ServerClient::with_interceptor(channel, |mut request: tonic::Request<()>| {
+        request.metadata_mut().insert("olol-token", token().reveal().parse().unwrap());
+        Ok(request)
+    });
+    let other = elsewhere.server(0).address();
+    for (method, path, code) in [
+        ("GET", format!("http://{other}/api/tags"), Code::Ok),
+        ("CONNECT", other.to_string(), Code::InvalidArgument),
+        ("GET", "*".to_owned(), Code::InvalidArgument),
+        ("GET", String::new(), Code::InvalidArgument),
+        ("G E T", "/api/tags".to_owned(), Code::InvalidArgument),
+    ] {
+        let head = RelayHead { method: method.to_owned(), path: path.clone(), ..Default::default() };
+        let call = RelayRequest { head: Some(head), body: bytes::Bytes::new(), last: true };
+        let answer = patiently("an answer", client.relay(futures_util::stream::iter([call]))).await;
+        assert_eq!(status(answer).code(), code, "{method} {path}");
+    }
+    assert!(elsewhere.server(0).seen("").is_empty() && elsewhere.server(0).seen("/api/tags").is_empty());
 }
 
 #[tokio::test]
