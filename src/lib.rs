@@ -12,6 +12,7 @@
 //! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
+//! | [`discovery`] | who the servers are |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
@@ -22,6 +23,7 @@ pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod keys;

@@ -25,8 +25,9 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
+use crate::discovery::{Listed, Names};
 use crate::keys;
-use crate::pool::{Pool, ServerSpec, Way};
+use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
@@ -47,6 +48,7 @@ pub struct Proxy {
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
+    _watching: Watching,
     _tasks: Vec<JoinSet<()>>,
 }
 
@@ -72,9 +74,10 @@ impl Proxy {
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
-        let servers = config.servers()?;
-        let trust = trust(config, &servers)?;
-        let pool = Pool::new(&servers, &config.pool, &hop, &trust);
+        let listed = config.listed()?;
+        let trust = trust(config, &listed)?;
+        let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
+        let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
@@ -88,10 +91,13 @@ impl Proxy {
             }
             keys => keys?,
         };
-        let watching = pool.watch(&config.pool);
-        let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
+        let watching = pool.watch();
+        names.set(listed.names);
+        let settled = names.settled();
+        let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
-        let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
+        let reloader =
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -106,10 +112,11 @@ impl Proxy {
         let serving = serve::serve(listener, Edge { api }, tls, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
+            let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
             cluster.refresh(FIRST_LOOK).await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
+        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
     }
 
     /// Reads its configuration again.
@@ -140,15 +147,15 @@ impl Proxy {
 }
 
 /// What is shown to servers. Where none of them is an agent, nothing has to be.
-fn trust(config: &Config, servers: &[ServerSpec]) -> anyhow::Result<Trust> {
+fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
     let token = match config.security.token() {
-        Err(error) if !servers.iter().any(|server| matches!(server.way, Way::Agent(_))) => {
+        Err(error) if !listed.has_agents() => {
             tracing::debug!(%error, "there is no token, and no agent that asks for it");
             None
         }
         token => Some(token?),
     };
-    Ok(Trust { tls: Connector::start(&config.tls)?, token })
+    Ok(Trust { tls: Connector::start(&config.tls)?, token, ..Trust::default() })
 }
 
 /// The recorder of this process: one, however many proxies run in it.

@@ -32,6 +32,8 @@ pub struct Config {
 pub struct Trust {
     /// How agents are reached over TLS, where the CA of the cluster is known.
     pub tls: Option<tls::Connector>,
+    /// Whether an agent is reached over TLS or not at all.
+    pub insists: bool,
     /// The token; `None` where no server asks for one.
     pub token: Option<Token>,
 }
@@ -53,7 +55,7 @@ impl Trust {
     #[must_use]
     pub fn over(&self, wire: Wire) -> Self {
         let tls = self.tls.clone().filter(|_| wire != Wire::Plain);
-        Self { tls, ..self.clone() }
+        Self { tls, insists: wire == Wire::Tls, ..self.clone() }
     }
 }
 

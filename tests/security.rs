@@ -12,6 +12,7 @@ use harness::cluster::{agent, token};
 use harness::olol::chat;
 use harness::{Cluster, Connection, Olol, Process, Request, Way, patiently, until};
 use olol::ollama::Endpoint;
+use olol::security::certs::{self, Order};
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, CreateSessionRequest, DescribeRequest, EmbedRequest, EndSessionRequest,
@@ -325,21 +326,43 @@ async fn a_call_goes_nowhere_but_to_the_server_beside_the_agent() {
 }
 
 #[tokio::test]
-async fn hostile_bytes_do_no_harm_to_an_agent() {
+async fn hostile_bytes_do_no_harm_to_an_agent_or_a_proxy() {
     let cluster = Cluster::of(1).await.over(Way::Agents).all_have("tiny");
+    let certs = tempfile::tempdir().unwrap();
+    certs::init(certs.path(), 1).unwrap();
+    let order = Order { name: "proxy".to_owned(), hosts: Vec::new(), is_client: false, days: 1 };
+    let made = certs::issue(certs.path(), &order).unwrap();
     let olol = Olol::start(&cluster, "").await;
-    let agent = olol.agents()[0].address();
+    let tls = format!("[tls]\ncert = '{}'\nkey = '{}'\n", made.cert.display(), made.key.display());
+    let secure = Olol::at(vec![format!("0@http://{}", cluster.server(0).address())], &tls).await;
     let noise: Vec<u8> =
         (0..100_000_u32).map(|at| u8::try_from(at.wrapping_mul(2_654_435_761) >> 24).unwrap()).collect();
-    let http2 = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &noise].concat();
-    let long = [&b"GET / HTTP/1.1\r\nA: "[..], &vec![b'a'; 2 << 20]].concat();
-    for bytes in [&noise, &http2, &long] {
-        let mut stream = tokio::net::TcpStream::connect(agent).await.unwrap();
-        // It may close before it has read all.
-        let _ = stream.write_all(bytes).await;
-        let mut answer = Vec::new();
-        let _ = patiently("the agent closes", stream.read_to_end(&mut answer)).await;
+    let preface = &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..];
+    // Headers whose list never ends: nine bytes of a frame, and what should be names and values.
+    let endless = [&b"\0\x40\0\x09\0\0\0\0\x01"[..], &[b'a'; 0x4000]].concat().repeat(100);
+    let begins_as_tls = [&b"\x16\x03\x01\x40\0"[..], &noise].concat();
+    let hostile = [
+        noise.clone(),
+        [preface, &noise].concat(),
+        [preface, &b"\0\0\0\x04\0\0\0\0\0"[..], &endless].concat(),
+        [&b"GET / HTTP/1.1\r\nA: "[..], &vec![b'a'; 2 << 20]].concat(),
+        [&b"GET /"[..], &vec![b'a'; 2 << 20], b" HTTP/1.1\r\n\r\n"].concat(),
+        [&b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n"[..], &noise]
+            .concat(),
+        begins_as_tls,
+    ];
+    let agent = olol.agents()[0].address();
+    for place in [agent, olol.address(), secure.address()] {
+        for bytes in &hostile {
+            let mut stream = tokio::net::TcpStream::connect(place).await.unwrap();
+            // It may close before it has read all.
+            let _ = stream.write_all(bytes).await;
+            let _ = stream.shutdown().await;
+            let mut answer = Vec::new();
+            let _ = patiently("it closes", stream.read_to_end(&mut answer)).await;
+        }
     }
     assert!(Connection::open(agent).await.ask(&Request::get("/api/tags")).await.text().contains("OLOL agent"));
     assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    assert_eq!(cluster.server(0).work(), 1);
 }

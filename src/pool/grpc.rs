@@ -410,6 +410,9 @@ impl Line {
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;
         let stream = match &self.trust.tls {
+            None if self.trust.insists => {
+                return Err("it is to be reached over TLS: `ca` of [tls] waits for a restart".into());
+            }
             None => Either::Left(stream),
             Some(tls) => Either::Right(tls.connect(host, stream).await?),
         };

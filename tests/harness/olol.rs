@@ -97,6 +97,11 @@ impl Olol {
         files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
     }
 
+    /// What the proxy calls its servers.
+    pub fn names(&self) -> Vec<String> {
+        self.proxy.cluster().snapshot().servers.iter().map(|server| server.id.to_string()).collect()
+    }
+
     /// Calls that are at a server now, in the books of the proxy.
     pub fn in_flight(&self, server: usize) -> u32 {
         self.proxy.cluster().snapshot().servers[server].load.in_flight()
