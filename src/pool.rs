@@ -6,6 +6,7 @@
 mod grpc;
 mod health;
 mod linger;
+mod told;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -41,7 +42,8 @@ pub const OLLAMA_PORT: u16 = 11434;
 pub struct Config {
     /// Milliseconds after which a server that takes no connection counts as failed.
     pub connect_timeout_ms: SomeMs,
-    /// Milliseconds between two checks of a bare Ollama (jittered by a tenth), and the longest silence of an agent.
+    /// Milliseconds between two checks of a bare Ollama at rest (a tenth of it after a change and while it works for us;
+    /// jittered by a tenth), and the longest silence of an agent.
     pub check_interval_ms: SomeMs,
     /// Milliseconds after which a check without an answer counts as failed.
     pub check_timeout_ms: SomeMs,
@@ -202,7 +204,7 @@ impl Pool {
         let connect = config.connect_timeout_ms.time();
         let backend = |server: &ServerSpec| match &server.way {
             Way::Agent(endpoint) => {
-                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)))
+                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect, hop)))
             }
             Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
         };

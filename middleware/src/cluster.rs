@@ -544,6 +544,16 @@ impl Cluster {
         self.changed(book);
     }
 
+    /// A server said after `since` that it is as the snapshot has it.
+    pub fn still_since(&self, index: usize, since: Instant) {
+        let mut book = self.book();
+        let Some(entry) = book.entries.get_mut(index) else { return };
+        entry.changes.retain(|change| change.at >= since);
+        entry.failures = 0;
+        entry.meters.checked(true);
+        entry.circuits.seen_well();
+    }
+
     /// A server's agent told how its machine is.
     pub fn tell_vitals(&self, index: usize, vitals: Vitals) {
         if let Some(server) = self.snapshot().servers.get(index) {

@@ -3,9 +3,11 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use olol_middleware::cluster::Loaded;
 use serde_json::json;
+use tokio::time::Instant;
 
 use crate::ollama::{Ask, Ollama};
 
@@ -16,36 +18,73 @@ struct Runner {
     context: u32,
 }
 
-/// Knows which weights belong to which model.
+/// A look at all processes takes milliseconds: as long as the models in memory are the same, it is believed so long.
+const BELIEVED: Duration = Duration::from_secs(10);
+/// The same while not all runners were found, of models that are new in memory: theirs may be about to start.
+const TRIED: Duration = Duration::from_secs(1);
+
+/// Knows which weights belong to which model, and how its runner is.
 #[derive(Debug, Default)]
 pub(super) struct Runners {
     /// Digest of a model → name of the file with its weights.
     weights: HashMap<String, String>,
+    running: HashMap<String, Runner>,
+    looked: Option<Look>,
+}
+
+/// A look at the processes.
+#[derive(Debug)]
+struct Look {
+    at: Instant,
+    /// For which models: digests and contexts.
+    models: Vec<(String, u32)>,
+    /// Since when these are in memory.
+    since: Instant,
 }
 
 impl Runners {
-    /// Adds slots and context to models in memory, as far as their runners are found.
-    pub(super) async fn amend(&mut self, ollama: &Ollama, loaded: &mut [Loaded]) {
+    /// Adds slots and context to models in memory, as far as their runners are found. False if a runner that is on this
+    /// machine may still come.
+    pub(super) async fn amend(&mut self, ollama: &Ollama, loaded: &mut [Loaded]) -> bool {
+        let models: Vec<_> = loaded.iter().map(|model| (model.digest.clone(), model.context_length)).collect();
+        self.weights.retain(|digest, _| models.iter().any(|(other, _)| other == digest));
         if loaded.is_empty() {
-            return;
+            self.looked = None;
+            return true;
         }
-        let Ok(running) = tokio::task::spawn_blocking(|| find(Path::new("/proc"))).await else { return };
-        if running.is_empty() {
-            return;
+        let same = self.looked.as_ref().filter(|look| look.models == models);
+        let is_found = loaded.iter().all(|model| self.of(model).is_some());
+        let is_fresh = |look: &Look| {
+            let believed = if is_found || look.since.elapsed() > BELIEVED { BELIEVED } else { TRIED };
+            look.at.elapsed() < believed
+        };
+        if !same.is_some_and(is_fresh) {
+            let at = Instant::now();
+            let since = same.map_or(at, |look| look.since);
+            let Ok(running) = tokio::task::spawn_blocking(|| find(Path::new("/proc"))).await else { return true };
+            self.running = running;
+            self.looked = Some(Look { at, models, since });
         }
-        self.weights.retain(|digest, _| loaded.iter().any(|model| model.digest == *digest));
-        for model in loaded {
+        if self.running.is_empty() {
+            return true;
+        }
+        for model in &mut *loaded {
             if !self.weights.contains_key(&model.digest) {
                 let file = weights(ollama, &model.name).await.unwrap_or_default();
                 self.weights.insert(model.digest.clone(), file);
             }
-            if let Some(runner) = self.weights.get(&model.digest).and_then(|file| running.get(file)) {
+            if let Some(runner) = self.of(model) {
                 model.slots = runner.slots;
                 if model.context_length == 0 && runner.slots != 0 {
                     model.context_length = runner.context / runner.slots;
                 }
             }
         }
+        loaded.iter().all(|model| model.slots > 0)
+    }
+
+    fn of(&self, model: &Loaded) -> Option<Runner> {
+        self.running.get(self.weights.get(&model.digest)?).copied()
     }
 }
 
