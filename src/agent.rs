@@ -5,6 +5,7 @@
 mod calls;
 mod folder;
 mod machine;
+mod processes;
 mod runners;
 mod state;
 

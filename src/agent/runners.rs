@@ -16,6 +16,7 @@ use crate::ollama::{Ask, Ollama};
 struct Runner {
     slots: u32,
     context: u32,
+    pid: u32,
 }
 
 /// A look at all processes takes milliseconds: as long as the models in memory are the same, it is believed so long.
@@ -83,6 +84,11 @@ impl Runners {
         loaded.iter().all(|model| model.slots > 0)
     }
 
+    /// The processes of the runners that were found for these models.
+    pub(super) fn pids(&self, loaded: &[Loaded]) -> Vec<u32> {
+        loaded.iter().filter_map(|model| Some(self.of(model)?.pid)).collect()
+    }
+
     fn of(&self, model: &Loaded) -> Option<Runner> {
         self.running.get(self.weights.get(&model.digest)?).copied()
     }
@@ -104,12 +110,12 @@ fn file_name(path: &str) -> Option<String> {
 /// The runners of this machine, by the file of their weights.
 fn find(proc: &Path) -> HashMap<String, Runner> {
     let Ok(processes) = std::fs::read_dir(proc) else { return HashMap::new() };
-    processes
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()))
-        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-        .filter_map(|line| read(&line))
-        .collect()
+    let runner = |entry: std::fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let (file, runner) = read(&std::fs::read(entry.path().join("cmdline")).ok()?)?;
+        Some((file, Runner { pid, ..runner }))
+    };
+    processes.flatten().filter_map(runner).collect()
 }
 
 /// Reads one command line, its arguments ended by zero bytes.
@@ -130,7 +136,8 @@ fn read(line: &[u8]) -> Option<(String, Runner)> {
     };
     let number = |names: &[&str]| value(names).and_then(|text| text.parse().ok()).unwrap_or(0);
     let file = file_name(value(&["--model", "-m"])?)?;
-    Some((file, Runner { slots: number(&["-np", "--parallel"]).max(1), context: number(&["-c", "--ctx-size"]) }))
+    let (slots, context) = (number(&["-np", "--parallel"]).max(1), number(&["-c", "--ctx-size"]));
+    Some((file, Runner { slots, context, pid: 0 }))
 }
 
 #[cfg(test)]
@@ -145,11 +152,11 @@ mod tests {
     #[test]
     fn a_command_line_tells_slots_and_context() {
         let new = line("/usr/lib/ollama/llama-server --model /models/blobs/sha256-aa --port 9 -c 8192 -np 4");
-        assert_eq!(read(&new), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192 })));
+        assert_eq!(read(&new), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192, pid: 0 })));
         let older = line("/usr/bin/ollama runner --model /m/sha256-bb --ctx-size 2048 --parallel 2");
-        assert_eq!(read(&older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048 })));
+        assert_eq!(read(&older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048, pid: 0 })));
         let own = line("/usr/bin/olol engine --model /tmp/olol-x/olol-tiny.gguf");
-        assert_eq!(read(&own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0 })));
+        assert_eq!(read(&own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0, pid: 0 })));
         assert_eq!(read(&line("/usr/bin/vim --model x")), None);
         assert_eq!(read(b""), None);
     }
@@ -161,6 +168,9 @@ mod tests {
             std::fs::create_dir(proc.path().join(pid)).unwrap();
             std::fs::write(proc.path().join(pid).join("cmdline"), line(words)).unwrap();
         }
-        assert_eq!(find(proc.path()), HashMap::from([("sha256-aa".to_owned(), Runner { slots: 2, context: 0 })]));
+        assert_eq!(
+            find(proc.path()),
+            HashMap::from([("sha256-aa".to_owned(), Runner { slots: 2, context: 0, pid: 12 })])
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! What an agent tells of its Ollama and its machine.
 //!
 //! An Ollama tells nobody when something changes, and not every call comes through us. So as long as somebody watches, it is
-//! asked for what is in its memory many times a second, which costs it next to nothing, and answers that are the same are
-//! not even read. For what is on its disk the folder of the manifests is watched, where that is on this machine. When a call
-//! may have changed something, or nobody watches, it is asked at once, or every second.
+//! asked for what is in its memory many times a second, and answers that are the same are not even read. A question costs it
+//! half a millisecond, most of it for waking up; so where its processes are seen from here, it is let sleep as long as no
+//! process begins or ends. For what is on its disk the folder of the manifests is watched, where that is on this machine.
+//! When a call may have changed something it is asked at once, and in any case every second.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,7 @@ use tokio::time::Instant;
 
 use super::calls::{Figures, Pulls, Running};
 use super::machine::{Machine, Reading};
+use super::processes::{self, Processes};
 use super::{folder, runners};
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
 use crate::rpc::{Callers, Told, now_ms};
@@ -30,7 +32,13 @@ use crate::rpc::{Callers, Told, now_ms};
 const EVERY: Duration = Duration::from_secs(1);
 /// Time between two looks at what is in memory while somebody watches: a change is to be known within 100 ms, and the proxy
 /// may take 50 of them.
-const OFTEN: Duration = Duration::from_millis(45);
+const OFTEN: Duration = Duration::from_millis(75);
+/// Time between two looks whether a process has begun or ended.
+const GLANCE: Duration = Duration::from_millis(40);
+/// So long after that it is asked as often as if nobody could see its processes: its lists may change a little later.
+const STIRRED: Duration = Duration::from_secs(2);
+/// Looks at the disk while its manifests are watched, in seconds.
+const WATCHED: u32 = 5;
 /// Looks at the lists on the disk take no larger share of the time than one in so many, where nobody tells of changes.
 const SELDOM: u32 = 100;
 /// A look that takes longer has failed.
@@ -74,6 +82,8 @@ struct Book {
     reading: Reading,
     /// The folder of the models, if it is on this machine.
     folder: Option<PathBuf>,
+    /// The processes of Ollamas, if this one's would be seen from here.
+    servers: Vec<u32>,
 }
 
 /// How looks of one kind went.
@@ -250,21 +260,27 @@ impl Shared {
             ollama_version: book.version.clone(),
             heartbeat_ms: now_ms(),
             generation: book.generation,
-            checks: vec![check(&book.memory, "memory", OFTEN), check(&book.disk, "disk", EVERY)],
+            checks: vec![check(&book.memory, "memory", EVERY), check(&book.disk, "disk", EVERY)],
             metrics: Some(self.figures.last_minute()),
             pending_pulls: self.pulls.shares(),
             ..ServerState::default()
         }
     }
 
-    /// Waits until it is time for the next look: `pause` while somebody watches, else longer; at once after some calls.
-    async fn pause(&self, pause: Duration, look: &mut watch::Receiver<u64>, watchers: &mut watch::Receiver<usize>) {
+    /// Waits until it is time for the next look: `pause` while somebody watches, else longer. True if it ended before that,
+    /// after some call or for somebody who begins to watch.
+    async fn pause(
+        &self,
+        pause: Duration,
+        look: &mut watch::Receiver<u64>,
+        watchers: &mut watch::Receiver<usize>,
+    ) -> bool {
         let is_watched = *watchers.borrow_and_update() > 0;
-        let pause = if is_watched { pause } else { EVERY };
+        let pause = if is_watched { pause } else { pause.max(EVERY) };
         tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            _ = look.changed() => {}
-            _ = watchers.changed(), if !is_watched => {}
+            () = tokio::time::sleep(pause) => false,
+            _ = look.changed() => true,
+            _ = watchers.changed(), if !is_watched => true,
         }
     }
 }
@@ -273,13 +289,15 @@ impl Shared {
 async fn keep_memory(shared: Arc<Shared>) {
     let (mut look, mut watchers) = (shared.look.subscribe(), shared.callers.watchers());
     let mut runners = runners::Runners::default();
+    let mut processes = Processes::of_this_machine();
+    let mut stirred = Instant::now();
     let mut last = Bytes::new();
     let mut is_whole = true;
     loop {
         look.mark_unchanged();
+        let had_failed = shared.book().memory.failures > 0;
         match tokio::time::timeout(PATIENCE, shared.ollama.told(IN_MEMORY)).await {
             Ok(Ok(answer)) if answer == last && is_whole => {
-                let had_failed = shared.book().memory.failures > 0;
                 if had_failed {
                     shared.write(|book| (book.memory.goes(Ok(())), false));
                 }
@@ -288,6 +306,8 @@ async fn keep_memory(shared: Arc<Shared>) {
                 Ok(mut loaded) => {
                     is_whole = runners.amend(&shared.ollama, &mut loaded).await;
                     last = answer;
+                    let servers = shared.book().servers.clone();
+                    processes.follow([servers, runners.pids(&loaded)].concat());
                     shared.write(|book| {
                         book.memory.goes(Ok(()));
                         let loaded: Vec<_> = loaded.into_iter().map(in_memory).collect();
@@ -307,12 +327,33 @@ async fn keep_memory(shared: Arc<Shared>) {
                 shared.write(|book| (book.memory.goes(Err(&error)), false));
             }
             // A model loads. What was in memory before it still is, as far as one can tell.
-            Err(_) => shared.write(|book| {
-                book.memory.count += 1;
-                ((), false)
-            }),
+            Err(_) => {
+                stirred = Instant::now();
+                shared.write(|book| {
+                    book.memory.count += 1;
+                    ((), false)
+                });
+            }
         }
-        shared.pause(OFTEN, &mut look, &mut watchers).await;
+        // What has failed may be on its way out, or back; and who is back may have other models.
+        let fails = shared.book().memory.failures > 0;
+        if fails {
+            stirred = Instant::now();
+        } else if had_failed {
+            shared.look();
+        }
+        let asked = Instant::now();
+        loop {
+            let is_calm = |stirred: Instant| !shared.book().servers.is_empty() && stirred.elapsed() >= STIRRED;
+            let pause = if is_calm(stirred) { GLANCE } else { OFTEN };
+            let is_woken = shared.pause(pause, &mut look, &mut watchers).await;
+            if processes.stir() || is_woken {
+                stirred = Instant::now();
+            }
+            if !is_calm(stirred) || asked.elapsed() >= EVERY {
+                break;
+            }
+        }
     }
 }
 
@@ -321,7 +362,7 @@ async fn keep_disk(shared: Arc<Shared>) {
     let (mut look, mut watchers) = (shared.look.subscribe(), shared.callers.watchers());
     let mut last = Bytes::new();
     let mut is_whole = true;
-    let mut asked_version: Option<Instant> = None;
+    let mut version_at: Option<Instant> = None;
     let mut manifests = Manifests::new(shared.look.clone());
     let mut cost = EVERY;
     loop {
@@ -342,6 +383,10 @@ async fn keep_disk(shared: Arc<Shared>) {
                         manifests.follow(found.as_ref());
                         shared.book().folder = found.map(|found| found.path);
                     }
+                    if manifests.are_watched() && version_at.is_none() {
+                        let servers = tokio::task::spawn_blocking(processes::ollamas).await;
+                        shared.book().servers = servers.unwrap_or_default();
+                    }
                     shared.write(|book| {
                         let models: Vec<_> = models.iter().map(on_disk).collect();
                         let news = *book.models != models;
@@ -360,12 +405,12 @@ async fn keep_disk(shared: Arc<Shared>) {
         let version = match error {
             Some(error) => Err(error),
             // An Ollama changes its version only when it starts anew, and then it was away.
-            None if asked_version.is_some_and(|at| at.elapsed() < 5 * EVERY) => Ok(None),
+            None if version_at.is_some_and(|at| at.elapsed() < 5 * EVERY) => Ok(None),
             None => within(shared.ollama.version()).await.map(Some),
         };
         match version {
             Ok(version) => {
-                asked_version = version.as_ref().map(|_| Instant::now()).or(asked_version);
+                version_at = version.as_ref().map(|_| Instant::now()).or(version_at);
                 shared.write(|book| {
                     let is_new = version.as_ref().is_some_and(|version| *version != book.version);
                     book.version = version.unwrap_or_else(|| std::mem::take(&mut book.version));
@@ -373,12 +418,18 @@ async fn keep_disk(shared: Arc<Shared>) {
                 });
             }
             Err(error) => {
-                (last, asked_version) = (Bytes::new(), None);
+                (last, version_at) = (Bytes::new(), None);
                 shared.write(|book| (book.disk.goes(Err(&error)), false));
             }
         }
         shared.ollama.sweep();
-        let pause = if manifests.are_watched() { EVERY } else { (cost * SELDOM).clamp(OFTEN, EVERY) };
+        let pause = if shared.book().disk.failures > 0 {
+            GONE_AFTER
+        } else if manifests.are_watched() {
+            WATCHED * EVERY
+        } else {
+            (cost * SELDOM).clamp(OFTEN, EVERY)
+        };
         shared.pause(pause, &mut look, &mut watchers).await;
     }
 }
