@@ -31,7 +31,7 @@ struct Second {
 #[derive(Debug)]
 pub(super) struct Figures {
     born: Instant,
-    seconds: [Second; WINDOW as usize],
+    seconds: [Second; 60],
 }
 
 impl Default for Figures {

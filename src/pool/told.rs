@@ -164,6 +164,7 @@ mod tests {
         let same = || ServerState { online: true, same_models: true, same_loaded: true, ..ServerState::default() };
         let holds = || cluster.snapshot().servers[0].report.models.len();
         told.take(first, &cluster, 0, Instant::now(), 2);
+        tokio::time::sleep(Duration::from_secs(1)).await;
         told.take(same(), &cluster, 0, Instant::now(), 2);
         let before = cluster.snapshot();
         told.take(same(), &cluster, 0, Instant::now(), 2);

@@ -236,14 +236,14 @@ mod tests {
     use super::*;
     use futures_util::StreamExt;
 
-    fn told(models: &[&str]) -> Option<Arc<Told>> {
+    fn told(models: &[&str]) -> Arc<Told> {
         let models = models.iter().map(|name| Model { name: (*name).to_owned(), ..Model::default() });
-        Some(Arc::new(Told { models: Arc::new(models.collect()), ..Told::default() }))
+        Arc::new(Told { models: Arc::new(models.collect()), ..Told::default() })
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_list_that_is_the_same_is_told_once_to_who_keeps_it() {
-        let (tell, receiver) = watch::channel(told(&["tiny"]));
+        let (tell, receiver) = watch::channel(Some(told(&["tiny"])));
         let callers = Arc::default();
         let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
         let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
@@ -254,7 +254,7 @@ mod tests {
             assert_eq!((state.models.len(), state.same_models), wanted, "message {number}");
             assert_eq!(forgets.next().await.unwrap().unwrap().models.len(), 1);
         }
-        tell.send_replace(told(&["tiny", "more"]));
+        tell.send_replace(Some(told(&["tiny", "more"])));
         assert_eq!(keeps.next().await.unwrap().unwrap().models.len(), 2);
         drop((keeps, forgets));
         assert_eq!(*callers.watchers().borrow(), 0);
@@ -262,7 +262,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_watcher_is_told_of_the_calls_of_others_at_once_and_not_of_its_own() {
-        let (_tell, receiver) = watch::channel(told(&[]));
+        let (_tell, receiver) = watch::channel(Some(told(&[])));
         let callers: Arc<Callers> = Arc::default();
         let before = callers.enter(Some(b"me"));
         let request = WatchRequest { interval_ms: 60_000, caller: "me".into(), ..WatchRequest::default() };
