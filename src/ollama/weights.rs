@@ -102,9 +102,14 @@ impl Ollama {
         is_done
     }
 
-    /// The folder in which the server keeps the files of a model, as it names it.
+    /// The folder in which the server keeps the files of its models, as it names it; it is asked about this one, if it was
+    /// asked about none so far.
     pub(crate) async fn folder(&self, model: &str) -> Option<PathBuf> {
-        self.show(model).await??.folder
+        let known = self.0.weights.lock().values().flatten().find_map(|made| made.folder.clone());
+        match known {
+            Some(folder) => Some(folder),
+            None => self.show(model).await??.folder,
+        }
     }
 
     /// What the server shows of a model; nothing if it did not answer.

@@ -116,6 +116,11 @@ impl Olol {
         self.proxy.cluster().snapshot().servers[server].vitals.load_full()
     }
 
+    /// Lets the proxy believe that an agent has told this of a server.
+    pub fn believes(&self, server: usize, vitals: Vitals) {
+        self.proxy.cluster().tell_vitals(server, vitals);
+    }
+
     /// Calls that are at a server and not of this proxy, in its books.
     pub fn others(&self, server: usize) -> u32 {
         self.proxy.cluster().snapshot().servers[server].load.others()
