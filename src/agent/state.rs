@@ -30,11 +30,10 @@ use crate::rpc::{Callers, Told, now_ms};
 
 /// Time between two looks while nobody watches, and between two readings of the machine.
 const EVERY: Duration = Duration::from_secs(1);
-/// Time between two looks at what is in memory while somebody watches: a change is to be known within 100 ms, and the proxy
-/// may take 50 of them.
+/// Time between two looks at what is in memory while somebody watches: a change is to be known within 100 ms.
 const OFTEN: Duration = Duration::from_millis(75);
 /// Time between two looks whether a process has begun or ended.
-const GLANCE: Duration = Duration::from_millis(40);
+const GLANCE: Duration = Duration::from_millis(60);
 /// So long after that it is asked as often as if nobody could see its processes: its lists may change a little later.
 const STIRRED: Duration = Duration::from_secs(2);
 /// Looks at the disk while its manifests are watched, in seconds.

@@ -10,11 +10,11 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use futures_util::Stream;
 use olol_proto::v1::{LoadedModel, Model, ServerState, WatchRequest};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
-/// Time between two looks at what others have this server do.
+/// Time between two looks at what others have this server do, while it does anything.
 const LOAD_EVERY: Duration = Duration::from_millis(50);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
@@ -43,6 +43,8 @@ impl Told {
 pub struct Callers {
     known: ArcSwap<Vec<Arc<Caller>>>,
     in_flight: AtomicU32,
+    /// The first call after a rest has come.
+    begins: Notify,
     watchers: watch::Sender<usize>,
 }
 
@@ -61,24 +63,31 @@ impl Caller {
 
 impl Default for Callers {
     fn default() -> Self {
-        Self { known: ArcSwap::default(), in_flight: AtomicU32::new(0), watchers: watch::Sender::new(0) }
+        Self {
+            known: ArcSwap::default(),
+            in_flight: AtomicU32::new(0),
+            begins: Notify::new(),
+            watchers: watch::Sender::new(0),
+        }
     }
 }
 
 impl Callers {
     /// Counts a call until what this returns is dropped. `name`: who sent it, if it says.
     pub fn enter(self: &Arc<Self>, name: Option<&[u8]>) -> Calling {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
         let caller = name.and_then(|name| self.caller(name));
         if let Some(caller) = &caller {
-            caller.in_flight.fetch_add(1, Ordering::Relaxed);
+            caller.in_flight.fetch_add(1, Ordering::SeqCst);
+        }
+        if self.in_flight.fetch_add(1, Ordering::SeqCst) == 0 {
+            self.begins.notify_waiters();
         }
         Calling { all: self.clone(), caller }
     }
 
     /// Calls that are on their way.
     pub fn in_flight(&self) -> u32 {
-        self.in_flight.load(Ordering::Relaxed)
+        self.in_flight.load(Ordering::SeqCst)
     }
 
     /// How many watch, to be followed.
@@ -187,10 +196,20 @@ pub(super) fn states(
 impl Watcher {
     async fn next(&mut self) -> Option<ServerState> {
         loop {
-            let is_news = match tokio::time::timeout(LOAD_EVERY, self.states.changed()).await {
-                Ok(Err(_gone)) => return None,
-                Ok(Ok(())) => true,
-                Err(_) => false,
+            let all = self.watching.all.clone();
+            let begins = all.begins.notified();
+            tokio::pin!(begins);
+            begins.as_mut().enable();
+            let rests = self.others == 0 && all.in_flight() == 0;
+            let left = self.last.as_ref().map_or(LOAD_EVERY, |(_, at)| self.interval.saturating_sub(at.elapsed()));
+            let pause = if rests { left } else { left.min(LOAD_EVERY) };
+            let is_news = tokio::select! {
+                changed = self.states.changed() => {
+                    changed.ok()?;
+                    true
+                }
+                () = tokio::time::sleep(pause) => false,
+                () = begins => false,
             };
             let others = self.watching.others();
             let is_due = self.last.as_ref().is_none_or(|(_, at)| at.elapsed() >= self.interval);
