@@ -2,6 +2,7 @@
 
 mod check;
 mod client;
+mod drain;
 #[cfg(feature = "engine")]
 mod engine;
 mod explain;
@@ -9,6 +10,7 @@ mod flags;
 mod keys;
 mod proxy;
 mod server;
+mod token;
 mod up;
 
 use std::io::Write;
@@ -46,8 +48,14 @@ enum Command {
     Check(check::Arguments),
     /// Ask a running proxy what it would do with a request, or what it did with one
     Explain(explain::Arguments),
+    /// Have a server of a running proxy finish what it has, and give it nothing new
+    Drain(drain::Arguments),
+    /// Let a server take calls again
+    Undrain(drain::Arguments),
     /// Make, list and remove the keys of clients
     Keys(keys::Arguments),
+    /// Print the token that the machines of a cluster share
+    Token(token::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -68,7 +76,10 @@ pub fn run() -> anyhow::Result<()> {
         Command::Client(arguments) => arguments.run(),
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
+        Command::Drain(arguments) => arguments.run(true),
+        Command::Undrain(arguments) => arguments.run(false),
         Command::Keys(arguments) => arguments.run(),
+        Command::Token(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }

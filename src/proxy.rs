@@ -25,16 +25,22 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
+use crate::discovery::{Listed, Names};
 use crate::keys;
-use crate::pool::Pool;
+use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
+use crate::security::Trust;
 use crate::serve::{self, Answers};
+use crate::sessions::Sessions;
 use crate::status::About;
 
 /// Time between two rounds of keeping histograms small.
 const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The file of a proxy's sessions.
+const SESSIONS: &str = "proxy-sessions.redb";
 
 /// A proxy that listens.
 #[derive(Debug)]
@@ -45,6 +51,7 @@ pub struct Proxy {
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
+    _watching: Watching,
     _tasks: Vec<JoinSet<()>>,
 }
 
@@ -69,7 +76,10 @@ impl Proxy {
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
-        let pool = Pool::new(&config.servers()?, &config.pool, &hop);
+        let listed = config.listed()?;
+        let trust = trust(config, &listed)?;
+        let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
+        let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
@@ -83,10 +93,13 @@ impl Proxy {
             }
             keys => keys?,
         };
-        let watching = pool.watch(&config.pool);
-        let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
+        let watching = pool.watch();
+        names.set(listed.names);
+        let settled = names.settled();
+        let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
-        let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
+        let reloader =
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -94,17 +107,20 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
-        let own = Own::new(shared.clone(), about, metrics, reloader.clone());
-        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, trusted, room, own, hop));
+        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
+        let stack = reloader.stack().clone();
+        let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
         let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
+            let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
             cluster.refresh(FIRST_LOOK).await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
+        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
     }
 
     /// Reads its configuration again.
@@ -132,6 +148,18 @@ impl Proxy {
         self.stop.cancel();
         self.running.await.unwrap_or(false)
     }
+}
+
+/// What is shown to servers. Where none of them is an agent, nothing has to be.
+fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
+    let token = match config.security.token() {
+        Err(error) if !listed.has_agents() => {
+            tracing::debug!(%error, "there is no token, and no agent that asks for it");
+            None
+        }
+        token => Some(token?),
+    };
+    Ok(Trust { token })
 }
 
 /// The recorder of this process: one, however many proxies run in it.
@@ -175,7 +203,7 @@ impl Edge {
             let api = api.clone();
             Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        rpc::service(send, None)
+        rpc::service(send, None, self.api.sessions().clone(), Some(self.api.keys().clone()))
     }
 }
 

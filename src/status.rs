@@ -90,7 +90,11 @@ fn one(server: &Server, snapshot: &Snapshot) -> Value {
         .collect();
     json!({
         "server": server.id.as_str(),
-        "state": server.state.as_str(),
+        "state": server.condition().as_str(),
+        "since_ms": ms(server.since),
+        "source": server.source.as_str(),
+        "draining": server.draining,
+        "failures": server.failures,
         "online": server.state == State::Up,
         "usable": server.is_usable(),
         "circuit": circuit,

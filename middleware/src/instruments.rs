@@ -15,7 +15,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_histogram, histogram};
 
-pub use self::observed::{Process, observe, observe_build, observe_config, observe_process};
+pub use self::observed::{Process, observe, observe_build, observe_config, observe_process, observe_sessions};
 use crate::affinity::{Placed, Source};
 use crate::call::Counters;
 use crate::cluster::Server;
@@ -88,6 +88,10 @@ const SERVER_GPU_MEMORY: &str = "olol_server_gpu_memory_used_bytes";
 const SERVER_GPU_MEMORY_TOTAL: &str = "olol_server_gpu_memory_total_bytes";
 const SERVER_DISK_FREE: &str = "olol_server_disk_free_bytes";
 const SERVER_OTHERS: &str = "olol_server_others_in_flight";
+const SESSIONS: &str = "olol_sessions";
+const SESSIONS_BYTES: &str = "olol_sessions_bytes";
+const SESSION_TURNS: &str = "olol_session_turns_total";
+const SESSION_EVICTIONS: &str = "olol_session_evictions_total";
 
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
@@ -164,6 +168,10 @@ pub const NAMES: &[&str] = &[
     SERVER_GPU_MEMORY_TOTAL,
     SERVER_DISK_FREE,
     SERVER_OTHERS,
+    SESSIONS,
+    SESSIONS_BYTES,
+    SESSION_TURNS,
+    SESSION_EVICTIONS,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -312,7 +320,22 @@ pub fn describe() {
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    describe_sessions();
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
+}
+
+fn describe_sessions() {
+    describe_counter!(
+        SESSION_TURNS,
+        Unit::Count,
+        "Turns of sessions: on the disk (stored), of a session that had ended (ended), without an end (broken), not to be \
+         written (failed)"
+    );
+    describe_counter!(
+        SESSION_EVICTIONS,
+        Unit::Count,
+        "Sessions that had to leave, by why: idle for too long (expired), too many (sessions), too much (bytes)"
+    );
 }
 
 /// Counters that are there from the beginning, at zero: who has seen none does not see the first.
@@ -322,6 +345,8 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (BROKEN, "phase", &["begun", "streaming"]),
     (RESUMES, "result", &["ok", "refused", "failed", "nobody"]),
     (TIMEOUTS, "phase", &["first-byte", "idle", "total"]),
+    (SESSION_TURNS, "result", &["stored", "ended", "broken", "failed"]),
+    (SESSION_EVICTIONS, "why", &["expired", "sessions", "bytes"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
 
@@ -333,6 +358,16 @@ pub fn begin() {
     for name in [FAILOVERS, NO_BUDGET] {
         counter!(name).increment(0);
     }
+}
+
+/// A turn of a session is over: `stored`, `ended`, `broken` or `failed`.
+pub fn session_turn(result: &'static str) {
+    counter!(SESSION_TURNS, "result" => result).increment(1);
+}
+
+/// A session had to leave: `expired`, `sessions` or `bytes`.
+pub fn session_evicted(why: &'static str) {
+    counter!(SESSION_EVICTIONS, "why" => why).increment(1);
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.

@@ -9,13 +9,14 @@ use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
-use olol_middleware::{Route, Shared, instruments};
+use olol_middleware::{Route, ServerId, Shared, instruments};
 use serde_json::json;
 use tower::ServiceExt;
 
 use super::body::HttpBody;
 use super::response;
 use crate::reload::{Reloaded, Reloader, Trigger};
+use crate::sessions::Sessions;
 use crate::status::{self, About};
 
 /// The router of our own routes.
@@ -31,19 +32,27 @@ struct Known {
     about: About,
     metrics: PrometheusHandle,
     reloader: Arc<Reloader>,
+    sessions: Sessions,
 }
 
 impl Own {
     /// Routes over the state of this proxy.
-    pub fn new(shared: Shared, about: About, metrics: PrometheusHandle, reloader: Arc<Reloader>) -> Self {
+    pub fn new(
+        shared: Shared,
+        about: About,
+        metrics: PrometheusHandle,
+        reloader: Arc<Reloader>,
+        sessions: Sessions,
+    ) -> Self {
         let router = Router::new()
             .route("/metrics", get(scrape))
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
             .route("/api/status/servers", get(servers))
+            .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
-            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
+            .with_state(Known { shared: shared.clone(), about, metrics, reloader, sessions });
         Self { router, shared }
     }
 
@@ -87,9 +96,12 @@ fn page(known: &Known) -> String {
     let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
     // First what is observed: that may begin to count something.
     let observed = instruments::observe(&known.shared);
+    let (sessions, bytes) = known.sessions.counts();
+    let sessions = instruments::observe_sessions(sessions, bytes);
     let parts = [
         known.metrics.render(),
         observed,
+        sessions,
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
@@ -122,6 +134,28 @@ async fn ready(State(known): State<Known>) -> impl IntoResponse {
 
 async fn servers(State(known): State<Known>) -> impl IntoResponse {
     axum::Json(status::servers(&known.shared.cluster.snapshot(), &known.about))
+}
+
+/// Has a server finish what it has and gives it nothing new, or lets it take calls again.
+async fn drain(State(known): State<Known>, Path((server, what)): Path<(String, String)>) -> Response<axum::body::Body> {
+    let draining = match what.as_str() {
+        "drain" => true,
+        "undrain" => false,
+        other => {
+            let error = format!("a server can be told 'drain' or 'undrain', not '{other}'");
+            return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+        }
+    };
+    let cluster = &known.shared.cluster;
+    let id = ServerId::new(&server);
+    if !cluster.drain(&id, draining) {
+        let snapshot = cluster.snapshot();
+        let names: Vec<&str> = snapshot.servers.iter().map(|server| server.id.as_str()).take(20).collect();
+        let error = format!("there is no server '{server}'; the servers are {}", names.join(", "));
+        return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+    }
+    let in_flight = cluster.snapshot().server(&id).map_or(0, |server| server.load.in_flight());
+    axum::Json(json!({"server": server, "draining": draining, "in_flight": in_flight})).into_response()
 }
 
 /// What was decided about a request that is over.

@@ -1,14 +1,17 @@
 //! `olol server`: the agent beside an Ollama.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::Stop;
+use super::flags::TokenFlag;
 use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
+use crate::sessions;
 
 /// Run the agent beside an Ollama.
 #[derive(Debug, Args)]
@@ -25,12 +28,17 @@ pub(super) struct Arguments {
     /// Name of this server [default: the machine's]
     #[arg(long, default_value = "", hide_default_value = true)]
     name: String,
+    #[command(flatten)]
+    token: TokenFlag,
     /// Worker threads; 0: one for two processors
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Seconds that running answers may take after a stop was asked for
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
+    /// Folder for sessions of programs that talk with it over gRPC; one agent's each [default: ~/.local/state/olol]
+    #[arg(long, value_name = "DIR")]
+    sessions_dir: Option<PathBuf>,
     /// Accepted for compatibility: the server is always asynchronous
     #[arg(long = "async", hide = true)]
     _async: bool,
@@ -43,7 +51,9 @@ impl Arguments {
             ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
             name: self.name,
             engine: "ollama",
+            token: self.token.token()?,
             grace: Duration::from_secs(self.grace),
+            sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
             let (listen, ollama) = (options.listen, options.ollama.clone());

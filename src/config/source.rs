@@ -8,6 +8,7 @@ use toml::Value;
 use super::document::Document;
 use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
+use crate::security::Token;
 
 /// The server that is asked when none is named: an agent on this machine.
 pub(super) const USUAL_SERVER: &str = "localhost:50051";
@@ -45,6 +46,12 @@ pub enum Set {
     Threads(Threads),
     /// `auth.file`
     Keys(PathBuf),
+    /// `sessions.dir`
+    Sessions(PathBuf),
+    /// `security.token-file`
+    TokenFile(PathBuf),
+    /// The token of the cluster itself.
+    Token(Token),
 }
 
 /// Where a value comes from.
@@ -129,6 +136,8 @@ impl Set {
             Self::Origins(_) => &["proxy.origins"],
             Self::Threads(_) => &["threads", "proxy.threads"],
             Self::Keys(_) => &["auth.file"],
+            Self::Sessions(_) => &["sessions.dir"],
+            Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
         }
     }
 
@@ -139,6 +148,11 @@ impl Set {
             Self::Servers(servers) => config.proxy.servers.clone_from(servers),
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
             Self::Keys(file) => config.auth.file.clone_from(file),
+            Self::Sessions(folder) => config.sessions.dir.clone_from(folder),
+            Self::TokenFile(file) => {
+                (config.security.token_file, config.security.token) = (file.clone(), None);
+            }
+            Self::Token(token) => config.security.token = Some(token.clone()),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }

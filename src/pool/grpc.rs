@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::ollama::{Ask, Endpoint};
+use crate::security::{Token, Trust, token};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
@@ -61,9 +62,9 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn new(id: ServerId, endpoint: Endpoint, timeout: Duration, hop: &HeaderValue) -> Self {
-        let caller = hop.to_str().unwrap_or_default().to_owned();
-        Self { id, calls: Line::new(endpoint.clone(), timeout), bulk: Line::new(endpoint, timeout), caller }
+    pub(super) fn new(id: ServerId, endpoint: &Endpoint, timeout: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
+        let line = || Line::new(endpoint.clone(), timeout, trust.clone());
+        Self { id, calls: line(), bulk: line(), caller: hop.to_str().unwrap_or_default().to_owned() }
     }
 
     pub(super) fn id(&self) -> &ServerId {
@@ -123,7 +124,10 @@ impl Agent {
             let (channel, _) = self.calls.get(false, None).await?;
             let request = WatchRequest { interval_ms: 1000, deltas: true, caller: self.caller.clone() };
             let states = client(channel).watch(request).await;
-            states.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned().into())
+            states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
+                Code::Unauthenticated => Refused(status.message().to_owned()).into(),
+                _ => status.message().to_owned().into(),
+            })
         };
         tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
     }
@@ -147,6 +151,10 @@ impl Agent {
         let told = status.metadata().get(PHASE).and_then(|phase| Phase::from_word(phase.to_str().ok()?));
         match status.code() {
             Code::InvalidArgument if told.is_none() => return Error::Body(status.message().to_owned().into()),
+            // Nothing was done: another server may take it.
+            Code::Unauthenticated if told.is_none() => {
+                return self.failed(Phase::Connecting, false, Refused(status.message().to_owned()).into());
+            }
             Code::FailedPrecondition if told.is_none() => return Error::Loop,
             _ => {}
         }
@@ -159,6 +167,11 @@ impl Agent {
         }
     }
 }
+
+/// The agent does not know us as one of its cluster.
+#[derive(Debug, thiserror::Error)]
+#[error("refuses our token: {0}")]
+pub(super) struct Refused(String);
 
 fn client(channel: Channel) -> ServerClient<Channel> {
     ServerClient::with_origin(channel, Uri::from_static("http://olol")).max_decoding_message_size(LARGEST_MESSAGE)
@@ -306,6 +319,7 @@ fn chunk(message: RelayResponse) -> Chunk {
 struct Line {
     endpoint: Endpoint,
     timeout: Duration,
+    trust: Trust,
     current: ArcSwapOption<Sender>,
     connecting: Mutex<()>,
 }
@@ -313,8 +327,8 @@ struct Line {
 type Sender = http2::SendRequest<tonic::body::Body>;
 
 impl Line {
-    fn new(endpoint: Endpoint, timeout: Duration) -> Self {
-        Self { endpoint, timeout, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
+    fn new(endpoint: Endpoint, timeout: Duration, trust: Trust) -> Self {
+        Self { endpoint, timeout, trust, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
     }
 
     /// The connection, and whether it was there before. A new one comes within the usual time or another limit.
@@ -335,13 +349,17 @@ impl Line {
         }
         let sender = self.connect().await?;
         self.current.store(Some(Arc::new(sender.clone())));
-        Ok((Channel(sender), false))
+        Ok((self.channel(sender), false))
     }
 
     fn ready(&self, fresh: bool) -> Option<Channel> {
         let current = self.current.load();
         let sender = current.as_ref().filter(|sender| !fresh && !sender.is_closed())?;
-        Some(Channel(Sender::clone(sender)))
+        Some(self.channel(Sender::clone(sender)))
+    }
+
+    fn channel(&self, sender: Sender) -> Channel {
+        Channel { sender, token: self.trust.token.as_ref().map(Token::header) }
     }
 
     async fn connect(&self) -> Result<Sender, BoxError> {
@@ -378,7 +396,11 @@ impl std::fmt::Debug for Line {
 
 /// A connection as tonic's client takes it: without the queue and the task that its own channel would add.
 #[derive(Clone)]
-struct Channel(Sender);
+struct Channel {
+    sender: Sender,
+    /// What every call shows.
+    token: Option<HeaderValue>,
+}
 
 impl tower::Service<http::Request<tonic::body::Body>> for Channel {
     type Response = http::Response<hyper::body::Incoming>;
@@ -386,10 +408,13 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
     type Future = BoxFuture<'static, Result<Self::Response, hyper::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
-        self.0.poll_ready(cx)
+        self.sender.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
+    fn call(&mut self, mut request: http::Request<tonic::body::Body>) -> Self::Future {
+        if let Some(token) = &self.token {
+            request.headers_mut().insert(token::HEADER, token.clone());
+        }
+        Box::pin(self.sender.send_request(request))
     }
 }

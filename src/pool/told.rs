@@ -136,7 +136,7 @@ mod tests {
     use std::num::NonZeroU32;
 
     use super::*;
-    use olol_middleware::cluster::Member;
+    use olol_middleware::cluster::{Member, Source};
     use olol_middleware::{ModelName, ServerId};
 
     #[test]
@@ -157,7 +157,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_same_again_mends_what_calls_have_changed_wrongly() {
         let server = ServerId::new("0");
-        let cluster = Cluster::new(vec![Member { id: server.clone(), weight: NonZeroU32::MIN }]);
+        let cluster =
+            Cluster::new(vec![Member { id: server.clone(), weight: NonZeroU32::MIN, source: Source::Static }]);
         let mut told = Told::default();
         let models = vec![v1::Model { name: "tiny".into(), ..v1::Model::default() }];
         let first = ServerState { online: true, models, ..ServerState::default() };

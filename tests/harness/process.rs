@@ -10,6 +10,7 @@ use tokio::process::{Child, ChildStderr, Command};
 use tokio::task::JoinHandle;
 
 use super::client::{Connection, Request};
+use super::cluster::token;
 use super::patiently;
 
 /// A running `olol` that listens. It is killed when it is dropped.
@@ -56,6 +57,12 @@ impl Process {
         patiently("the program ends", olol(arguments).output()).await.unwrap()
     }
 
+    /// The same with these variables in its environment.
+    pub async fn run_with(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
+        let mut command = olol(arguments);
+        patiently("the program ends", command.envs(environment.iter().copied()).output()).await.unwrap()
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -80,6 +87,12 @@ impl Process {
     /// Asks it to stop.
     pub fn terminate(&self) {
         self.signal(Signal::TERM);
+    }
+
+    /// Ends it at once, whatever it is at.
+    pub async fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        self.ends().await;
     }
 
     /// Asks it to read its configuration again.
@@ -135,7 +148,7 @@ fn olol(arguments: &[&str]) -> Command {
         command.env_remove(name);
     }
     // What the user of this machine has configured counts for nothing.
-    command.env("XDG_CONFIG_HOME", "/nowhere");
+    command.env("XDG_CONFIG_HOME", "/nowhere").env("XDG_STATE_HOME", "/nowhere").env("OLOL_TOKEN", token().reveal());
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }
