@@ -2,6 +2,10 @@
 //!
 //! It relays calls byte for byte, ends them when their caller goes, and tells the proxies that watch it how its Ollama is.
 
+mod calls;
+mod folder;
+mod machine;
+mod processes;
 mod runners;
 mod state;
 
@@ -83,7 +87,7 @@ impl Agent {
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
         let description = describe(&name, address, options.engine);
-        let about = SelfDescription { description, state: watch.state(), stop: stop.clone() };
+        let about = SelfDescription { description, state: watch.state(), callers: watch.callers(), stop: stop.clone() };
         let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })

@@ -6,6 +6,7 @@
 mod grpc;
 mod health;
 mod linger;
+mod told;
 
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,7 +45,8 @@ pub const OLLAMA_PORT: u16 = 11434;
 pub struct Config {
     /// Milliseconds after which a server that takes no connection counts as failed.
     pub connect_timeout_ms: SomeMs,
-    /// Milliseconds between two checks of a bare Ollama (jittered by a tenth), and the longest silence of an agent.
+    /// Milliseconds between two checks of a bare Ollama at rest (a tenth of it after a change and while it works for us;
+    /// jittered by a tenth), and the longest silence of an agent.
     pub check_interval_ms: SomeMs,
     /// Milliseconds after which a check without an answer counts as failed.
     pub check_timeout_ms: SomeMs,
@@ -163,11 +165,11 @@ enum Backend {
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust) -> Self {
+    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
-                Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, &trust.over(spec.wire))))
+                Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, &trust.over(spec.wire), hop)))
             }
             Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
         }
@@ -341,7 +343,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust))));
+            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust, &self.0.hop))));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }

@@ -5,6 +5,7 @@
 
 mod sessions;
 mod typed;
+mod watching;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -33,6 +34,8 @@ use crate::ollama::Ask;
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
 
+pub use watching::{Callers, Calling, Told, now_ms};
+
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
 const LARGEST_HELD: u64 = 64 << 10;
 
@@ -48,7 +51,9 @@ pub struct SelfDescription {
     /// What does not change.
     pub description: DescribeResponse,
     /// What does; `None` until the engine was asked for the first time.
-    pub state: watch::Receiver<Option<ServerState>>,
+    pub state: watch::Receiver<Option<Arc<Told>>>,
+    /// Who has calls here, and who watches.
+    pub callers: Arc<Callers>,
     /// When nobody should go on watching: the agent stops.
     pub stop: CancellationToken,
 }
@@ -118,30 +123,19 @@ impl Server for Face {
     }
 
     async fn describe(&self, _request: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        Ok(Response::new(self.about()?.description.clone()))
+        let about = self.about()?;
+        let mut description = about.description.clone();
+        if let Some(told) = about.state.borrow().as_deref() {
+            let ServerState { ollama_version, memory_total_bytes, gpus, .. } = told.state.clone();
+            description = DescribeResponse { ollama_version, memory_total_bytes, gpus, ..description };
+        }
+        Ok(Response::new(description))
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let interval = match request.into_inner().interval_ms {
-            0 => Duration::from_secs(1),
-            given => Duration::from_millis(u64::from(given).clamp(50, 60_000)),
-        };
         let about = self.about()?;
         let stop = about.stop.clone();
-        let mut state = about.state.clone();
-        state.mark_changed();
-        let states = futures_util::stream::unfold(state, move |mut state| async move {
-            loop {
-                // Who watches has it at once when something changed, and knows at intervals that we live.
-                if let Ok(Err(_gone)) = tokio::time::timeout(interval, state.changed()).await {
-                    return None;
-                }
-                let now = state.borrow_and_update().clone();
-                if let Some(now) = now {
-                    return Some((Ok(now), state));
-                }
-            }
-        });
+        let states = watching::states(about.state.clone(), &about.callers, request.get_ref());
         // A watch never ends by itself, and a graceful stop waits for everything that runs.
         Ok(Response::new(Box::pin(states.take_until(stop.cancelled_owned()))))
     }

@@ -117,7 +117,7 @@ impl Folders {
 }
 
 /// Whether an event may be one of a change. Reading is none: we do that ourselves.
-fn changes(kind: EventKind) -> bool {
+pub(crate) fn changes(kind: EventKind) -> bool {
     !matches!(kind, EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write))
 }
 

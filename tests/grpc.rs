@@ -180,7 +180,8 @@ async fn an_agent_describes_itself() {
 async fn an_agent_tells_its_state_and_every_change_of_it() {
     let places = Places::start().await;
     let [mut agent, _] = places.clients().await;
-    let mut states = agent.watch(WatchRequest { interval_ms: 60_000 }).await.unwrap().into_inner();
+    let mut states =
+        agent.watch(WatchRequest { interval_ms: 60_000, ..Default::default() }).await.unwrap().into_inner();
     let first = patiently("a state", states.message()).await.unwrap().unwrap();
     assert!(first.online && first.ollama_version == "0.33.0" && first.models[0].name == "tiny:latest");
     places.cluster.server(0).has("more");

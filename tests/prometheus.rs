@@ -16,6 +16,7 @@ use harness::olol::{chat, chat_at_once, keep_alive, v1_chat};
 use harness::{Cluster, Connection, Gate, Olol, Request, patiently, until};
 use olol::keys::{self, Order};
 use olol_middleware::rate_limit::Limits;
+use olol_middleware::vitals::{Gpu, Space, Vitals};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -132,6 +133,11 @@ impl World {
         let file = config.path().join("olol.toml");
         std::fs::write(&file, CONFIG).unwrap();
         let olol = Olol::from_file(&cluster, &file).await;
+        // No agent is there, and no graphics processor.
+        let (memory, share) = (Space { used: 1, total: 2 }, Some(0.5));
+        let gpus = vec![Gpu { memory, utilization: share, ..Gpu::default() }];
+        let vitals = Vitals { cpu_usage: share, memory: Some(memory), gpus, disk_free: Some(1), ..Vitals::default() };
+        olol.believes(0, vitals);
         let add = |name: &str, order: &Order| keys::add(&olol.keys(), &name.parse().unwrap(), order).unwrap();
         let once = Limits { requests_per_minute: std::num::NonZeroU32::new(1), ..Limits::default() };
         let admin = add("admin", &Order { admin: true, ..Order::default() });

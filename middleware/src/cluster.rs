@@ -22,6 +22,7 @@ use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
 use crate::place::LoadOptions;
+use crate::quant_fallback::Level;
 use crate::runner::Runners;
 use crate::slots::Load;
 use crate::vitals::{self, Vitals};
@@ -147,6 +148,8 @@ pub struct Model {
     pub parameter_size: String,
     /// Quantization level: "`Q4_K_M`".
     pub quantization: String,
+    /// `general.architecture` of its weights. Empty: nobody has asked; the family is the same word then.
+    pub architecture: String,
     /// Context it was trained for, tokens; 0: unknown.
     pub context_length: u32,
     /// What it can do.
@@ -163,6 +166,16 @@ impl Model {
     /// What it is said to be: family, number of parameters, quantization.
     pub fn kind(&self) -> [&str; 3] {
         [&self.family, &self.parameter_size, &self.quantization]
+    }
+
+    /// `general.architecture` of its weights, as far as it is known; Ollama calls its models' family so, too.
+    pub fn architecture(&self) -> &str {
+        if self.architecture.is_empty() { &self.family } else { &self.architecture }
+    }
+
+    /// The bits that a weight of its quantization takes, if the level is a known one.
+    pub fn bits_per_weight(&self) -> Option<f32> {
+        Level::parse(&self.quantization)?.bits_per_weight()
     }
 
     /// What tells whether it shares a runner with another model of its server: Ollama keeps runners by the file of the
@@ -718,6 +731,18 @@ impl Cluster {
         entry.is_now(State::Up, String::new());
         entry.report = Arc::new(report);
         self.changed(book);
+    }
+
+    /// A server said after `since` that it is as the snapshot has it.
+    pub fn still_since(&self, index: usize, since: Instant) {
+        let mut book = self.book();
+        let Some(entry) = book.member(index) else { return };
+        entry.changes.retain(|change| change.at >= since);
+        entry.meters.checked(true);
+        entry.circuits.seen_well();
+        if std::mem::take(&mut entry.failures) > 0 {
+            self.changed(book);
+        }
     }
 
     /// A server's agent told how its machine is.

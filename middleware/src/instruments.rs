@@ -80,6 +80,14 @@ const RESUMES: &str = "olol_resumes_total";
 const CIRCUIT_STATE: &str = "olol_server_circuit_state";
 const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
 
+const SERVER_CPU: &str = "olol_server_cpu_ratio";
+const SERVER_MEMORY: &str = "olol_server_memory_used_bytes";
+const SERVER_MEMORY_TOTAL: &str = "olol_server_memory_total_bytes";
+const SERVER_GPU: &str = "olol_server_gpu_ratio";
+const SERVER_GPU_MEMORY: &str = "olol_server_gpu_memory_used_bytes";
+const SERVER_GPU_MEMORY_TOTAL: &str = "olol_server_gpu_memory_total_bytes";
+const SERVER_DISK_FREE: &str = "olol_server_disk_free_bytes";
+const SERVER_OTHERS: &str = "olol_server_others_in_flight";
 const SESSIONS: &str = "olol_sessions";
 const SESSIONS_BYTES: &str = "olol_sessions_bytes";
 const SESSION_TURNS: &str = "olol_session_turns_total";
@@ -152,6 +160,14 @@ pub const NAMES: &[&str] = &[
     RESUMES,
     CIRCUIT_STATE,
     CIRCUIT_OPENED,
+    SERVER_CPU,
+    SERVER_MEMORY,
+    SERVER_MEMORY_TOTAL,
+    SERVER_GPU,
+    SERVER_GPU_MEMORY,
+    SERVER_GPU_MEMORY_TOTAL,
+    SERVER_DISK_FREE,
+    SERVER_OTHERS,
     SESSIONS,
     SESSIONS_BYTES,
     SESSION_TURNS,

@@ -282,13 +282,13 @@ impl Choice<'_> {
         self.load() < other.load()
     }
 
-    /// Calls per unit of weight, this one included.
+    /// Calls per unit of weight, this one included, from whomever they are.
     fn load(&self) -> f64 {
-        f64::from(self.server.load.in_flight() + 1) / f64::from(self.weight.get())
+        f64::from(self.server.load.total().saturating_add(1)) / f64::from(self.weight.get())
     }
 
     fn has_fewer_calls(&self, other: &Self) -> bool {
-        self.server.load.in_flight() < other.server.load.in_flight()
+        self.server.load.total() < other.server.load.total()
     }
 
     /// What `explain` shows of it.
@@ -303,6 +303,9 @@ impl Choice<'_> {
             ("rest-ms", Fact::ms(rest)),
             ("in-flight", self.server.load.in_flight().into()),
         ];
+        if self.server.load.others() > 0 {
+            row.push(("others", self.server.load.others().into()));
+        }
         if let Some(runner) = self.runner {
             row.extend([("slots", runner.slots().into()), ("slots-from", runner.source().into())]);
         }
@@ -378,7 +381,10 @@ impl Picking {
             let weight = found.as_ref().map_or(server.weight, |found| found.weight(server));
             let is_loaded = known.is_none_or(|known| known.loaded.contains(server.index));
             let cost = match known {
-                Some(known) => predict(call, known, runner, is_loaded, uncached(call, server, tokens)),
+                Some(known) => {
+                    let others = if is_loaded { others(server) } else { 0 };
+                    predict(call, known, runner, is_loaded, others, uncached(call, server, tokens))
+                }
                 None => Cost::default(),
             };
             Choice { server, runner, weight, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
@@ -507,40 +513,60 @@ fn uncached(call: &Call, server: &Server, tokens: f32) -> f32 {
     }
 }
 
-/// What an answer from a runner would cost; `None`: one that was never needed.
-fn predict(call: &Call, known: &Known, runner: Option<&Arc<Runner>>, is_loaded: bool, tokens: f32) -> Cost {
+/// So many of the calls of others as a model in a server's memory has, as far as one can tell: its share of them.
+fn others(server: &Server) -> u32 {
+    let models = u32::try_from(server.report.loaded.len()).unwrap_or(u32::MAX).max(1);
+    server.load.others().div_ceil(models)
+}
+
+/// What an answer from a runner would cost, which has so many calls of others; `None`: one that was never needed.
+fn predict(
+    call: &Call,
+    known: &Known,
+    runner: Option<&Arc<Runner>>,
+    is_loaded: bool,
+    others: u32,
+    tokens: f32,
+) -> Cost {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let load = || LOAD_BASE + known.size as f32 / LOAD_SPEED;
     let named = call.place.options.as_deref();
     let Some(runner) = runner else {
         let reloads = named.is_some_and(|named| named.reloads(&LoadOptions::default(), 0));
         let loading = if is_loaded && !reloads { 0.0 } else { load() };
-        return Cost { loading, prefill: tokens * PREFILL, ..Cost::default() };
+        return Cost { waiting: queued(others, runner::GUESS, SERVICE), loading, prefill: tokens * PREFILL, rest: 0.0 };
     };
     let speeds = &runner.speeds;
     // Who waits for a load that goes on already waits as long, as far as one can tell.
     let loads = runner.is_loading() || runner.cause(named, is_loaded).is_some();
     Cost {
-        waiting: waiting(call, runner),
+        waiting: waiting(call, runner, others),
         loading: if loads { speeds.load.get().unwrap_or_else(load) } else { 0.0 },
         prefill: tokens * speeds.prefill.get().unwrap_or(PREFILL),
         rest: speeds.rest.get().unwrap_or(0.0),
     }
 }
 
-/// Until a slot is free: those who are served, and those who wait before this call, share the slots.
+/// Until a slot is free: those who are served, others' calls among them, and those who wait before this call, share the
+/// slots.
 #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-fn waiting(call: &Call, runner: &Runner) -> f32 {
-    if runner.has_room() {
+fn waiting(call: &Call, runner: &Runner, others: u32) -> f32 {
+    let (slots, in_flight) = (runner.slots().max(1), runner.in_flight().saturating_add(others));
+    if runner.has_room() && in_flight < slots {
         return 0.0;
     }
-    let (slots, in_flight) = (runner.slots().max(1), runner.in_flight());
     let before = match &call.ticket {
         Some(ticket) => runner.line.before(runner.server, ticket),
         None => 0,
     };
     let over = f32::from(u16::try_from(in_flight.saturating_sub(slots)).unwrap_or(u16::MAX)) + before as f32 + 1.0;
     over / slots as f32 * runner.speeds.service.get().unwrap_or(SERVICE)
+}
+
+/// Until a slot is free of those that so many calls share.
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn queued(calls: u32, slots: u32, service: f32) -> f32 {
+    if calls < slots { 0.0 } else { (calls - slots + 1) as f32 / slots as f32 * service }
 }
 
 fn cheapest(choices: &Choices<'_>) -> Cost {
@@ -915,6 +941,35 @@ mod tests {
             }
         }
         assert!(loads.values().all(|loads| *loads <= 1), "{loads:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_of_others_is_waited_for_and_shown() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
+        for server in ["0", "1"] {
+            cluster.note_loaded(&crate::ServerId::new(server), &ModelName::parse("tiny").unwrap(), true);
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        // Fewer calls than slots: no wait, but still more work than nobody's.
+        for (others, waits) in [(1, false), (runner::GUESS, true), (40, true)] {
+            cluster.snapshot().servers[0].load.tell_others(others);
+            for _ in 0..8 {
+                let picked = {
+                    let mut call = testing::call_in(&cluster, "tiny");
+                    Arc::get_mut(&mut call.head).unwrap().dry = true;
+                    Picking::default().pick(&mut call).unwrap()
+                };
+                assert_eq!(picked.server.id.as_str(), "1", "{others}");
+                let Some((_, Fact::List(rows))) = &picked.rows else { panic!("no rows") };
+                let Fact::Row(row) = &rows[0] else { panic!("no row") };
+                assert!(row.contains(&("others", others.into())), "{row:?}");
+                let waiting = row.iter().find(|(name, _)| *name == "waiting-ms").unwrap();
+                assert_eq!(waiting.1 != Fact::Ms(0.0), waits, "{row:?}");
+            }
+        }
+        cluster.snapshot().servers[0].load.tell_others(0);
+        cluster.snapshot().servers[1].load.tell_others(9);
+        assert_eq!(pick(&cluster, "tiny").server.id.as_str(), "0");
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,7 +20,7 @@ use crate::slots::{Line, Load};
 
 /// Calls that are sent to a runner of which nothing is known. It doubles whenever all of them are being answered, so that a
 /// large runner is filled within a few round trips.
-const GUESS: u32 = 4;
+pub(crate) const GUESS: u32 = 4;
 /// More slots than any runner has.
 const MOST: u32 = 1024;
 /// Answers that learning looks at.

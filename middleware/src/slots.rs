@@ -17,16 +17,32 @@ use tokio::time::Instant;
 
 use crate::runner::Runner;
 
-/// What one server is doing for us. Lives beside the snapshots of the cluster, not in them.
+/// What one server is doing, for us and for others. Lives beside the snapshots of the cluster, not in them.
 #[derive(Debug, Default)]
 pub struct Load {
     in_flight: AtomicU32,
+    others: AtomicU32,
 }
 
 impl Load {
     /// Calls that this server is answering for us.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Calls that it is answering for others, or has waiting, as far as its agent tells.
+    pub fn others(&self) -> u32 {
+        self.others.load(Ordering::Relaxed)
+    }
+
+    /// The server's agent told how many calls of others there are.
+    pub fn tell_others(&self, calls: u32) {
+        self.others.store(calls, Ordering::Relaxed);
+    }
+
+    /// All calls that it is answering, as far as one can tell.
+    pub fn total(&self) -> u32 {
+        self.in_flight().saturating_add(self.others())
     }
 
     /// Takes a place that has no slot: for calls that are not about a model.

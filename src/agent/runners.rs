@@ -3,9 +3,11 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use olol_middleware::cluster::Loaded;
 use serde_json::json;
+use tokio::time::Instant;
 
 use crate::ollama::{Ask, Ollama};
 
@@ -14,38 +16,81 @@ use crate::ollama::{Ask, Ollama};
 struct Runner {
     slots: u32,
     context: u32,
+    pid: u32,
 }
 
-/// Knows which weights belong to which model.
+/// A look at all processes takes milliseconds: as long as the models in memory are the same, it is believed so long.
+const BELIEVED: Duration = Duration::from_secs(10);
+/// The same while not all runners were found, of models that are new in memory: theirs may be about to start.
+const TRIED: Duration = Duration::from_secs(1);
+
+/// Knows which weights belong to which model, and how its runner is.
 #[derive(Debug, Default)]
 pub(super) struct Runners {
     /// Digest of a model → name of the file with its weights.
     weights: HashMap<String, String>,
+    running: HashMap<String, Runner>,
+    looked: Option<Look>,
+}
+
+/// A look at the processes.
+#[derive(Debug)]
+struct Look {
+    at: Instant,
+    /// For which models: digests and contexts.
+    models: Vec<(String, u32)>,
+    /// Since when these are in memory.
+    since: Instant,
 }
 
 impl Runners {
-    /// Adds slots and context to models in memory, as far as their runners are found.
-    pub(super) async fn amend(&mut self, ollama: &Ollama, loaded: &mut [Loaded]) {
+    /// Adds slots and context to models in memory, as far as their runners are found. False if a runner that is on this
+    /// machine may still come.
+    pub(super) async fn amend(&mut self, ollama: &Ollama, loaded: &mut [Loaded]) -> bool {
+        let models: Vec<_> = loaded.iter().map(|model| (model.digest.clone(), model.context_length)).collect();
+        self.weights.retain(|digest, _| models.iter().any(|(other, _)| other == digest));
         if loaded.is_empty() {
-            return;
+            self.looked = None;
+            return true;
         }
-        let Ok(running) = tokio::task::spawn_blocking(|| find(Path::new("/proc"))).await else { return };
-        if running.is_empty() {
-            return;
+        let same = self.looked.as_ref().filter(|look| look.models == models);
+        let is_found = loaded.iter().all(|model| self.of(model).is_some());
+        let is_fresh = |look: &Look| {
+            let believed = if is_found || look.since.elapsed() > BELIEVED { BELIEVED } else { TRIED };
+            look.at.elapsed() < believed
+        };
+        if !same.is_some_and(is_fresh) {
+            let at = Instant::now();
+            let since = same.map_or(at, |look| look.since);
+            let Ok(running) = tokio::task::spawn_blocking(|| find(Path::new("/proc"))).await else { return true };
+            self.running = running;
+            self.looked = Some(Look { at, models, since });
         }
-        self.weights.retain(|digest, _| loaded.iter().any(|model| model.digest == *digest));
-        for model in loaded {
+        if self.running.is_empty() {
+            return true;
+        }
+        for model in &mut *loaded {
             if !self.weights.contains_key(&model.digest) {
                 let file = weights(ollama, &model.name).await.unwrap_or_default();
                 self.weights.insert(model.digest.clone(), file);
             }
-            if let Some(runner) = self.weights.get(&model.digest).and_then(|file| running.get(file)) {
+            if let Some(runner) = self.of(model) {
                 model.slots = runner.slots;
                 if model.context_length == 0 && runner.slots != 0 {
                     model.context_length = runner.context / runner.slots;
                 }
             }
         }
+        loaded.iter().all(|model| model.slots > 0)
+    }
+
+    /// The processes of the runners that were found for these models.
+    pub(super) fn pids(&self, loaded: &[Loaded]) -> Vec<u32> {
+        loaded.iter().filter_map(|model| Some(self.of(model)?.pid)).collect()
+    }
+
+    fn of(&self, model: &Loaded) -> Option<Runner> {
+        self.running.get(self.weights.get(&model.digest)?).copied()
     }
 }
 
@@ -65,12 +110,12 @@ fn file_name(path: &str) -> Option<String> {
 /// The runners of this machine, by the file of their weights.
 fn find(proc: &Path) -> HashMap<String, Runner> {
     let Ok(processes) = std::fs::read_dir(proc) else { return HashMap::new() };
-    processes
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()))
-        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-        .filter_map(|line| read(&line))
-        .collect()
+    let runner = |entry: std::fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let (file, runner) = read(&std::fs::read(entry.path().join("cmdline")).ok()?)?;
+        Some((file, Runner { pid, ..runner }))
+    };
+    processes.flatten().filter_map(runner).collect()
 }
 
 /// Reads one command line, its arguments ended by zero bytes.
@@ -91,7 +136,8 @@ fn read(line: &[u8]) -> Option<(String, Runner)> {
     };
     let number = |names: &[&str]| value(names).and_then(|text| text.parse().ok()).unwrap_or(0);
     let file = file_name(value(&["--model", "-m"])?)?;
-    Some((file, Runner { slots: number(&["-np", "--parallel"]).max(1), context: number(&["-c", "--ctx-size"]) }))
+    let (slots, context) = (number(&["-np", "--parallel"]).max(1), number(&["-c", "--ctx-size"]));
+    Some((file, Runner { slots, context, pid: 0 }))
 }
 
 #[cfg(test)]
@@ -106,11 +152,11 @@ mod tests {
     #[test]
     fn a_command_line_tells_slots_and_context() {
         let new = line("/usr/lib/ollama/llama-server --model /models/blobs/sha256-aa --port 9 -c 8192 -np 4");
-        assert_eq!(read(&new), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192 })));
+        assert_eq!(read(&new), Some(("sha256-aa".to_owned(), Runner { slots: 4, context: 8192, pid: 0 })));
         let older = line("/usr/bin/ollama runner --model /m/sha256-bb --ctx-size 2048 --parallel 2");
-        assert_eq!(read(&older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048 })));
+        assert_eq!(read(&older), Some(("sha256-bb".to_owned(), Runner { slots: 2, context: 2048, pid: 0 })));
         let own = line("/usr/bin/olol engine --model /tmp/olol-x/olol-tiny.gguf");
-        assert_eq!(read(&own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0 })));
+        assert_eq!(read(&own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0, pid: 0 })));
         assert_eq!(read(&line("/usr/bin/vim --model x")), None);
         assert_eq!(read(b""), None);
     }
@@ -122,6 +168,9 @@ mod tests {
             std::fs::create_dir(proc.path().join(pid)).unwrap();
             std::fs::write(proc.path().join(pid).join("cmdline"), line(words)).unwrap();
         }
-        assert_eq!(find(proc.path()), HashMap::from([("sha256-aa".to_owned(), Runner { slots: 2, context: 0 })]));
+        assert_eq!(
+            find(proc.path()),
+            HashMap::from([("sha256-aa".to_owned(), Runner { slots: 2, context: 0, pid: 12 })])
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use olol_middleware::cluster::{Loaded, Model, Report};
 use olol_middleware::{BoxError, ModelName};
 use serde::Deserialize;
@@ -66,37 +67,56 @@ impl Ollama {
     /// those of the last report stand.
     pub async fn report(&self, last: &[Loaded], patience: Duration) -> Result<Report, StateError> {
         let in_memory = async {
-            match tokio::time::timeout(patience, self.question::<List<Entry>>("/api/ps")).await {
-                Ok(Ok(ps)) => Ok(ps.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect()),
-                Ok(Err(error)) => Err(error),
+            match tokio::time::timeout(patience, self.told(IN_MEMORY)).await {
+                Ok(answer) => in_memory(&answer?),
                 Err(_) => Ok(last.to_vec()),
             }
         };
-        let (version, tags, loaded) =
-            tokio::try_join!(self.version(), self.question::<List<Entry>>("/api/tags"), in_memory)?;
-        let mut models: Vec<Model> = tags.models.unwrap_or_default().into_iter().map(Entry::into_model).collect();
+        let (version, tags, loaded) = tokio::try_join!(self.version(), self.told(ON_DISK), in_memory)?;
+        let mut models = on_disk(&tags)?;
         self.look_into(&mut models, patience / 2).await;
         Ok(Report { version, models, loaded })
     }
 
     /// Its version alone.
     pub async fn version(&self) -> Result<String, StateError> {
-        Ok(self.question::<Version>("/api/version").await?.version)
+        Ok(parse::<Version>("/api/version", &self.told("/api/version").await?)?.version)
     }
 
-    async fn question<T: DeserializeOwned>(&self, path: &'static str) -> Result<T, StateError> {
-        let foreign = |source: BoxError| StateError::Foreign { path, source };
+    /// What it answers to one question about its state.
+    pub(crate) async fn told(&self, path: &'static str) -> Result<Bytes, StateError> {
         // A pooled connection may just have died; the second try makes a new one.
         let reply = match self.send(Ask::get(path)).await {
             Err(error) if error.is_retryable() => self.send(Ask { fresh: true, ..Ask::get(path) }).await?,
             other => other?,
         };
         if !reply.status.is_success() {
-            return Err(foreign(format!("status {}", reply.status.as_u16()).into()));
+            let source = format!("status {}", reply.status.as_u16()).into();
+            return Err(StateError::Foreign { path, source });
         }
-        let body = reply.body.collect(LONGEST).await?;
-        serde_json::from_slice(&body).map_err(|error| foreign(error.into()))
+        Ok(reply.body.collect(LONGEST).await?)
     }
+}
+
+/// The question for the models on the disk.
+pub(crate) const ON_DISK: &str = "/api/tags";
+/// The question for those in memory.
+pub(crate) const IN_MEMORY: &str = "/api/ps";
+
+/// The models that an answer to [`ON_DISK`] names.
+pub(crate) fn on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
+    let list: List<Entry> = parse(ON_DISK, answer)?;
+    Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_model).collect())
+}
+
+/// The models that an answer to [`IN_MEMORY`] names.
+pub(crate) fn in_memory(answer: &[u8]) -> Result<Vec<Loaded>, StateError> {
+    let list: List<Entry> = parse(IN_MEMORY, answer)?;
+    Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect())
+}
+
+fn parse<T: DeserializeOwned>(path: &'static str, answer: &[u8]) -> Result<T, StateError> {
+    serde_json::from_slice(answer).map_err(|error| StateError::Foreign { path, source: error.into() })
 }
 
 impl Entry {

@@ -4,6 +4,7 @@
 //! tells the weights, in the Modelfile that it writes; so it is asked for models that look alike, once for each manifest.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use olol_middleware::cluster::Model;
@@ -27,6 +28,11 @@ pub(super) struct Weights(Mutex<HashMap<String, Option<Made>>>);
 struct Made {
     weights: String,
     parameters: String,
+    architecture: String,
+    context_length: u32,
+    capabilities: Vec<String>,
+    /// The folder of the files, as the server names it.
+    folder: Option<PathBuf>,
 }
 
 /// The answer of `/api/show`, as far as it is of use here.
@@ -35,6 +41,8 @@ struct Made {
 struct Shown {
     modelfile: String,
     parameters: String,
+    capabilities: Option<Vec<String>>,
+    model_info: Option<Map<String, Value>>,
 }
 
 impl Weights {
@@ -48,7 +56,9 @@ impl Weights {
         let here: HashSet<&str> = models.iter().map(|model| model.digest.as_str()).collect();
         known.retain(|digest, _| here.contains(digest.as_str()));
         let mut asked = HashSet::new();
-        let unknown = alike(models).into_iter();
+        // Older Ollamas do not list what their models can do.
+        let tells_less = |model: &&Model| model.capabilities.is_empty() && !model.digest.is_empty();
+        let unknown = alike(models).into_iter().chain(models.iter().filter(tells_less));
         unknown
             .filter(|model| !known.contains_key(&model.digest) && asked.insert(model.digest.as_str()))
             .map(|model| (model.name.clone(), model.digest.clone()))
@@ -62,24 +72,44 @@ impl Weights {
             if let Some(Some(made)) = known.get(&model.digest) {
                 model.weights.clone_from(&made.weights);
                 model.parameters.clone_from(&made.parameters);
+                model.architecture.clone_from(&made.architecture);
+                if model.context_length == 0 {
+                    model.context_length = made.context_length;
+                }
+                if model.capabilities.is_empty() {
+                    model.capabilities.clone_from(&made.capabilities);
+                }
             }
         }
     }
 }
 
 impl Ollama {
-    /// Finds out, as far as the caller's patience goes, which of these models have their weights in common.
-    pub(super) async fn look_into(&self, models: &mut [Model], patience: std::time::Duration) {
+    /// Finds out, as far as the caller's patience goes, which of these models have their weights in common. True if it went
+    /// far enough.
+    pub(crate) async fn look_into(&self, models: &mut [Model], patience: std::time::Duration) -> bool {
         let unknown = self.0.weights.unknown(models);
         let asking = async {
             for (name, digest) in unknown {
-                let Some(answer) = self.show(&name).await else { break };
+                let Some(answer) = self.show(&name).await else { return false };
                 self.0.weights.lock().insert(digest, answer);
             }
+            true
         };
         // What was not told in time is asked for with the next report.
-        let _ = tokio::time::timeout(patience, asking).await;
+        let is_done = tokio::time::timeout(patience, asking).await.unwrap_or(false);
         self.0.weights.fill(models);
+        is_done
+    }
+
+    /// The folder in which the server keeps the files of its models, as it names it; it is asked about this one, if it was
+    /// asked about none so far.
+    pub(crate) async fn folder(&self, model: &str) -> Option<PathBuf> {
+        let known = self.0.weights.lock().values().flatten().find_map(|made| made.folder.clone());
+        match known {
+            Some(folder) => Some(folder),
+            None => self.show(model).await??.folder,
+        }
     }
 
     /// What the server shows of a model; nothing if it did not answer.
@@ -90,9 +120,18 @@ impl Ollama {
         let body = reply.body.collect(LONGEST).await.ok()?;
         let shown = is_shown.then(|| serde_json::from_slice::<Shown>(&body).ok()).flatten();
         Some(shown.and_then(|shown| {
-            let weights = made_of(&shown.modelfile);
-            let parameters = parameters(&shown.parameters);
-            (!weights.is_empty()).then_some(Made { weights, parameters })
+            let info = shown.model_info.unwrap_or_default();
+            let architecture = info.get("general.architecture").and_then(Value::as_str).unwrap_or_default();
+            let context = info.get(&format!("{architecture}.context_length")).and_then(Value::as_u64);
+            let made = Made {
+                weights: made_of(&shown.modelfile),
+                parameters: parameters(&shown.parameters),
+                architecture: architecture.to_owned(),
+                context_length: context.and_then(|tokens| tokens.try_into().ok()).unwrap_or(0),
+                capabilities: shown.capabilities.unwrap_or_default(),
+                folder: folder_of(&shown.modelfile),
+            };
+            (!made.weights.is_empty()).then_some(made)
         }))
     }
 }
@@ -117,6 +156,12 @@ fn made_of(modelfile: &str) -> String {
     files.collect::<Vec<_>>().join(",")
 }
 
+/// The folder of the file that a Modelfile is made from: that of the blobs.
+fn folder_of(modelfile: &str) -> Option<PathBuf> {
+    let file = modelfile.lines().find_map(|line| line.strip_prefix("FROM "))?;
+    Some(Path::new(file.trim().trim_matches('"')).parent()?.to_owned())
+}
+
 /// The parameters of a model, which Ollama writes as lines of key and value, as a JSON object; a key that stands more than
 /// once gets a list.
 pub(crate) fn parameters(text: &str) -> String {
@@ -138,7 +183,7 @@ mod tests {
 
     fn model(name: &str, digest: &str, quantization: &str, size: u64) -> Model {
         let [name, digest, quantization] = [name, digest, quantization].map(str::to_owned);
-        Model { name, digest, quantization, size, ..Model::default() }
+        Model { name, digest, quantization, size, capabilities: vec!["completion".to_owned()], ..Model::default() }
     }
 
     #[test]
@@ -155,6 +200,8 @@ mod tests {
         assert_eq!(asked, HashSet::from(["1".to_owned(), "2".to_owned()]));
         weights.lock().insert("1".to_owned(), None);
         assert_eq!(weights.unknown(&models), [("a-with-template".to_owned(), "2".to_owned())]);
+        let old = [Model { capabilities: Vec::new(), ..models[3].clone() }];
+        assert_eq!(Weights::default().unknown(&old), [("alone".to_owned(), "3".to_owned())]);
         assert!(weights.unknown(&models[3..]).is_empty());
         assert!(weights.lock().is_empty(), "what is gone is forgotten");
     }

@@ -14,10 +14,11 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use olol_middleware::call::Body;
-use olol_middleware::cluster::{Loaded, Model, Report};
 use olol_middleware::{BoxError, Chunk, Counters, Error, Payload, Phase, Reply, ServerId};
 use olol_proto::v1::server_client::ServerClient;
-use olol_proto::v1::{Header, RelayHead, RelayRequest, RelayResponse, ServerState, WatchRequest};
+use olol_proto::v1::{
+    DescribeRequest, DescribeResponse, Header, RelayHead, RelayRequest, RelayResponse, ServerState, WatchRequest,
+};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
@@ -57,12 +58,14 @@ pub(super) struct Agent {
     id: ServerId,
     calls: Line,
     bulk: Line,
+    /// What this proxy writes into the hop of its calls.
+    caller: String,
 }
 
 impl Agent {
-    pub(super) fn new(id: ServerId, endpoint: &Endpoint, timeout: Duration, trust: &Trust) -> Self {
+    pub(super) fn new(id: ServerId, endpoint: &Endpoint, timeout: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
         let line = || Line::new(endpoint.clone(), timeout, trust.clone());
-        Self { id, calls: line(), bulk: line() }
+        Self { id, calls: line(), bulk: line(), caller: hop.to_str().unwrap_or_default().to_owned() }
     }
 
     pub(super) fn id(&self) -> &ServerId {
@@ -120,13 +123,24 @@ impl Agent {
     pub(super) async fn watch(&self, limit: Duration) -> Result<Streaming<ServerState>, BoxError> {
         let watching = async {
             let (channel, _) = self.calls.get(false, None).await?;
-            let states = client(channel).watch(WatchRequest { interval_ms: 1000 }).await;
+            let request = WatchRequest { interval_ms: 1000, deltas: true, caller: self.caller.clone() };
+            let states = client(channel).watch(request).await;
             states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
                 Code::Unauthenticated => Refused(status.message().to_owned()).into(),
                 _ => told(&status).into(),
             })
         };
         tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
+    }
+
+    /// What the agent says of itself that does not change.
+    pub(super) async fn describe(&self, limit: Duration) -> Result<DescribeResponse, BoxError> {
+        let asking = async {
+            let (channel, _) = self.calls.get(false, None).await?;
+            let answer = client(channel).describe(DescribeRequest {}).await;
+            answer.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned().into())
+        };
+        tokio::time::timeout(limit, asking).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
     }
 
     fn failed(&self, phase: Phase, reused: bool, source: BoxError) -> Error {
@@ -270,45 +284,6 @@ pub fn from_wire(headers: Vec<Header>) -> HeaderMap {
             headers.append(name, value);
             headers
         })
-}
-
-/// A state of an agent as the cluster takes it; an agent without its engine is no server.
-pub(super) fn report(state: ServerState) -> Result<Report, String> {
-    if !state.online {
-        let error = state.checks.into_iter().map(|check| check.error).find(|error| !error.is_empty());
-        return Err(error.unwrap_or_else(|| "the agent's engine does not answer".to_owned()));
-    }
-    let models = state
-        .models
-        .into_iter()
-        .map(|model| Model {
-            name: model.name,
-            digest: model.digest,
-            size: model.size_bytes,
-            family: model.family,
-            parameter_size: model.parameter_size,
-            quantization: model.quantization,
-            context_length: model.context_length,
-            capabilities: model.capabilities,
-            modified_at: model.modified_at,
-            weights: model.weights,
-            parameters: model.parameters_json,
-        })
-        .collect();
-    let loaded = state
-        .loaded
-        .into_iter()
-        .map(|loaded| Loaded {
-            name: loaded.name,
-            digest: loaded.digest,
-            size: loaded.size_bytes,
-            size_vram: loaded.size_vram_bytes,
-            expires_at: loaded.expires_at,
-            context_length: loaded.context_length,
-            slots: loaded.slots,
-        })
-        .collect();
-    Ok(Report { version: state.ollama_version, models, loaded })
 }
 
 /// The body of an answer that an agent relays.

@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use olol_middleware::Cluster;
+use olol_middleware::cluster::State;
+use olol_middleware::vitals::Vitals;
 use tokio::time::Instant;
 
-use super::{Backend, Config, grpc};
+use super::{Backend, Config, grpc, told};
 use crate::ollama::Ollama;
 
 /// Shortest time between two rounds that somebody asked for.
@@ -26,38 +28,58 @@ pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<
     }
 }
 
-/// Asks a bare Ollama, at intervals and whenever somebody wants news.
+/// Asks a bare Ollama, at intervals and whenever somebody wants news: often after a change and while it works for us, ever
+/// less often while nothing happens.
 async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) {
     let limit = config.check_timeout_ms.time();
+    let longest = config.check_interval_ms.time();
+    let mut pause = longest / 10;
     loop {
         let round = cluster.round_begins(index);
-        look(cluster, index, ollama, limit, config.check_failures.get()).await;
+        let is_still = look(cluster, index, ollama, limit, config.check_failures.get()).await;
         cluster.round_ends(index, round);
         ollama.sweep();
+        let is_idle = cluster.snapshot().servers.get(index).is_none_or(|server| server.load.in_flight() == 0);
+        pause = next_pause(pause, is_still && is_idle, longest);
         tokio::time::sleep(SHORTEST).await;
         tokio::select! {
-            () = tokio::time::sleep(jittered(config)) => {}
+            () = tokio::time::sleep(jittered(pause)) => {}
             () = cluster.news_wanted(index) => {}
         }
     }
 }
 
-async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration, failures: u32) {
+/// The pause before the next look: a tenth of the longest after something has happened, and doubled whenever nothing has.
+fn next_pause(last: Duration, is_quiet: bool, longest: Duration) -> Duration {
+    if is_quiet { (last * 2).min(longest) } else { longest / 10 }
+}
+
+/// Asks once. True if it says what it said before.
+async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration, failures: u32) -> bool {
     let last = cluster.snapshot().servers.get(index).map(|server| server.report.clone()).unwrap_or_default();
     let begun = Instant::now();
     match tokio::time::timeout(limit, ollama.report(&last.loaded, limit / 2)).await {
-        Ok(Ok(report)) => cluster.report_since(index, report, begun),
+        Ok(Ok(report)) => {
+            let is_still = report == *last;
+            cluster.report_since(index, report, begun);
+            return is_still;
+        }
         Ok(Err(error)) => cluster.check_failed(index, error.to_string(), failures),
         Err(_) => cluster.check_failed(index, format!("no answer after {} ms", limit.as_millis()), failures),
     }
+    // What is down is looked at no more often than what is well; what may be is looked at soon.
+    cluster.snapshot().servers.get(index).is_some_and(|server| server.state == State::Down)
 }
 
 /// Listens to an agent, which speaks whenever something changes, and at least every second.
 async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &Config) {
     let silence = config.check_interval_ms.time().max(Duration::from_secs(2));
+    let mut about = None;
     loop {
         let round = cluster.round_begins(index);
         let (mut told, mut refused) = (Some(round), false);
+        let mut known = told::Told::default();
+        let mut asked = false;
         let error = match agent.watch(config.check_timeout_ms.time()).await {
             Err(error) => {
                 refused = error.is::<grpc::Refused>();
@@ -74,16 +96,19 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
                     Some(Ok(Err(refusal))) => break refusal.message().to_owned(),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
-                    Some(Ok(Ok(Some(state)))) => match grpc::report(state) {
-                        Ok(report) => {
-                            let now = Instant::now();
-                            cluster.report_since(index, report, now.checked_sub(AGENT_LAG).unwrap_or(now));
-                            if let Some(round) = told.take() {
-                                cluster.round_ends(index, round);
-                            }
+                    Some(Ok(Ok(Some(state)))) => {
+                        if about.is_none() && !std::mem::replace(&mut asked, true) {
+                            about = agent.describe(config.check_timeout_ms.time()).await.ok();
                         }
-                        Err(reason) => cluster.check_failed(index, reason, config.check_failures.get()),
-                    },
+                        tell(cluster, index, told::vitals(about.as_ref(), &state));
+                        let is_online = state.online;
+                        let now = Instant::now();
+                        let since = now.checked_sub(AGENT_LAG).unwrap_or(now);
+                        known.take(state, cluster, index, since, config.check_failures.get());
+                        if let Some(round) = told.take_if(|_| is_online) {
+                            cluster.round_ends(index, round);
+                        }
+                    }
                 }
             },
         };
@@ -92,6 +117,11 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         }
         if error.is_empty() {
             continue;
+        }
+        // Whoever answers next may be another, or of another version.
+        about = None;
+        if let Some(server) = cluster.snapshot().servers.get(index) {
+            server.load.tell_others(0);
         }
         if refused {
             // Once is enough: it answers, and says no.
@@ -103,12 +133,37 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         }
         cluster.check_failed(index, error, config.check_failures.get());
         tokio::select! {
-            () = tokio::time::sleep(jittered(config) / 5) => {}
+            () = tokio::time::sleep(jittered(config.check_interval_ms.time()) / 5) => {}
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
         }
     }
 }
 
-fn jittered(config: &Config) -> Duration {
-    config.check_interval_ms.time().mul_f64(0.9 + 0.2 * fastrand::f64())
+/// Takes in how a machine is, and what others have it do.
+fn tell(cluster: &Cluster, index: usize, vitals: Vitals) {
+    if let Some(server) = cluster.snapshot().servers.get(index) {
+        server.load.tell_others(vitals.others);
+    }
+    cluster.tell_vitals(index, vitals);
+}
+
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(0.9 + 0.2 * fastrand::f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_quiet_is_asked_ever_less_often() {
+        let longest = Duration::from_secs(5);
+        let mut pause = next_pause(longest, false, longest);
+        let mut pauses = vec![pause.as_millis()];
+        for _ in 0..5 {
+            pause = next_pause(pause, true, longest);
+            pauses.push(pause.as_millis());
+        }
+        assert_eq!(pauses, [500, 1000, 2000, 4000, 5000, 5000]);
+    }
 }

@@ -2,12 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use olol::agent::Agent;
 use olol::config::{Config, Origin, Set, Source};
 use olol::proxy::Proxy;
 use olol_middleware::cluster::State;
+use olol_middleware::vitals::Vitals;
 use olol_middleware::{ModelName, Snapshot};
 use serde_json::json;
 use tempfile::TempDir;
@@ -120,6 +122,28 @@ impl Olol {
     /// Whether a server is up, in the books of the proxy.
     pub fn is_server_up(&self, server: usize) -> bool {
         self.proxy.cluster().snapshot().servers[server].state == State::Up
+    }
+
+    /// What the agent of a server has told of its machine, so far.
+    pub fn vitals(&self, server: usize) -> Option<Arc<Vitals>> {
+        self.proxy.cluster().snapshot().servers[server].vitals.load_full()
+    }
+
+    /// Lets the proxy believe that an agent has told this of a server.
+    pub fn believes(&self, server: usize, vitals: Vitals) {
+        self.proxy.cluster().tell_vitals(server, vitals);
+    }
+
+    /// Calls that are at a server and not of this proxy, in its books.
+    pub fn others(&self, server: usize) -> u32 {
+        self.proxy.cluster().snapshot().servers[server].load.others()
+    }
+
+    /// Whether the proxy knows that a server has a model on its disk, and in its memory.
+    pub fn knows_of(&self, server: usize, model: &str) -> (bool, bool) {
+        let snapshot = self.proxy.cluster().snapshot();
+        let known = ModelName::parse(model).and_then(|name| snapshot.known(&name).cloned());
+        known.map_or((false, false), |known| (known.installed.contains(server), known.loaded.contains(server)))
     }
 
     /// Waits until the proxy knows what the servers have; those that do not answer are left out.

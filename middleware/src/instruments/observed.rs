@@ -8,8 +8,9 @@ use super::page::Gauge;
 use super::{
     ADDRESSES, AFFINITY_ENTRIES, BUILD, CIRCUIT_STATE, CPU, FILES, KEYS, KEYS_READ, MEMORY, MODEL_LOADED,
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
-    SATURATION, SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MODELS, SERVER_UP, SESSIONS, SESSIONS_BYTES, SLOTS,
-    SLOTS_TAKEN, STARTED, THREADS,
+    SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL, SERVER_IN_FLIGHT,
+    SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_UP, SESSIONS,
+    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, THREADS,
 };
 use crate::cluster::{Known, Server, Snapshot, State};
 use crate::names::ModelName;
@@ -20,7 +21,8 @@ use crate::shared::Shared;
 pub fn observe(shared: &Shared) -> String {
     let snapshot = shared.cluster.snapshot();
     shared.instruments.begin_at_zero();
-    let gauges = of_layers(shared).into_iter().chain(of_servers(&snapshot)).chain(of_models(&snapshot));
+    let servers = of_servers(&snapshot).into_iter().chain(of_machines(&snapshot));
+    let gauges = of_layers(shared).into_iter().chain(servers).chain(of_models(&snapshot));
     written(gauges)
 }
 
@@ -140,6 +142,40 @@ fn of_servers(snapshot: &Snapshot) -> Vec<Gauge> {
     vec![in_flight, up, models, loaded, circuit]
 }
 
+/// What agents tell of the machines of their servers.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 bytes")]
+fn of_machines(snapshot: &Snapshot) -> Vec<Gauge> {
+    const SERVER: &[&str] = &["server"];
+    const GPU: &[&str] = &["server", "gpu"];
+    let mut cpu = Gauge::new(SERVER_CPU, "Share of a server's processors in use, 0 to 1", SERVER);
+    let mut used = Gauge::new(SERVER_MEMORY, "Bytes of a server's main memory in use", SERVER);
+    let mut total = Gauge::new(SERVER_MEMORY_TOTAL, "Bytes of a server's main memory", SERVER);
+    let mut disk = Gauge::new(SERVER_DISK_FREE, "Bytes free on the disk that holds a server's models", SERVER);
+    let mut others = Gauge::new(SERVER_OTHERS, "Calls at a server that are not of this proxy", SERVER);
+    let mut busy = Gauge::new(SERVER_GPU, "Share of time that a graphics processor is busy, 0 to 1", GPU);
+    let mut gpu_used = Gauge::new(SERVER_GPU_MEMORY, "Bytes of a graphics processor's memory in use", GPU);
+    let mut gpu_total = Gauge::new(SERVER_GPU_MEMORY_TOTAL, "Bytes of a graphics processor's memory", GPU);
+    for server in &snapshot.servers {
+        let Some(vitals) = server.vitals.load_full() else { continue };
+        let label = [server.id.as_str()];
+        others.add(label, f64::from(server.load.others()));
+        vitals.cpu_usage.iter().for_each(|share| cpu.add(label, f64::from(*share)));
+        vitals.disk_free.iter().for_each(|bytes| disk.add(label, *bytes as f64));
+        if let Some(memory) = &vitals.memory {
+            used.add(label, memory.used as f64);
+            total.add(label, memory.total as f64);
+        }
+        for (number, gpu) in vitals.gpus.iter().enumerate() {
+            let number = number.to_string();
+            let labels = [server.id.as_str(), &number];
+            gpu.utilization.iter().for_each(|share| busy.add(labels, f64::from(*share)));
+            gpu_used.add(labels, gpu.memory.used as f64);
+            gpu_total.add(labels, gpu.memory.total as f64);
+        }
+    }
+    vec![cpu, used, total, disk, others, busy, gpu_used, gpu_total]
+}
+
 #[expect(clippy::cast_precision_loss, reason = "counts and bytes, and a gauge")]
 fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
     const BOTH: &[&str] = &["server", "model"];
@@ -208,6 +244,7 @@ mod tests {
     use super::*;
     use crate::cluster::{Model, Report};
     use crate::testing;
+    use crate::vitals::{Gpu, Space, Vitals};
 
     #[tokio::test(start_paused = true)]
     async fn a_runner_with_two_names_counts_once_and_goes_with_its_models() {
@@ -225,5 +262,21 @@ mod tests {
         cluster.report(0, Report::default());
         cluster.catch_up().await;
         assert!(lines().is_empty());
+    }
+    #[tokio::test(start_paused = true)]
+    async fn a_machine_tells_what_its_agent_knows() {
+        let cluster = testing::cluster(&[&[], &[]]).await;
+        let gpu = Gpu { memory: Space { used: 6, total: 10 }, ..Gpu::default() };
+        let vitals = Vitals { cpu_usage: Some(0.5), gpus: vec![gpu], ..Vitals::default() };
+        cluster.tell_vitals(1, vitals);
+        let page = written(of_machines(&cluster.snapshot()));
+        let lines: Vec<_> = page.lines().filter(|line| line.starts_with("olol_")).collect();
+        let wanted = [
+            "olol_server_cpu_ratio{server=\"1\"} 0.5",
+            "olol_server_others_in_flight{server=\"1\"} 0",
+            "olol_server_gpu_memory_used_bytes{server=\"1\",gpu=\"0\"} 6",
+            "olol_server_gpu_memory_total_bytes{server=\"1\",gpu=\"0\"} 10",
+        ];
+        assert_eq!(lines, wanted);
     }
 }

@@ -1,0 +1,313 @@
+//! How the state of an agent gets to those who watch it.
+//!
+//! Lists of models are long and change seldom: who keeps what it was told is told them once. What others have this server do
+//! is counted for each watcher by itself, so that several proxies see each other's work and never their own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use futures_util::Stream;
+use olol_proto::v1::{LoadedModel, Model, ServerState, WatchRequest};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use tonic::Status;
+
+/// Time between two looks at what others have this server do, while it does anything.
+const LOAD_EVERY: Duration = Duration::from_millis(50);
+/// Callers that are told apart; the calls of any more count as those of others, for everybody.
+const MOST_CALLERS: usize = 256;
+
+/// The last state, whole.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// All but the models.
+    pub state: ServerState,
+    /// The models on the disk.
+    pub models: Arc<Vec<Model>>,
+    /// The models in memory.
+    pub loaded: Arc<Vec<LoadedModel>>,
+}
+
+impl Told {
+    /// Calls that its engine answers side by side; 0: unknown.
+    fn slots(&self) -> u32 {
+        let of_each = self.loaded.iter().map(|loaded| loaded.slots);
+        if of_each.clone().any(|slots| slots == 0) { 0 } else { of_each.fold(0, u32::saturating_add) }
+    }
+}
+
+/// Who has calls here, and who watches.
+#[derive(Debug)]
+pub struct Callers {
+    known: ArcSwap<Vec<Arc<Caller>>>,
+    in_flight: AtomicU32,
+    /// The first call after a rest has come.
+    begins: Notify,
+    watchers: watch::Sender<usize>,
+}
+
+#[derive(Debug)]
+struct Caller {
+    name: Box<[u8]>,
+    in_flight: AtomicU32,
+    watching: AtomicU32,
+}
+
+impl Caller {
+    fn is_idle(&self) -> bool {
+        self.in_flight.load(Ordering::Relaxed) == 0 && self.watching.load(Ordering::Relaxed) == 0
+    }
+}
+
+impl Default for Callers {
+    fn default() -> Self {
+        Self {
+            known: ArcSwap::default(),
+            in_flight: AtomicU32::new(0),
+            begins: Notify::new(),
+            watchers: watch::Sender::new(0),
+        }
+    }
+}
+
+impl Callers {
+    /// Counts a call until what this returns is dropped. `name`: who sent it, if it says.
+    pub fn enter(self: &Arc<Self>, name: Option<&[u8]>) -> Calling {
+        let caller = name.and_then(|name| self.caller(name));
+        if let Some(caller) = &caller {
+            caller.in_flight.fetch_add(1, Ordering::SeqCst);
+        }
+        if self.in_flight.fetch_add(1, Ordering::SeqCst) == 0 {
+            self.begins.notify_waiters();
+        }
+        Calling { all: self.clone(), caller }
+    }
+
+    /// Calls that are on their way.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// How many watch, to be followed.
+    pub fn watchers(&self) -> watch::Receiver<usize> {
+        self.watchers.subscribe()
+    }
+
+    /// Counts a watcher until what this returns is dropped.
+    fn watch(self: &Arc<Self>, name: &[u8]) -> Watching {
+        let caller = if name.is_empty() { None } else { self.caller(name) };
+        if let Some(caller) = &caller {
+            caller.watching.fetch_add(1, Ordering::Relaxed);
+        }
+        self.watchers.send_modify(|count| *count += 1);
+        Watching { all: self.clone(), caller }
+    }
+
+    fn caller(&self, name: &[u8]) -> Option<Arc<Caller>> {
+        let find = |list: &[Arc<Caller>]| list.iter().find(|caller| *caller.name == *name).cloned();
+        if let Some(caller) = find(&self.known.load()) {
+            return Some(caller);
+        }
+        let fresh = Arc::new(Caller { name: name.into(), in_flight: AtomicU32::new(0), watching: AtomicU32::new(0) });
+        self.known.rcu(|list| {
+            let mut list: Vec<_> = list.iter().filter(|caller| !caller.is_idle()).cloned().collect();
+            if list.len() < MOST_CALLERS && find(&list).is_none() {
+                list.push(fresh.clone());
+            }
+            list
+        });
+        // Another may have been quicker, or there may be no place.
+        find(&self.known.load())
+    }
+}
+
+/// A call that is counted.
+#[derive(Debug)]
+pub struct Calling {
+    all: Arc<Callers>,
+    caller: Option<Arc<Caller>>,
+}
+
+impl Drop for Calling {
+    fn drop(&mut self) {
+        self.all.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if let Some(caller) = &self.caller {
+            caller.in_flight.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A watcher that is counted.
+#[derive(Debug)]
+struct Watching {
+    all: Arc<Callers>,
+    caller: Option<Arc<Caller>>,
+}
+
+impl Watching {
+    /// Calls on their way that are not its own.
+    fn others(&self) -> u32 {
+        let own = self.caller.as_ref().map_or(0, |caller| caller.in_flight.load(Ordering::Relaxed));
+        self.all.in_flight().saturating_sub(own)
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if let Some(caller) = &self.caller {
+            caller.watching.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.all.watchers.send_modify(|count| *count -= 1);
+    }
+}
+
+/// One who watches.
+struct Watcher {
+    states: watch::Receiver<Option<Arc<Told>>>,
+    watching: Watching,
+    interval: Duration,
+    deltas: bool,
+    /// What it was told last, and when.
+    last: Option<(Arc<Told>, Instant)>,
+    others: u32,
+}
+
+/// The states for one who watches: the first at once, others when something changed, and at intervals as a sign of life.
+pub(super) fn states(
+    mut states: watch::Receiver<Option<Arc<Told>>>,
+    callers: &Arc<Callers>,
+    request: &WatchRequest,
+) -> impl Stream<Item = Result<ServerState, Status>> + Send + use<> {
+    let interval = match request.interval_ms {
+        0 => Duration::from_secs(1),
+        given => Duration::from_millis(u64::from(given).clamp(50, 60_000)),
+    };
+    states.mark_changed();
+    let watching = callers.watch(request.caller.as_bytes());
+    let watcher = Watcher { states, watching, interval, deltas: request.deltas, last: None, others: 0 };
+    futures_util::stream::unfold(watcher, |mut watcher| async move {
+        let state = watcher.next().await?;
+        Some((Ok(state), watcher))
+    })
+}
+
+impl Watcher {
+    async fn next(&mut self) -> Option<ServerState> {
+        loop {
+            let all = self.watching.all.clone();
+            let begins = all.begins.notified();
+            tokio::pin!(begins);
+            begins.as_mut().enable();
+            let rests = self.others == 0 && all.in_flight() == 0;
+            let left = self.last.as_ref().map_or(LOAD_EVERY, |(_, at)| self.interval.saturating_sub(at.elapsed()));
+            let pause = if rests { left } else { left.min(LOAD_EVERY) };
+            let is_news = tokio::select! {
+                changed = self.states.changed() => {
+                    changed.ok()?;
+                    true
+                }
+                () = tokio::time::sleep(pause) => false,
+                () = begins => false,
+            };
+            let others = self.watching.others();
+            let is_due = self.last.as_ref().is_none_or(|(_, at)| at.elapsed() >= self.interval);
+            if !is_news && !is_due && others == self.others {
+                continue;
+            }
+            let Some(told) = self.states.borrow_and_update().clone() else { continue };
+            self.others = others;
+            return Some(self.tell(told));
+        }
+    }
+
+    fn tell(&mut self, told: Arc<Told>) -> ServerState {
+        let last = self.last.as_ref().map(|(last, _)| last).filter(|_| self.deltas);
+        let same_models = last.is_some_and(|last| Arc::ptr_eq(&last.models, &told.models));
+        let same_loaded = last.is_some_and(|last| Arc::ptr_eq(&last.loaded, &told.loaded));
+        let (all, slots) = (self.watching.all.in_flight(), told.slots());
+        let queued = if slots == 0 { 0 } else { all.saturating_sub(slots) };
+        let state = ServerState {
+            in_flight: all - queued,
+            queued,
+            others: self.others,
+            models: if same_models { Vec::new() } else { told.models.to_vec() },
+            loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
+            same_models,
+            same_loaded,
+            heartbeat_ms: now_ms(),
+            ..told.state.clone()
+        };
+        self.last = Some((told, Instant::now()));
+        state
+    }
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::StreamExt;
+
+    fn told(models: &[&str]) -> Arc<Told> {
+        let models = models.iter().map(|name| Model { name: (*name).to_owned(), ..Model::default() });
+        Arc::new(Told { models: Arc::new(models.collect()), ..Told::default() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_that_is_the_same_is_told_once_to_who_keeps_it() {
+        let (tell, receiver) = watch::channel(Some(told(&["tiny"])));
+        let callers = Arc::default();
+        let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
+        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
+        let mut forgets = Box::pin(states(receiver, &callers, &request(false)));
+        assert_eq!(*callers.watchers().borrow(), 2);
+        for (number, wanted) in [(1, (1, false)), (2, (0, true))] {
+            let state = keeps.next().await.unwrap().unwrap();
+            assert_eq!((state.models.len(), state.same_models), wanted, "message {number}");
+            assert_eq!(forgets.next().await.unwrap().unwrap().models.len(), 1);
+        }
+        tell.send_replace(Some(told(&["tiny", "more"])));
+        assert_eq!(keeps.next().await.unwrap().unwrap().models.len(), 2);
+        drop((keeps, forgets));
+        assert_eq!(*callers.watchers().borrow(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watcher_is_told_of_the_calls_of_others_at_once_and_not_of_its_own() {
+        let (_tell, receiver) = watch::channel(Some(told(&[])));
+        let callers: Arc<Callers> = Arc::default();
+        let before = callers.enter(Some(b"me"));
+        let request = WatchRequest { interval_ms: 60_000, caller: "me".into(), ..WatchRequest::default() };
+        let mut watch = Box::pin(states(receiver, &callers, &request));
+        let first = watch.next().await.unwrap().unwrap();
+        assert_eq!((first.in_flight, first.others), (1, 0));
+        let _mine = callers.enter(Some(b"me"));
+        let (theirs, nobodys) = (callers.enter(Some(b"they")), callers.enter(None));
+        let begun = Instant::now();
+        let next = watch.next().await.unwrap().unwrap();
+        assert_eq!((next.in_flight, next.others), (4, 2));
+        assert!(begun.elapsed() <= LOAD_EVERY);
+        drop((before, theirs, nobodys));
+        assert_eq!(watch.next().await.unwrap().unwrap().others, 0);
+    }
+
+    #[tokio::test]
+    async fn callers_that_have_gone_leave_their_place_to_others() {
+        let callers: Arc<Callers> = Arc::default();
+        for number in 0..1000 {
+            drop(callers.enter(Some(format!("{number}").as_bytes())));
+        }
+        assert_eq!(callers.known.load().len(), 1);
+        let calls: Vec<_> = (0..1000).map(|number| callers.enter(Some(format!("{number}").as_bytes()))).collect();
+        assert_eq!((callers.known.load().len(), callers.in_flight()), (MOST_CALLERS, 1000));
+        drop(calls);
+        assert_eq!(callers.in_flight(), 0);
+    }
+}
