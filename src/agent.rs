@@ -31,6 +31,10 @@ use crate::rpc::{self, Face, SelfDescription};
 use crate::security::tls::Acceptor;
 use crate::security::{Token, token};
 use crate::serve::{self, Answers, Peer};
+use crate::sessions::{self, Sessions};
+
+/// The file of an agent's sessions.
+const FILE: &str = "agent-sessions.redb";
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -49,6 +53,8 @@ pub struct Options {
     pub tls: Option<Acceptor>,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
+    /// Where the sessions of those lie who talk with it over gRPC.
+    pub sessions: sessions::Config,
 }
 
 /// An agent that listens.
@@ -91,7 +97,9 @@ impl Agent {
         }
         let doorkeeper =
             Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
-        let answers = Grpc { inner: rpc::service(send, Some(about)), doorkeeper, peer: None };
+        let sessions = Sessions::new(options.sessions, FILE);
+        let inner = rpc::service(send, Some(about), sessions, None);
+        let answers = Grpc { inner, doorkeeper, peer: None };
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
-use crate::{pool, scatter, security};
+use crate::{pool, scatter, security, sessions};
 
 pub use document::Complaint;
 use document::Document;
@@ -98,6 +98,8 @@ pub struct Config {
     pub tls: security::tls::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
+    /// Where histories of sessions are kept, and how many.
+    pub sessions: sessions::Config,
     /// Which layers are on.
     pub stack: stack::Table,
     /// How one of the candidates is picked.
@@ -333,6 +335,7 @@ impl Config {
             security: other.security.clone(),
             tls: other.tls.clone(),
             spool: other.spool.clone(),
+            sessions: other.sessions.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()
         }
@@ -364,6 +367,13 @@ impl Config {
 pub fn folder() -> Option<PathBuf> {
     let named = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
     let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".config"));
+    Some(named.or_else(home)?.join("olol"))
+}
+
+/// The user's folder for what OLOL must not forget: `$XDG_STATE_HOME/olol`, else `~/.local/state/olol`.
+pub fn state_folder() -> Option<PathBuf> {
+    let named = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".local/state"));
     Some(named.or_else(home)?.join("olol"))
 }
 

@@ -34,10 +34,14 @@ use crate::scatter::Scatter;
 use crate::security::Trust;
 use crate::security::tls::{Acceptor, Connector};
 use crate::serve::{self, Answers, Peer};
+use crate::sessions::Sessions;
 use crate::status::About;
 
 /// Time between two rounds of keeping histograms small.
 const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The file of a proxy's sessions.
+const SESSIONS: &str = "proxy-sessions.redb";
 
 /// A proxy that listens.
 #[derive(Debug)]
@@ -105,8 +109,10 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
-        let own = Own::new(shared.clone(), about, metrics, reloader.clone());
-        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, trusted, room, own, hop));
+        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
+        let stack = reloader.stack().clone();
+        let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
         let serving = serve::serve(listener, Edge { api }, tls, stop.clone(), grace);
@@ -199,7 +205,7 @@ impl Edge {
             let api = api.clone();
             Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        rpc::service(send, None)
+        rpc::service(send, None, self.api.sessions().clone(), Some(self.api.keys().clone()))
     }
 }
 

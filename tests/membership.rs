@@ -199,6 +199,7 @@ async fn agents(cluster: &Cluster, ips: &[[u8; 4]]) -> (Vec<Agent>, u16) {
             token: harness::cluster::token(),
             tls: None,
             grace: Duration::from_secs(5),
+            sessions: olol::sessions::Config::default(),
         };
         agents.push(Agent::start(options).await.unwrap());
         port = agents[0].address().port();

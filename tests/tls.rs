@@ -105,6 +105,7 @@ impl Place {
             token: token(),
             tls: Acceptor::start(&tls).unwrap(),
             grace: Duration::from_secs(5),
+            sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
         };
         Self { cluster, agent: Agent::start(options).await.unwrap() }
     }

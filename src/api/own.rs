@@ -16,6 +16,7 @@ use tower::ServiceExt;
 use super::body::HttpBody;
 use super::response;
 use crate::reload::{Reloaded, Reloader, Trigger};
+use crate::sessions::Sessions;
 use crate::status::{self, About};
 
 /// The router of our own routes.
@@ -31,11 +32,18 @@ struct Known {
     about: About,
     metrics: PrometheusHandle,
     reloader: Arc<Reloader>,
+    sessions: Sessions,
 }
 
 impl Own {
     /// Routes over the state of this proxy.
-    pub fn new(shared: Shared, about: About, metrics: PrometheusHandle, reloader: Arc<Reloader>) -> Self {
+    pub fn new(
+        shared: Shared,
+        about: About,
+        metrics: PrometheusHandle,
+        reloader: Arc<Reloader>,
+        sessions: Sessions,
+    ) -> Self {
         let router = Router::new()
             .route("/metrics", get(scrape))
             .route("/healthz", get(|| async { "ok\n" }))
@@ -44,7 +52,7 @@ impl Own {
             .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
-            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
+            .with_state(Known { shared: shared.clone(), about, metrics, reloader, sessions });
         Self { router, shared }
     }
 
@@ -88,9 +96,12 @@ fn page(known: &Known) -> String {
     let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
     // First what is observed: that may begin to count something.
     let observed = instruments::observe(&known.shared);
+    let (sessions, bytes) = known.sessions.counts();
+    let sessions = instruments::observe_sessions(sessions, bytes);
     let parts = [
         known.metrics.render(),
         observed,
+        sessions,
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),

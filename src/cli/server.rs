@@ -12,6 +12,7 @@ use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
 use crate::security::tls::{self, Acceptor, Clients};
+use crate::sessions;
 
 /// Run the agent beside an Ollama.
 #[derive(Debug, Args)]
@@ -48,6 +49,9 @@ pub(super) struct Arguments {
     /// Seconds that running answers may take after a stop was asked for
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
+    /// Folder for sessions of programs that talk with it over gRPC; one agent's each [default: ~/.local/state/olol]
+    #[arg(long, value_name = "DIR")]
+    sessions_dir: Option<PathBuf>,
     /// Accepted for compatibility: the server is always asynchronous
     #[arg(long = "async", hide = true)]
     _async: bool,
@@ -75,6 +79,7 @@ impl Arguments {
             token: self.token.token()?,
             tls: None,
             grace: Duration::from_secs(self.grace),
+            sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
             let options = Options { tls: Acceptor::start(&tls)?, ..options };
