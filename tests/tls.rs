@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use harness::cluster::token;
+use harness::cluster::options;
 use harness::{Cluster, Olol, Process, patiently, until};
 use olol::agent::{Agent, Options};
 use olol::ollama::Endpoint;
@@ -97,16 +97,8 @@ struct Place {
 impl Place {
     async fn with(tls: Config) -> Self {
         let cluster = Cluster::of(1).await.all_have("tiny");
-        let options = Options {
-            listen: "127.0.0.1:0".parse().unwrap(),
-            ollama: Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap(),
-            name: "agent".to_owned(),
-            engine: "ollama",
-            token: token(),
-            tls: Acceptor::start(&tls).unwrap(),
-            grace: Duration::from_secs(5),
-            sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
-        };
+        let ollama = Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap();
+        let options = Options { tls: Acceptor::start(&tls).unwrap(), ..options(ollama) };
         Self { cluster, agent: Agent::start(options).await.unwrap() }
     }
 
