@@ -178,8 +178,9 @@ impl Doorkeeper {
         let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
         let next = self.warned.load(Ordering::Relaxed);
-        let takes = self.warned.compare_exchange(next, now.saturating_add(wait), Ordering::Relaxed, Ordering::Relaxed);
-        if now >= next && takes.is_ok() {
+        let later = now.saturating_add(wait);
+        let is_first = || self.warned.compare_exchange(next, later, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if now >= next && is_first() {
             let client = peer.map(|peer| peer.address.to_string());
             tracing::warn!(client, reason, "a call was refused");
         }

@@ -150,7 +150,8 @@ pub async fn serve<A: Answers>(
                 let (stream, is_machine) = match &tls {
                     None => (Stream::Left(stream), false),
                     Some(tls) => {
-                        let (stream, is_machine) = tls.accept(stream).await?;
+                        // In a box: connections without TLS need no room for it.
+                        let (stream, is_machine) = Box::pin(tls.accept(stream)).await?;
                         (Stream::Right(Box::new(stream)), is_machine)
                     }
                 };

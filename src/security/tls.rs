@@ -28,6 +28,8 @@ pub const HANDSHAKE: Duration = Duration::from_secs(10);
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// A certificate that ends within this time is worth a warning.
 const SOON: Duration = Duration::from_secs(14 * 24 * 60 * 60);
+/// Certificates are looked at so often although nothing has changed: one may be about to end.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// What a client that speaks plain HTTP is told, in Go's words.
 const PLAIN: &[u8] = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
 /// How a handshake begins.
@@ -285,7 +287,9 @@ async fn follow<T: Send + Sync + 'static>(
 ) {
     loop {
         let any = changes.iter_mut().map(|change| Box::pin(change.changed()));
-        if futures_util::future::select_all(any).await.0.is_err() {
+        let changed = tokio::time::timeout(DAY, futures_util::future::select_all(any)).await;
+        let changed = changed.map(|(first, ..)| first);
+        if matches!(changed, Ok(Err(_))) {
             return;
         }
         let once = || {
@@ -301,7 +305,9 @@ async fn follow<T: Send + Sync + 'static>(
         match made {
             Ok(Ok(made)) => {
                 current.store(Arc::new(made));
-                tracing::info!("certificates were read again: new connections have the new ones");
+                if changed.is_ok() {
+                    tracing::info!("certificates were read again: new connections have the new ones");
+                }
             }
             Ok(Err(error)) => tracing::warn!(%error, "the certificates stay as they were"),
             Err(error) => tracing::error!(%error, "the certificates stay as they were"),
