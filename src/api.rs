@@ -201,7 +201,8 @@ impl Api {
         *request.uri_mut() = ask.path;
         *request.headers_mut() = ask.headers;
         let subject = request::subject(route, &path);
-        let mut head = Arc::new(request::head(route, subject, request.into_parts().0, client));
+        let head = request::head(route, subject, request.into_parts().0, client);
+        let mut head = Arc::new(Head { is_grpc: true, ..head });
         request::look(&mut head, &ask.payload);
         self.send(head, ask.payload).await
     }

@@ -517,6 +517,7 @@ impl Cluster {
         entry.changes.iter().for_each(|change| change.apply(&mut report));
         entry.failures = 0;
         entry.meters.checked(true);
+        entry.meters.health.good();
         entry.circuits.seen_well();
         let same = entry.state == State::Up && *entry.report == report;
         if same {
@@ -544,6 +545,7 @@ impl Cluster {
         let Some(entry) = book.entries.get_mut(index) else { return };
         entry.failures += 1;
         entry.meters.checked(false);
+        entry.meters.health.bad(&reason);
         if entry.state == State::Down || entry.failures < threshold {
             return;
         }
