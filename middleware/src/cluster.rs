@@ -21,6 +21,7 @@ use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
 use crate::place::LoadOptions;
+use crate::quant_fallback::Level;
 use crate::runner::Runners;
 use crate::slots::Load;
 use crate::vitals::{self, Vitals};
@@ -87,6 +88,8 @@ pub struct Model {
     pub parameter_size: String,
     /// Quantization level: "`Q4_K_M`".
     pub quantization: String,
+    /// `general.architecture` of its weights. Empty: nobody has asked; the family is the same word then.
+    pub architecture: String,
     /// Context it was trained for, tokens; 0: unknown.
     pub context_length: u32,
     /// What it can do.
@@ -103,6 +106,16 @@ impl Model {
     /// What it is said to be: family, number of parameters, quantization.
     pub fn kind(&self) -> [&str; 3] {
         [&self.family, &self.parameter_size, &self.quantization]
+    }
+
+    /// `general.architecture` of its weights, as far as it is known; Ollama calls its models' family so, too.
+    pub fn architecture(&self) -> &str {
+        if self.architecture.is_empty() { &self.family } else { &self.architecture }
+    }
+
+    /// The bits that a weight of its quantization takes, if the level is a known one.
+    pub fn bits_per_weight(&self) -> Option<f32> {
+        Level::parse(&self.quantization)?.bits_per_weight()
     }
 
     /// What tells whether it shares a runner with another model of its server: Ollama keeps runners by the file of the

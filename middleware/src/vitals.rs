@@ -35,12 +35,27 @@ pub struct Vitals {
     pub in_flight: u32,
     /// Calls that wait at the agent.
     pub queued: u32,
+    /// Those of both that are not of this proxy.
+    pub others: u32,
+    /// How its calls went in the last minute; none: unknown.
+    pub figures: Option<Figures>,
     /// Ids of the sessions whose last turn this server answered.
     pub active_sessions: Vec<String>,
     /// Running pulls, and the share of each that is done, 0 to 1.
     pub pending_pulls: Vec<(String, f32)>,
     /// When this was told.
     pub told: Option<SystemTime>,
+}
+
+/// How the calls of a server went in the last minute, from whomever they came.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Figures {
+    /// Calls that ended, a second.
+    pub requests_per_second: f32,
+    /// Mean time from a call to the end of its answer, seconds.
+    pub response_time: f32,
+    /// Share of them that failed, 0 to 1.
+    pub error_rate: f32,
 }
 
 /// How full something is, bytes.

@@ -258,6 +258,7 @@ pub(super) fn report(state: ServerState) -> Result<Report, String> {
             family: model.family,
             parameter_size: model.parameter_size,
             quantization: model.quantization,
+            architecture: model.architecture,
             context_length: model.context_length,
             capabilities: model.capabilities,
             modified_at: model.modified_at,

@@ -81,6 +81,50 @@ impl Level {
         [Self::F16, Self::BF16, Self::F32].contains(&self)
     }
 
+    /// The bits that a weight takes on average, with scales and what is kept in more bits: llama.cpp's own figures
+    /// (`tools/quantize/README.md`, Llama 3.1 8B), or those of the blocks.
+    pub fn bits_per_weight(self) -> Option<f32> {
+        Some(match self.0 {
+            "iq1_s" => 2.0,
+            "iq1_m" => 2.15,
+            "iq2_xxs" => 2.38,
+            "iq2_xs" => 2.59,
+            "iq2_s" => 2.74,
+            "iq2_m" => 2.93,
+            "q2_k_s" => 2.97,
+            "q2_k" => 3.16,
+            "iq3_xxs" => 3.25,
+            "iq3_xs" => 3.5,
+            "iq3_s" => 3.66,
+            "q3_k_s" => 3.64,
+            "iq3_m" => 3.76,
+            "q3_k_m" => 4.0,
+            "q3_k_l" => 4.3,
+            "iq4_xs" => 4.46,
+            "iq4_nl" => 4.68,
+            "q4_0" | "q4_0_4_4" | "q4_0_8_8" => 4.66,
+            "q4_k_s" => 4.67,
+            "q4_k_m" => 4.89,
+            "q4_1" => 5.14,
+            "q5_0" => 5.59,
+            "q5_k_s" => 5.57,
+            "q5_k_m" => 5.70,
+            "q5_1" => 6.07,
+            "q6_k" => 6.56,
+            "q8_0" => 8.5,
+            "f16" | "bf16" => 16.0,
+            "f32" => 32.0,
+            "mxfp4" => 4.25,
+            "nvfp4" => 4.5,
+            "mxfp8" => 8.25,
+            "fp8" | "int8" => 8.0,
+            "int4" => 4.0,
+            "tq1_0" => 1.69,
+            "tq2_0" => 2.06,
+            _ => return None,
+        })
+    }
+
     /// The word by which an Ollama makes it of an unquantized model, if it can.
     pub fn made_by(self) -> Option<&'static str> {
         match self.0 {
@@ -218,5 +262,10 @@ mod tests {
                 assert_eq!(Parts::of(&ModelName::parse(other).unwrap()).stem, parts.stem, "{other}");
             }
         }
+    }
+    #[test]
+    fn every_level_of_the_ladder_tells_its_bits() {
+        assert!(Level::by_quality().all(|level| level.bits_per_weight().is_some_and(|bits| (1.0..9.0).contains(&bits))));
+        assert_eq!(Level::F16.bits_per_weight(), Some(16.0));
     }
 }
