@@ -125,7 +125,7 @@ impl Api {
         }
         let uri = request.uri();
         let path = path::read(request.method(), uri)?;
-        let own = Own::takes(&path);
+        let own = Own::takes(&path, uri.query());
         let route = Route::find(&path);
         if !own && let Some(redirect) = path::trailing_slash(request.method(), &path, uri) {
             return Err(Box::new(redirect));

@@ -9,6 +9,7 @@ mod flags;
 mod keys;
 mod proxy;
 mod server;
+mod status;
 mod up;
 
 use std::io::Write;
@@ -46,6 +47,8 @@ enum Command {
     Check(check::Arguments),
     /// Ask a running proxy what it would do with a request, or what it did with one
     Explain(explain::Arguments),
+    /// Show the servers, models or clients of a running proxy
+    Status(status::Arguments),
     /// Make, list and remove the keys of clients
     Keys(keys::Arguments),
     /// The process of the built-in engine
@@ -68,6 +71,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Client(arguments) => arguments.run(),
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
+        Command::Status(arguments) => arguments.run(),
         Command::Keys(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),

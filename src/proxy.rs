@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -73,7 +73,8 @@ impl Proxy {
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
-        let about = About { instance, address: address.to_string(), file, running: running.clone() };
+        let started = SystemTime::now();
+        let about = About { instance, address, started, file, running: running.clone() };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
@@ -85,6 +86,7 @@ impl Proxy {
         };
         let watching = pool.watch(&config.pool);
         let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
+        let first_status = leaf.clone();
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
         let gate = Gate::new(origins, address.ip());
@@ -102,6 +104,7 @@ impl Proxy {
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
             cluster.refresh(FIRST_LOOK).await;
+            tokio::spawn(first_status.first_status());
             serving.await
         });
         Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })

@@ -1,14 +1,32 @@
-//! What `GET /api/status` adds to Ollama's own keys: who we are and how the servers are.
+//! What `GET /api/status` adds to Ollama's own keys, a summary, and the pages below it: everything that is known of the
+//! proxy, its servers, the models, the clients and the sessions. All of it is made of what is in memory: nobody is asked.
 
+mod clients;
+mod models;
+mod page;
+mod proxy;
+mod servers;
+mod sessions;
+mod time;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use olol_middleware::cluster::State;
-use olol_middleware::{Server, Snapshot};
+use olol_middleware::{Shared, Snapshot};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::reload::{Attempt, Running, State as Config};
+use time::{ms, rfc3339};
+
+pub use page::{Detail, Page, Wanted};
+
+/// Versions of servers that are told apart.
+const VERSIONS: usize = 16;
 
 /// What is told of the proxy itself.
 #[derive(Clone, Debug)]
@@ -16,7 +34,9 @@ pub struct About {
     /// Random id of this process.
     pub instance: String,
     /// Address that the proxy listens on.
-    pub address: String,
+    pub address: SocketAddr,
+    /// When it was started.
+    pub started: SystemTime,
     /// The file of its configuration.
     pub file: Option<PathBuf>,
     /// What runs now.
@@ -24,21 +44,83 @@ pub struct About {
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
-pub fn summary(snapshot: &Snapshot, about: &About) -> Value {
-    let up = snapshot.servers.iter().filter(|server| server.state == State::Up).count();
-    let in_flight: u32 = snapshot.servers.iter().map(|server| server.load.in_flight()).sum();
+pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
+    let servers = &snapshot.servers;
+    let in_state = |state: State| servers.iter().filter(|server| server.state == state).count();
+    let usable = servers.iter().filter(|server| takes_calls(server)).count();
+    let in_flight: u32 = servers.iter().map(|server| server.load.in_flight()).sum();
     let running = about.running.state();
+    let mut summary = identity(about);
+    proxy::merge(
+        &mut summary,
+        json!({
+            "stack": running.layers(),
+            "config": config(&running, about),
+            "servers": {
+                "total": servers.len(),
+                "up": in_state(State::Up),
+                "down": in_state(State::Down),
+                "unknown": in_state(State::Unknown),
+                "taking_calls": usable,
+            },
+            "models": snapshot.models.len(),
+            "loaded_models": servers.iter().map(|server| server.report.loaded.len()).sum::<usize>(),
+            "in_flight": in_flight,
+            "queued": shared.queue.len(),
+            "clients": shared.clients.len(),
+            "sessions": sessions::page(&Wanted { detail: Detail::Sessions, after: None, limit: 1 }).1,
+            "registry": registry(snapshot),
+            "load_balancer": proxy::balancing(&running.config),
+            "health_check": proxy::checking(&running.config),
+            "details": Detail::ALL.map(|detail| format!("/api/status?detail={}", detail.as_str())),
+            "collected_at": rfc3339(SystemTime::now()),
+        }),
+    );
+    summary
+}
+
+/// Who and where the proxy is.
+fn identity(about: &About) -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "instance": about.instance,
-        "address": about.address,
-        "stack": running.layers(),
-        "config": config(&running, about),
+        "address": about.address.to_string(),
+        "host": about.address.ip().to_string(),
+        "port": about.address.port(),
+        "started_at": rfc3339(about.started),
         "async_mode": true,
-        "servers": {"total": snapshot.servers.len(), "up": up},
-        "models": snapshot.models.len(),
-        "in_flight": in_flight,
+        // Threads; each works on any number of requests.
+        "max_workers": tokio::runtime::Handle::try_current().map(|runtime| runtime.metrics().num_workers()).ok(),
     })
+}
+
+/// What is known of the models as a whole.
+fn registry(snapshot: &Snapshot) -> Value {
+    let servers = &snapshot.servers;
+    let mut versions: BTreeMap<&str, usize> = BTreeMap::new();
+    for server in servers.iter().filter(|server| !server.report.version.is_empty()) {
+        *versions.entry(&server.report.version).or_default() += 1;
+    }
+    let lowest = versions.keys().min_by_key(|version| in_order(version)).copied();
+    let updated = servers.iter().filter_map(|server| server.meters.health.last_good()).max();
+    let pulls = |server: &Arc<olol_middleware::Server>| {
+        server.vitals.load().as_ref().map_or(0, |vitals| vitals.pending_pulls.len())
+    };
+    json!({
+        "total_models": snapshot.models.len(),
+        "last_updated": updated.map(rfc3339),
+        "pending_pulls": servers.iter().map(pulls).sum::<usize>(),
+        "version_info": {
+            "lowest": lowest,
+            "servers": versions.iter().take(VERSIONS).collect::<BTreeMap<_, _>>(),
+        },
+    })
+}
+
+/// A version as something that can be put in order; a release candidate comes before its release.
+fn in_order(version: &str) -> (Vec<u64>, bool) {
+    let numbers = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
+    (numbers, !version.contains('-'))
 }
 
 /// Where the configuration comes from, and how it was last read.
@@ -55,58 +137,72 @@ fn config(running: &Config, about: &About) -> Value {
     })
 }
 
-/// Milliseconds since 1970.
-fn ms(time: SystemTime) -> u64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+/// Whether calls are sent to a server.
+fn takes_calls(server: &olol_middleware::Server) -> bool {
+    servers::is_online(server) && server.is_usable()
 }
 
-/// The page of `/api/status/servers`.
-pub fn servers(snapshot: &Snapshot, about: &About) -> Value {
-    json!({
-        "instance": about.instance,
-        "servers": snapshot.servers.iter().map(|server| one(server, snapshot)).collect::<Vec<_>>(),
-    })
+/// Whether the proxy can do its work, and why not. For anybody: it names nobody.
+pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
+    let count =
+        |is: &dyn Fn(&olol_middleware::Server) -> bool| snapshot.servers.iter().filter(|server| is(server)).count();
+    let up = count(&servers::is_online);
+    let mut told = format!("{up} of {} servers up\n", snapshot.servers.len());
+    if count(&takes_calls) > 0 {
+        return (true, told);
+    }
+    let why = [
+        (count(&|server| server.state == State::Unknown), "not asked yet"),
+        (count(&|server| server.state == State::Down), "down"),
+        (
+            count(&|server| servers::is_online(server) && !server.is_usable()),
+            "left alone for a while after failed calls",
+        ),
+    ];
+    let why: Vec<String> =
+        why.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    let why = if why.is_empty() { "no server is known".to_owned() } else { why.join(", ") };
+    told.push_str(&format!("not ready: {why}; GET /api/status?detail=servers tells more\n"));
+    (false, told)
 }
 
-fn one(server: &Server, snapshot: &Snapshot) -> Value {
-    let report = &server.report;
-    let circuit = match server.circuits.server_state() {
-        0 => "closed",
-        1 => "open",
-        _ => "half-open",
-    };
-    let used = snapshot.models.values().filter_map(|known| Some((&known.name, known.runners.used(server)?)));
-    let runners: Vec<Value> = used
-        .map(|(model, runner)| {
-            json!({
-                "model": model.as_str(),
-                "in_flight": runner.in_flight(),
-                "waiting": runner.waiting(),
-                "slots": runner.slots(),
-                "slots_from": runner.source(),
-            })
-        })
-        .collect();
-    json!({
-        "server": server.id.as_str(),
-        "state": server.state.as_str(),
-        "online": server.state == State::Up,
-        "usable": server.is_usable(),
-        "circuit": circuit,
-        "reason": server.reason,
-        "weight": server.weight.get(),
-        "in_flight": server.load.in_flight(),
-        "runners": runners,
-        "version": report.version,
-        "models": report.models.iter().map(|model| &model.name).collect::<Vec<_>>(),
-        "loaded_models": report.loaded.iter().map(|loaded| json!({
-            "name": loaded.name,
-            "size": loaded.size,
-            "size_vram": loaded.size_vram,
-            "expires_at": loaded.expires_at,
-            "context_length": loaded.context_length,
-            "slots": loaded.slots,
-        })).collect::<Vec<_>>(),
-    })
+/// A page as JSON, or what is wrong with what was asked.
+pub fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, String> {
+    let snapshot = shared.cluster.snapshot();
+    let running = about.running.state();
+    let config = &running.config;
+    match wanted.detail {
+        Detail::Proxy => written(about, wanted, &[proxy::all(&snapshot, about)], 1, None),
+        Detail::Servers => {
+            let (entries, has_more) = servers::page(&snapshot, wanted, config);
+            let next = entries.last().filter(|_| has_more).map(|entry| entry.server);
+            written(about, wanted, &entries, snapshot.servers.len(), next)
+        }
+        Detail::Models => {
+            let (entries, has_more) = models::page(&snapshot, wanted)?;
+            let next = entries.last().filter(|_| has_more).map(|entry| entry.name);
+            written(about, wanted, &entries, snapshot.models.len(), next)
+        }
+        Detail::Clients => {
+            let (entries, total, has_more) = clients::page(&shared.clients, &shared.keys, wanted, config);
+            let next = entries.last().filter(|_| has_more).map(|entry| entry.client_id.as_str());
+            written(about, wanted, &entries, total, next)
+        }
+        Detail::Sessions => {
+            let (entries, total, has_more) = sessions::page(wanted);
+            let next = entries.last().filter(|_| has_more).and_then(|entry| entry["session_id"].as_str());
+            written(about, wanted, &entries, total, next)
+        }
+    }
+}
+
+fn written<T: Serialize>(
+    about: &About,
+    wanted: &Wanted,
+    entries: &[T],
+    total: usize,
+    next: Option<&str>,
+) -> Result<Vec<u8>, String> {
+    let page = Page { detail: wanted.detail, instance: &about.instance, total, entries, next };
+    serde_json::to_vec(&page).map_err(|error| error.to_string())
 }

@@ -103,7 +103,7 @@ fn content(route: &str, model: &str, prompt: &str) -> Vec<u8> {
 }
 
 /// A text as a value of a query.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut escaped = String::new();
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"/-_.~:".contains(&byte) {

@@ -265,7 +265,9 @@ mod tests {
     }
     #[test]
     fn every_level_of_the_ladder_tells_its_bits() {
-        assert!(Level::by_quality().all(|level| level.bits_per_weight().is_some_and(|bits| (1.0..9.0).contains(&bits))));
+        assert!(
+            Level::by_quality().all(|level| level.bits_per_weight().is_some_and(|bits| (1.0..9.0).contains(&bits)))
+        );
         assert_eq!(Level::F16.bits_per_weight(), Some(16.0));
     }
 }
