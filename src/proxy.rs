@@ -104,7 +104,8 @@ impl Proxy {
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
             cluster.refresh(FIRST_LOOK).await;
-            tokio::spawn(first_status.first_status());
+            // Before anybody is served: it would count as load.
+            first_status.first_status().await;
             serving.await
         });
         Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })

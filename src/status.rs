@@ -162,7 +162,7 @@ pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
     let why: Vec<String> =
         why.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
     let why = if why.is_empty() { "no server is known".to_owned() } else { why.join(", ") };
-    told.push_str(&format!("not ready: {why}; GET /api/status?detail=servers tells more\n"));
+    told.extend(["not ready: ", &why, "; GET /api/status?detail=servers tells more\n"]);
     (false, told)
 }
 
@@ -205,4 +205,58 @@ fn written<T: Serialize>(
 ) -> Result<Vec<u8>, String> {
     let page = Page { detail: wanted.detail, instance: &about.instance, total, entries, next };
     serde_json::to_vec(&page).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::ServerSpec;
+    use olol_middleware::cluster::{Cluster, Member, Model, Report};
+
+    /// A proxy that knows so many servers with so many models each, the same everywhere.
+    fn large(servers: usize, models: usize) -> (Shared, About) {
+        let names: Vec<String> =
+            (0..servers).map(|at| format!("s{at:04}@10.0.{}.{}:50051", at / 250, at % 250 + 1)).collect();
+        let specs = names.iter().map(|name| ServerSpec::parse(name).unwrap());
+        let cluster = Cluster::new(specs.map(|spec| Member { id: spec.id, weight: spec.weight }).collect());
+        let model =
+            |at: usize| Model { name: format!("model{at:03}:7b"), digest: format!("sha256:{at}"), ..Model::default() };
+        let report = Report { models: (0..models).map(model).collect(), ..Report::default() };
+        for at in 0..servers {
+            cluster.report(at, report.clone());
+        }
+        let mut config = crate::config::Config::default();
+        config.proxy.servers = names;
+        let about = About {
+            instance: "1".to_owned(),
+            address: "127.0.0.1:8000".parse().unwrap(),
+            started: SystemTime::now(),
+            file: None,
+            running: Running::new(config),
+        };
+        (Shared::new(cluster), about)
+    }
+
+    #[tokio::test]
+    async fn a_large_cluster_is_told_page_by_page() {
+        let (shared, about) = large(1000, 200);
+        // The last reports wait for the pause between two snapshots.
+        shared.cluster.refresh(std::time::Duration::ZERO).await;
+        for (detail, total, length) in [(Detail::Servers, 1000, 100), (Detail::Models, 200, 100)] {
+            let wanted = Wanted { detail, after: None, limit: 100 };
+            let page = page(&shared, &about, &wanted).unwrap();
+            let page: Value = serde_json::from_slice(&page).unwrap();
+            assert_eq!((&page["total"], page[detail.as_str()].as_array().unwrap().len()), (&json!(total), length));
+            assert!(page["next"].is_string());
+        }
+        let summary = summary(&shared, &shared.cluster.snapshot(), &about).to_string();
+        assert!(summary.len() < 4096, "it is small: {summary}");
+    }
+
+    #[test]
+    fn versions_are_in_the_order_of_their_numbers() {
+        let mut versions = ["0.33.0", "0.9.10", "0.33.0-rc2", "1.0"];
+        versions.sort_by_key(|version| in_order(version));
+        assert_eq!(versions, ["0.9.10", "0.33.0-rc2", "0.33.0", "1.0"]);
+    }
 }

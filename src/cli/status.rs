@@ -242,7 +242,8 @@ impl Screen {
             shown.push_str("\x1b[K\r\n");
         }
         if fits < lines.len() {
-            shown.push_str(&format!("… {} more lines: make the window taller\x1b[K", lines.len() - fits));
+            let left = lines.len() - fits;
+            shown.extend(["… ", &left.to_string(), " more lines: make the window taller\x1b[K"]);
         }
         shown.push_str("\x1b[J");
         super::print(&shown)

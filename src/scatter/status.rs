@@ -22,6 +22,8 @@ use crate::status::{self, About};
 
 /// How long Ollama's keys are waited for: with all that we do ourselves the answer is there within 10 ms.
 const PATIENCE: Duration = Duration::from_millis(5);
+/// How long they are waited for before the first client is served.
+const FIRST: Duration = Duration::from_millis(200);
 /// Questions that may go on by themselves.
 const QUESTIONS: usize = 8;
 /// The longest status of an Ollama, bytes.
@@ -76,18 +78,22 @@ impl<F: Fleet> Scatter<F> {
         Ok(json_reply(StatusCode::OK, super::merge::NATIVE, body))
     }
 
-    /// Asks for Ollama's keys once, so that they are known when somebody wants them and no server answers any more.
+    /// Asks for Ollama's keys once, so that they are known when somebody wants them and no server answers any more. Takes
+    /// no longer than a moment.
     pub(crate) async fn first_status(self) {
+        if !self.shared.cluster.snapshot().servers.iter().any(|server| server.state == State::Up) {
+            return;
+        }
         let head = Head::new(Route::Status, Method::GET, PathAndQuery::from_static("/api/status"));
         let candidates = self.shared.cluster.snapshot().all();
-        self.asked(Call::new(head, Payload::empty(), candidates)).await;
+        let _ = tokio::time::timeout(FIRST, self.asked(Call::new(head, Payload::empty(), candidates))).await;
     }
 
     /// What the first server that can be reached tells. The question goes on when nobody waits for it any more.
     async fn asked(self, call: Call) -> Option<Arc<Heard>> {
         let snapshot = call.candidates.snapshot().clone();
         let servers = || snapshot.servers.iter().filter(|server| server.is_reachable());
-        let server = servers().find(|server| server.state != State::Unknown).or_else(|| servers().next())?.clone();
+        let server = servers().find(|server| server.state == State::Up).or_else(|| servers().next())?.clone();
         let question = self.shared.status.questions.clone().try_acquire_owned().ok()?;
         let asking = async move {
             let _question = question;

@@ -173,6 +173,7 @@ struct Everybody {
 
 /// How it is looked at.
 #[derive(Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "they are the names of what is told")]
 struct Check<'a> {
     check_id: String,
     /// "pass", "warn", "fail"; nothing yet.
@@ -227,7 +228,9 @@ fn runners(snapshot: &Snapshot) -> HashMap<usize, Vec<Running<'_>>> {
             by_server.entry(runner.server).or_default().push(running);
         }
     }
-    by_server.values_mut().for_each(|running| running.sort_unstable_by_key(|running| running.model));
+    for running in by_server.values_mut() {
+        running.sort_unstable_by_key(|running| running.model);
+    }
     by_server
 }
 
@@ -316,7 +319,7 @@ fn gpus(vitals: &Vitals) -> Vec<Gpu> {
     gpus.collect()
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a share of bytes")]
+#[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "a share of bytes")]
 fn usage(vitals: Option<&Vitals>) -> Usage {
     let part = |used: u64, total: u64| (total > 0).then(|| share((used as f64 / total as f64) as f32));
     let gpus = vitals.map(|vitals| vitals.gpus.as_slice()).unwrap_or_default();

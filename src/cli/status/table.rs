@@ -1,9 +1,13 @@
 //! Tables of what the proxy says, for people.
 
+use std::fmt::Write;
 use std::io::IsTerminal;
 
-use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table};
+use comfy_table::{Attribute, Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, Table};
 use serde_json::Value;
+
+/// A terminal with fewer columns is narrow.
+const NARROW: u16 = 110;
 
 /// How a table looks: as wide as the terminal and in colour, or plain.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +27,8 @@ impl Look {
         Self { width, is_coloured: !wants_none }
     }
 
-    /// A table with these columns; those whose name begins with `#` are numbers.
+    /// A table with these columns: `#` before a name says that they are numbers, `~` that they are left out where the terminal
+    /// is narrow.
     fn table(self, columns: &[&str]) -> Table {
         let mut table = Table::new();
         table.load_style(comfy_table::presets::NOTHING);
@@ -35,15 +40,17 @@ impl Look {
         if let Some(width) = self.width {
             table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
         }
-        table.set_header(
-            columns.iter().map(|name| Cell::new(name.trim_start_matches('#')).add_attribute(Attribute::Bold)),
-        );
+        let bare = |name: &str| name.trim_start_matches(['#', '~']).to_owned();
+        table.set_header(columns.iter().map(|name| Cell::new(bare(name)).add_attribute(Attribute::Bold)));
+        let is_narrow = self.width.is_some_and(|width| width < NARROW);
         for (at, name) in columns.iter().enumerate() {
-            if let Some(column) = table.column_mut(at) {
-                column.set_padding((0, 2));
-                if name.starts_with('#') {
-                    column.set_cell_alignment(CellAlignment::Right);
-                }
+            let Some(column) = table.column_mut(at) else { continue };
+            column.set_padding((0, 2));
+            if name.contains('#') {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+            if is_narrow && name.starts_with('~') {
+                column.set_constraint(ColumnConstraint::Hidden);
             }
         }
         table
@@ -66,7 +73,7 @@ pub(super) fn headline(summary: &Value) -> String {
         count("clients"),
     );
     if let Some(error) = olol["config"]["last_reload"]["error"].as_str() {
-        line.push_str(&format!("\nthe configuration was not reloaded: {}", clean(error)));
+        let _ = write!(line, "\nthe configuration was not reloaded: {}", clean(error));
     }
     line.push('\n');
     line
@@ -81,11 +88,11 @@ pub(super) fn servers(page: &Value, look: Look) -> String {
         "#MODELS",
         "LOADED",
         "#CPU",
-        "#MEMORY",
+        "~#MEMORY",
         "#GPU MEMORY",
         "#REQ/S",
-        "#ERRORS",
-        "#FIRST TOKEN",
+        "~#ERRORS",
+        "~#FIRST TOKEN",
         "#TOKENS",
     ]);
     let entries = entries(page, "servers");
@@ -109,7 +116,7 @@ pub(super) fn servers(page: &Value, look: Look) -> String {
             Cell::new(short(sum(&[&metrics["prompt_tokens"], &metrics["output_tokens"]]))),
         ]);
     }
-    let total = |path: fn(&Value) -> &Value| entries.iter().filter_map(|entry| path(entry).as_f64()).sum::<f64>();
+    let total = |path: fn(&Value) -> &Value| added(entries.iter().filter_map(|entry| path(entry).as_f64()));
     let up = entries.iter().filter(|entry| entry["online"] == true).count();
     let loaded: usize = entries.iter().map(|entry| entry["loaded_models"].as_array().map_or(0, Vec::len)).sum();
     let memory = total(|entry| &entry["gpu_memory"]);
@@ -132,7 +139,7 @@ pub(super) fn servers(page: &Value, look: Look) -> String {
         let problem = entry["health"]["error_details"]["message"].as_str();
         let why = problem.or(entry["reason"].as_str()).filter(|why| !why.is_empty());
         if let Some(why) = why {
-            out.push_str(&format!("\n{}: {}", text(&entry["server"]), clean(why)));
+            let _ = write!(out, "\n{}: {}", text(&entry["server"]), clean(why));
         }
     }
     out.trim_end().to_owned() + "\n"
@@ -143,28 +150,25 @@ pub(super) fn models(page: &Value, look: Look) -> String {
     let mut table = look.table(&[
         "MODEL",
         "#SIZE",
-        "PARAMETERS",
+        "~PARAMETERS",
         "QUANT",
-        "#BITS",
+        "~#BITS",
         "DIGEST",
         "INSTALLED",
         "LOADED",
         "#REQUESTS",
         "#TOKENS",
-        "#FIRST TOKEN",
-        "#WAITING",
+        "~#FIRST TOKEN",
+        "~#WAITING",
     ]);
     let entries = entries(page, "models");
     for entry in entries {
         let (stats, places) = (&entry["stats"], &entry["compatible_servers"]);
-        let digest = match entry["agrees"] == false {
-            true => {
-                let count = entry["digests"].as_array().map_or(0, Vec::len);
-                Cell::new(format!("{count} differ")).fg(Color::Yellow)
-            }
-            false => {
-                Cell::new(text(&entry["digest"]).trim_start_matches("sha256:").chars().take(12).collect::<String>())
-            }
+        let digest = if entry["agrees"] == false {
+            let count = entry["digests"].as_array().map_or(0, Vec::len);
+            Cell::new(format!("{count} differ")).fg(Color::Yellow)
+        } else {
+            Cell::new(text(&entry["digest"]).trim_start_matches("sha256:").chars().take(12).collect::<String>())
         };
         table.add_row(vec![
             Cell::new(text(&entry["name"])),
@@ -181,7 +185,7 @@ pub(super) fn models(page: &Value, look: Look) -> String {
             Cell::new(text(&entry["waiting"])),
         ]);
     }
-    let total = |of: &dyn Fn(&Value) -> f64| entries.iter().map(of).sum::<f64>();
+    let total = |of: &dyn Fn(&Value) -> f64| added(entries.iter().map(of));
     let differ = entries.iter().filter(|entry| entry["agrees"] == false).count();
     let loaded = entries.iter().filter(|entry| !names(&entry["compatible_servers"]["loaded"]).is_empty()).count();
     table.add_row(totals([
@@ -206,13 +210,13 @@ pub(super) fn clients(page: &Value, look: Look) -> String {
     let mut table = look.table(&[
         "CLIENT",
         "PROGRAM",
-        "API",
+        "~API",
         "#REQUESTS",
         "#IN FLIGHT",
         "#TOKENS",
         "LAST SEEN",
-        "SINCE",
-        "PRIORITY",
+        "~SINCE",
+        "~PRIORITY",
         "MODELS",
     ]);
     let entries = entries(page, "clients");
@@ -232,10 +236,8 @@ pub(super) fn clients(page: &Value, look: Look) -> String {
             Cell::new(if policy.is_null() { dash() } else { models }),
         ]);
     }
-    let total = |names: &[&str]| {
-        let of = |entry: &Value| names.iter().filter_map(|name| entry[*name].as_f64()).sum::<f64>();
-        entries.iter().map(of).sum::<f64>()
-    };
+    let total =
+        |names: &[&str]| added(entries.iter().flat_map(|entry| names.iter().filter_map(|name| entry[*name].as_f64())));
     table.add_row(totals([
         format!("{} in all", entries.len()),
         String::new(),
@@ -253,7 +255,7 @@ pub(super) fn clients(page: &Value, look: Look) -> String {
 
 /// The sessions.
 pub(super) fn sessions(page: &Value, look: Look) -> String {
-    let mut table = look.table(&["SESSION", "MODEL", "SERVER", "STATUS", "#MESSAGES", "LAST ACTIVE", "SINCE"]);
+    let mut table = look.table(&["SESSION", "MODEL", "SERVER", "STATUS", "#MESSAGES", "LAST ACTIVE", "~SINCE"]);
     let entries = entries(page, "sessions");
     for entry in entries {
         let messages = entry["messages"].as_array().map(|all| all.len().into()).unwrap_or(entry["messages"].clone());
@@ -334,7 +336,12 @@ fn few(names: &[String]) -> String {
 }
 
 fn sum(values: &[&Value]) -> f64 {
-    values.iter().filter_map(|value| value.as_f64()).sum()
+    added(values.iter().filter_map(|value| value.as_f64()))
+}
+
+/// The sum; of nothing it is zero, and not minus zero, which std has for that.
+fn added(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(0.0, |sum, value| sum + value)
 }
 
 /// A count: 999, 1.2k, 3.4M.
@@ -383,5 +390,99 @@ fn moment(value: &Value) -> String {
     match text.get(..19) {
         Some(second) => second.replace('T', " ") + "Z",
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const PLAIN: Look = Look { width: None, is_coloured: false };
+
+    fn server(name: &str, state: &str, metrics: &Value) -> Value {
+        json!({
+            "server": name, "state": state, "online": state == "up", "usable": state == "up", "current_load": 2,
+            "models": ["tiny:latest", "llama3.2:3b"], "loaded_models": [{"name": "tiny:latest"}],
+            "gpu_memory": 25_769_803_776_u64, "reason": "", "metrics": metrics,
+            "health": {"status": if state == "up" { "pass" } else { "fail" },
+                "error_details": {"message": "connection refused\u{1b}[2J"}},
+        })
+    }
+
+    fn page() -> Value {
+        let busy = json!({
+            "requests_per_second": 3.25, "error_rate": 0.01, "first_token_time": 0.082, "prompt_tokens": 1200,
+            "output_tokens": 300, "resource_usage": {"cpu": 0.125, "memory": 0.5, "gpu_memory": 0.75},
+        });
+        json!({"servers": [server("gpu1", "up", &busy), server("attic", "down", &json!({"first_token_time": 2.5}))]})
+    }
+
+    #[test]
+    fn servers_read_as_a_table() {
+        insta::assert_snapshot!(servers(&page(), PLAIN), @r"
+        SERVER    STATE  LOAD  MODELS  LOADED       CPU  MEMORY       GPU MEMORY  REQ/S  ERRORS  FIRST TOKEN  TOKENS
+        gpu1      up        2       2  tiny:latest  12%     50%  75% of 24.0 GiB    3.2      1%        82 ms    1.5k
+        attic     down      2       2  tiny:latest    -       -         24.0 GiB      -       -        2.5 s       0
+        2 in all  1 up      4       4  2 in memory                      48.0 GiB    3.2                         1.5k
+
+        attic: connection refused?[2J
+        ");
+    }
+
+    #[test]
+    fn models_read_as_a_table() {
+        let page = json!({"models": [
+            {"name": "llama3.2:3b", "size": 2_019_393_189_u64, "parameters": {"parameter_size": "3.2B"}, "agrees": true,
+             "quantization": {"level": "Q4_K_M", "bits_per_weight": 4.89}, "digest": "sha256:a80c4f17acd55265feec",
+             "digests": [{}], "compatible_servers": {"installed": ["a", "b", "c", "d", "e"], "loaded": ["a"]}, "waiting": 0,
+             "stats": {"requests": 12_345, "prompt_tokens": 1_000_000, "output_tokens": 500_000, "first_token_time": 0.4}},
+            {"name": "tiny:latest", "size": 1000, "parameters": {}, "agrees": false, "digests": [{}, {}],
+             "quantization": {}, "compatible_servers": {"installed": ["a", "b"], "loaded": []}, "waiting": 2, "stats": null},
+        ]});
+        insta::assert_snapshot!(models(&page, PLAIN), @r"
+        MODEL           SIZE  PARAMETERS  QUANT   BITS  DIGEST        INSTALLED   LOADED       REQUESTS  TOKENS  FIRST TOKEN  WAITING
+        llama3.2:3b  1.9 GiB  3.2B        Q4_K_M  4.89  a80c4f17acd5  a, b, c +2  a               12.3k    1.5M       400 ms        0
+        tiny:latest   1000 B  -           -          -  2 differ      a, b        -                   0       0            -        2
+        2 in all     1.9 GiB                            1 differ                  1 in memory     12.3k    1.5M                     2
+        ");
+    }
+
+    #[test]
+    fn clients_read_as_a_table() {
+        let page = json!({"clients": [
+            {"client_id": "ada", "application_type": "ollama-python", "api_versions": ["ollama", "openai"],
+             "requests": 12, "in_flight": 1, "prompt_tokens": 100, "output_tokens": 23,
+             "connected_at": "2026-11-25T12:00:00.000Z", "last_seen": "2026-11-25T12:30:00.000Z",
+             "preferences": {"priority": "high", "models": ["tiny:latest"]}},
+            {"client_id": "ip-0123456789abcdef", "application_type": null, "api_versions": [], "requests": 1, "in_flight": 0,
+             "connected_at": "2026-11-25T12:00:00.000Z", "last_seen": "2026-11-25T12:00:00.000Z", "preferences": null},
+        ]});
+        insta::assert_snapshot!(clients(&page, PLAIN), @r"
+        CLIENT               PROGRAM        API             REQUESTS  IN FLIGHT  TOKENS  LAST SEEN             SINCE                 PRIORITY  MODELS
+        ada                  ollama-python  ollama, openai        12          1     123  2026-11-25 12:30:00Z  2026-11-25 12:00:00Z  high      tiny:latest
+        ip-0123456789abcdef  -              -                      1          0       0  2026-11-25 12:00:00Z  2026-11-25 12:00:00Z  -         -
+        2 in all                                                  13          1     123
+        ");
+    }
+
+    #[test]
+    fn a_table_is_as_wide_as_its_terminal_and_coloured_only_there() {
+        let narrow = servers(&page(), Look { width: Some(80), is_coloured: false });
+        assert!(narrow.lines().all(|line| line.chars().count() <= 80), "{narrow}");
+        let coloured = servers(&page(), Look { width: Some(200), is_coloured: true });
+        assert!(coloured.contains("\x1b[") && !servers(&page(), PLAIN).contains('\x1b'));
+    }
+
+    #[test]
+    fn the_headline_tells_the_whole_in_a_line() {
+        let summary = json!({"olol": {
+            "version": "0.1.0", "address": "127.0.0.1:8000", "servers": {"total": 3, "up": 2}, "models": 12, "in_flight": 3,
+            "queued": 1, "clients": 4, "config": {"last_reload": {"error": "line 3: unknown key"}},
+        }});
+        insta::assert_snapshot!(headline(&summary), @r"
+        olol 0.1.0 at 127.0.0.1:8000: 2 of 3 servers up, 12 models, 3 in flight, 1 waiting, 4 clients
+        the configuration was not reloaded: line 3: unknown key
+        ");
     }
 }
