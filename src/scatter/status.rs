@@ -21,7 +21,7 @@ use super::{MERGE_LIMIT, Scatter, json_reply};
 use crate::status::{self, About};
 
 /// How long Ollama's keys are waited for: with all that we do ourselves the answer is there within 10 ms.
-const PATIENCE: Duration = Duration::from_millis(5);
+const PATIENCE: Duration = Duration::from_millis(3);
 /// How long they are waited for before the first client is served.
 const FIRST: Duration = Duration::from_millis(200);
 /// Questions that may go on by themselves.
