@@ -22,7 +22,7 @@ use futures_util::StreamExt;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use olol_middleware::call::{Answer, Body, Call, Head, Payload, Reply};
-use olol_middleware::cluster::{Loaded, Member, Model, Report};
+use olol_middleware::cluster::{Loaded, Member, Model, Report, Source};
 use olol_middleware::keys::{Digest, Key};
 use olol_middleware::pick::{Fleet, Pick};
 use olol_middleware::{
@@ -171,7 +171,9 @@ fn proxy(cluster: &Arc<Cluster>, config: &str) -> Stack {
 /// Servers of which each model is on so many, and in memory there.
 async fn cluster(servers: usize, models: usize, holders: usize) -> Arc<Cluster> {
     let name = |server: usize| ServerId::new(&format!("server-{server}"));
-    let members = (0..servers).map(|server| Member { id: name(server), weight: NonZeroU32::MIN }).collect();
+    let members = (0..servers)
+        .map(|server| Member { id: name(server), weight: NonZeroU32::MIN, source: Source::Static })
+        .collect();
     let cluster = Cluster::new(members);
     let mut reports = vec![Report::default(); servers];
     for model in 0..models {

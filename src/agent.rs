@@ -7,23 +7,28 @@ mod state;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use olol_middleware::ServerId;
 use olol_proto::v1::DescribeResponse;
 use olol_proto::v1::server_server::ServerServer;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tower::Service;
 
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
+use crate::security::{Token, token};
 use crate::serve::{self, Answers};
 
 /// What an agent needs to know.
@@ -37,6 +42,8 @@ pub struct Options {
     pub name: String,
     /// What runs behind it: `ollama` or `embedded`.
     pub engine: &'static str,
+    /// The token of the cluster: who does not show it is not served.
+    pub token: Token,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
 }
@@ -68,11 +75,20 @@ impl Agent {
         let stop = CancellationToken::new();
         let description = describe(&name, address, options.engine);
         let about = SelfDescription { description, state: watch.state(), stop: stop.clone() };
-        let send: rpc::Send = std::sync::Arc::new(move |ask| {
+        let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })
         });
-        let answers = Grpc(rpc::service(send, Some(about)));
+        if !address.ip().is_loopback() {
+            tracing::warn!(
+                %address,
+                "the agent listens beyond this machine without TLS: whoever can read on the network reads the token and all that \
+                 is said; keep it on a network that you trust"
+            );
+        }
+        let doorkeeper =
+            Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
+        let answers = Grpc { inner: rpc::service(send, Some(about)), doorkeeper, client: address };
         let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }
@@ -106,16 +122,56 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
     }
 }
 
-/// gRPC and nothing else.
+/// gRPC and nothing else, and for the cluster alone.
 #[derive(Clone)]
-struct Grpc(ServerServer<Face>);
+struct Grpc {
+    inner: ServerServer<Face>,
+    doorkeeper: Arc<Doorkeeper>,
+    client: SocketAddr,
+}
+
+/// Time between two warnings of refused callers, however many there are.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// Knows who belongs to the cluster.
+struct Doorkeeper {
+    token: Token,
+    /// Milliseconds since `since` before which nothing is said in the log.
+    warned: AtomicU64,
+    since: Instant,
+}
+
+impl Doorkeeper {
+    /// Why a call is refused, if it is.
+    fn refuses(&self, headers: &HeaderMap, client: SocketAddr) -> Option<&'static str> {
+        let reason = match headers.contains_key(token::HEADER) {
+            _ if self.token.is_shown(headers) => return None,
+            true => {
+                "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent \
+                 runs, and OLOL_TOKEN or --token-file give it to the proxy"
+            }
+            false => {
+                "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent \
+                 runs, a proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
+            }
+        };
+        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
+        let next = self.warned.load(Ordering::Relaxed);
+        let takes = self.warned.compare_exchange(next, now.saturating_add(wait), Ordering::Relaxed, Ordering::Relaxed);
+        if now >= next && takes.is_ok() {
+            tracing::warn!(%client, reason, "a call was refused");
+        }
+        Some(reason)
+    }
+}
 
 impl Answers for Grpc {
     type Body = tonic::body::Body;
     type Service = Self;
 
-    fn service(&self, _client: SocketAddr) -> Self {
-        self.clone()
+    fn service(&self, client: SocketAddr) -> Self {
+        Self { client, ..self.clone() }
     }
 }
 
@@ -130,7 +186,10 @@ impl Service<Request<Incoming>> for Grpc {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
-            return self.0.call(request);
+            return match self.doorkeeper.refuses(request.headers(), self.client) {
+                None => self.inner.call(request),
+                Some(reason) => Box::pin(std::future::ready(Ok(Status::unauthenticated(reason).into_http()))),
+            };
         }
         let words = b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n";
         let mut answer = Response::new(tonic::body::Body::new(Full::new(Bytes::from_static(words))));

@@ -2,6 +2,7 @@
 
 mod check;
 mod client;
+mod drain;
 #[cfg(feature = "engine")]
 mod engine;
 mod explain;
@@ -10,6 +11,7 @@ mod keys;
 mod proxy;
 mod server;
 mod status;
+mod token;
 mod up;
 
 use std::io::Write;
@@ -49,8 +51,14 @@ enum Command {
     Explain(explain::Arguments),
     /// Show the servers, models or clients of a running proxy
     Status(status::Arguments),
+    /// Have a server of a running proxy finish what it has, and give it nothing new
+    Drain(drain::Arguments),
+    /// Let a server take calls again
+    Undrain(drain::Arguments),
     /// Make, list and remove the keys of clients
     Keys(keys::Arguments),
+    /// Print the token that the machines of a cluster share
+    Token(token::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -72,7 +80,10 @@ pub fn run() -> anyhow::Result<()> {
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
         Command::Status(arguments) => arguments.run(),
+        Command::Drain(arguments) => arguments.run(true),
+        Command::Undrain(arguments) => arguments.run(false),
         Command::Keys(arguments) => arguments.run(),
+        Command::Token(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }

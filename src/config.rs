@@ -20,7 +20,8 @@ use olol_middleware::{alias, distribute, stack};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
-use crate::{pool, scatter};
+use crate::discovery::{self, Listed};
+use crate::{pool, scatter, security};
 
 pub use document::Complaint;
 use document::Document;
@@ -89,6 +90,10 @@ pub struct Config {
     pub limits: Limits,
     /// How servers are reached and checked.
     pub pool: pool::Config,
+    /// Who the servers are, where a name stands for them.
+    pub discovery: discovery::Config,
+    /// What makes a machine one of the cluster.
+    pub security: security::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Which layers are on.
@@ -212,7 +217,11 @@ impl Config {
         let Some((key, server)) = self.strangers().into_iter().find(|(_, server)| server.is_plain()) else {
             return Ok(());
         };
-        let servers = self.resolved_servers()?;
+        let Listed { servers, names } = self.resolved_servers()?;
+        if !names.is_empty() {
+            // It may be one of those that the names will lead to.
+            return Ok(());
+        }
         let names: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
         let hint = match words::nearest(server.as_str(), &names) {
             Some(near) => format!("did you mean `{near}`?"),
@@ -223,8 +232,8 @@ impl Config {
 
     /// The servers that rules name and nobody is, with their places. None while nobody has said who there is.
     fn strangers(&self) -> Vec<(Key, Pattern)> {
-        let Ok(servers) = self.resolved_servers() else { return Vec::new() };
-        if servers.is_empty() || self.proxy.servers == [source::USUAL_SERVER] {
+        let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
+        if servers.is_empty() || !names.is_empty() || self.proxy.servers == [source::USUAL_SERVER] {
             return Vec::new();
         }
         let mut named: Vec<(Key, Pattern)> = Vec::new();
@@ -257,18 +266,23 @@ impl Config {
             .map_err(|what| Wrong { key: Key::of(["proxy", "host"]), what })
     }
 
-    /// The servers.
+    /// The servers that are named one by one.
     pub fn servers(&self) -> Result<Vec<pool::ServerSpec>, ConfigError> {
+        Ok(self.listed()?.servers)
+    }
+
+    /// The servers, and the names that stand for some.
+    pub fn listed(&self) -> Result<Listed, ConfigError> {
         self.resolved_servers().map_err(Wrong::alone)
     }
 
-    fn resolved_servers(&self) -> Result<Vec<pool::ServerSpec>, Wrong> {
-        let mut servers = Vec::new();
+    fn resolved_servers(&self) -> Result<Listed, Wrong> {
+        let mut listed = Listed::default();
         for (at, text) in self.proxy.servers.iter().enumerate() {
-            pool::ServerSpec::parse_onto(&mut servers, text)
-                .map_err(|error| Wrong { key: Key::of(["proxy", "servers"]).at(at), what: error.to_string() })?;
+            let key = || Key::of(["proxy", "servers"]).at(at);
+            listed.read(text).map_err(|error| Wrong { key: key(), what: error.to_string() })?;
         }
-        Ok(servers)
+        Ok(listed)
     }
 
     /// The origins of web pages that may ask.
@@ -293,12 +307,15 @@ impl Config {
     /// This configuration with the values of another where only a restart can change them.
     #[must_use]
     pub(crate) fn restarting_as(&self, other: &Self) -> Self {
-        let proxy = Proxy { origins: self.proxy.origins.clone(), ..other.proxy.clone() };
+        let (servers, origins) = (self.proxy.servers.clone(), self.proxy.origins.clone());
+        let proxy = Proxy { servers, origins, ..other.proxy.clone() };
         Self {
             threads: other.threads,
             proxy,
             limits: other.limits.clone(),
             pool: other.pool.clone(),
+            discovery: other.discovery.clone(),
+            security: other.security.clone(),
             spool: other.spool.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()

@@ -440,7 +440,7 @@ impl Order {
 }
 
 /// Random bytes of the system in hexadecimal digits.
-fn random<const N: usize>() -> anyhow::Result<String> {
+pub(crate) fn random<const N: usize>() -> anyhow::Result<String> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("the system has no random numbers: {error}"))?;
     Ok(bytes
@@ -499,7 +499,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut DocumentMut, &[Key]) -> anyhow::Re
 }
 
 /// Makes a folder that only its owner may look into, unless it is there.
-fn make_private(folder: &Path) -> std::io::Result<()> {
+pub(crate) fn make_private(folder: &Path) -> std::io::Result<()> {
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

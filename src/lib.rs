@@ -9,8 +9,10 @@
 //! | [`api`] | HTTP to a call, a reply to HTTP |
 //! | [`scatter`] | calls that concern several servers |
 //! | [`keys`] | the file of keys |
+//! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
+//! | [`discovery`] | who the servers are |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
@@ -21,6 +23,7 @@ pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod keys;
@@ -30,6 +33,7 @@ pub mod proxy;
 pub mod reload;
 pub mod rpc;
 pub mod scatter;
+pub mod security;
 pub mod serve;
 pub mod status;
 pub mod telemetry;

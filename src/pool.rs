@@ -8,24 +8,27 @@ mod health;
 mod linger;
 
 use std::num::NonZeroU32;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{self, Poll};
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use http::HeaderValue;
 use http::header;
 use olol_middleware::call::{Answer, Edits};
-use olol_middleware::cluster::Member;
+use olol_middleware::cluster::{Member, Source};
 use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
 use olol_middleware::{Call, Cluster, Error, Payload, Reply, Server, ServerId};
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::security::{Trust, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
@@ -90,14 +93,7 @@ impl ServerSpec {
     /// Reads `[NAME@]host:port[=WEIGHT]` (an agent) or `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
     pub fn parse(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim();
-        let (rest, weight) = match text.rsplit_once('=') {
-            None => (text, NonZeroU32::MIN),
-            Some((rest, weight)) => {
-                let weight = weight.trim().parse().ok().filter(|weight: &NonZeroU32| weight.get() <= 1000);
-                let error = || EndpointError(format!("the weight in '{text}' must be a whole number from 1 to 1000"));
-                (rest, weight.ok_or_else(error)?)
-            }
-        };
+        let (rest, weight) = Self::weight(text, text)?;
         let (name, address) = rest.split_once('@').map_or((None, rest), |(name, address)| (Some(name), address));
         if name.is_some_and(|name| {
             name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
@@ -113,6 +109,14 @@ impl ServerSpec {
             Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
         };
         Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, weight })
+    }
+
+    /// Reads the `[=WEIGHT]` at the end of `rest`, which is part of `text`; returns what is before it, too.
+    pub(crate) fn weight<'a>(text: &str, rest: &'a str) -> Result<(&'a str, NonZeroU32), EndpointError> {
+        let Some((rest, weight)) = rest.rsplit_once('=') else { return Ok((rest, NonZeroU32::MIN)) };
+        let weight = weight.trim().parse().ok().filter(|weight: &NonZeroU32| weight.get() <= 1000);
+        let error = || EndpointError(format!("the weight in '{text}' must be a whole number from 1 to 1000"));
+        Ok((rest, weight.ok_or_else(error)?))
     }
 
     /// Reads a list with commas between the servers. Names and addresses must differ.
@@ -143,6 +147,14 @@ enum Backend {
 }
 
 impl Backend {
+    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust) -> Self {
+        let id = spec.id.clone();
+        match &spec.way {
+            Way::Agent(endpoint) => Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, trust))),
+            Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
+        }
+    }
+
     fn id(&self) -> &ServerId {
         match self {
             Self::Ollama(ollama) => ollama.id(),
@@ -188,27 +200,71 @@ pub struct Pool(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    backends: Vec<Arc<Backend>>,
+    config: Config,
+    /// How each server is reached, by its place in the cluster.
+    backends: ArcSwap<Vec<Option<Arc<Backend>>>>,
+    members: Mutex<Members>,
     cluster: Arc<Cluster>,
     linger: Arc<Linger>,
     hop: HeaderValue,
+    trust: Trust,
+}
+
+/// Who is a member, and who watches it.
+#[derive(Debug, Default)]
+struct Members {
+    list: Vec<Joined>,
+    /// Whether members are watched: not before the proxy runs, nor after.
+    watches: bool,
+}
+
+#[derive(Debug)]
+struct Joined {
+    spec: ServerSpec,
+    source: Source,
+    index: usize,
+    watching: Option<AbortOnDropHandle<()>>,
+}
+
+impl Joined {
+    /// Whether it is what is named there, at the same address.
+    fn is_at(&self, spec: &ServerSpec) -> bool {
+        self.spec.id == spec.id && self.spec.way == spec.way
+    }
+}
+
+/// Ends the watching of all servers when it is dropped.
+#[derive(Debug)]
+pub struct Watching(Pool);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let mut members = self.0.members();
+        members.watches = false;
+        members.list.iter_mut().for_each(|member| member.watching = None);
+    }
 }
 
 impl Pool {
     /// A pool of these servers. `hop` marks what this proxy sends, so that it knows its own requests again.
-    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue) -> Self {
-        let members = servers.iter().map(|server| Member { id: server.id.clone(), weight: server.weight }).collect();
-        let cluster = Cluster::new(members);
-        let connect = config.connect_timeout_ms.time();
-        let backend = |server: &ServerSpec| match &server.way {
-            Way::Agent(endpoint) => {
-                Backend::Agent(Arc::new(grpc::Agent::new(server.id.clone(), endpoint.clone(), connect)))
-            }
-            Way::Ollama(endpoint) => Backend::Ollama(Ollama::new(server.id.clone(), endpoint.clone(), connect)),
-        };
-        let backends = servers.iter().map(|server| Arc::new(backend(server))).collect();
-        let linger = Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max));
-        Self(Arc::new(Inner { backends, cluster, linger, hop: hop.clone() }))
+    /// `trust` is what it shows to agents.
+    pub fn new(servers: &[ServerSpec], config: &Config, hop: &HeaderValue, trust: &Trust) -> Self {
+        let pool = Self(Arc::new(Inner {
+            config: config.clone(),
+            backends: ArcSwap::default(),
+            members: Mutex::default(),
+            cluster: Cluster::new(Vec::new()),
+            linger: Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max)),
+            hop: hop.clone(),
+            trust: trust.clone(),
+        }));
+        pool.set(Source::Static, servers);
+        pool
+    }
+
+    /// The members, as they were named.
+    pub fn specs(&self) -> Vec<ServerSpec> {
+        self.members().list.iter().map(|member| member.spec.clone()).collect()
     }
 
     /// What is known of the servers.
@@ -216,13 +272,106 @@ impl Pool {
         &self.0.cluster
     }
 
-    /// Starts to keep the cluster's knowledge true, until the set of tasks is dropped.
-    pub fn watch(&self, config: &Config) -> JoinSet<()> {
-        let mut tasks = JoinSet::new();
-        for (index, backend) in self.0.backends.iter().enumerate() {
-            tasks.spawn(health::keep_true(self.0.cluster.clone(), index, backend.clone(), config.clone()));
+    /// Starts to keep the cluster's knowledge true, until what is returned is dropped.
+    pub fn watch(&self) -> Watching {
+        let mut members = self.members();
+        members.watches = true;
+        for member in &mut members.list {
+            member.watching = Some(self.keep_true(member.index));
         }
-        tasks
+        Watching(self.clone())
+    }
+
+    /// From now on these are the servers of one source. Those who are new join; those who are not among them leave, and
+    /// finish what they have. Who is there by an earlier source (in the order of [`Source`]) stays as that has it.
+    pub fn set(&self, source: Source, servers: &[ServerSpec]) {
+        let mut members = self.members();
+        let is_twin = |member: &Joined, spec: &ServerSpec| member.spec.id == spec.id || member.spec.way == spec.way;
+        let mut news: Vec<&ServerSpec> = Vec::new();
+        for spec in servers {
+            match members.list.iter_mut().find(|member| is_twin(member, spec)) {
+                Some(member) if member.source < source => {}
+                Some(member) if member.source == source && member.is_at(spec) => {
+                    if member.spec.weight != spec.weight {
+                        self.0.cluster.weigh(&spec.id, spec.weight);
+                        member.spec.weight = spec.weight;
+                    }
+                }
+                _ => news.push(spec),
+            }
+        }
+        let stays = |member: &Joined| {
+            let is_in_the_way = || news.iter().any(|spec| is_twin(member, spec));
+            let is_gone = || member.source == source && !servers.iter().any(|spec| member.is_at(spec));
+            !is_in_the_way() && !is_gone()
+        };
+        let (stay, leave): (Vec<_>, Vec<_>) = std::mem::take(&mut members.list).into_iter().partition(stays);
+        members.list = stay;
+        self.remove(leave);
+        let watches = members.watches;
+        members.list.extend(self.add(&news, source, watches));
+    }
+
+    fn add(&self, servers: &[&ServerSpec], source: Source, watches: bool) -> Vec<Joined> {
+        let connect = self.0.config.connect_timeout_ms.time();
+        let member = |spec: &&ServerSpec| Member { id: spec.id.clone(), weight: spec.weight, source };
+        let places = self.0.cluster.join(servers.iter().map(member).collect());
+        let mut joined = Vec::new();
+        for (spec, place) in servers.iter().zip(places) {
+            let index = match place {
+                Ok(index) => index,
+                Err(full) => {
+                    tracing::error!(server = %spec.id, "{full}");
+                    continue;
+                }
+            };
+            if watches {
+                tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
+            }
+            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust))));
+            let watching = watches.then(|| self.keep_true(index));
+            joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
+        }
+        joined
+    }
+
+    fn remove(&self, members: Vec<Joined>) {
+        let ids: Vec<ServerId> = members.iter().map(|member| member.spec.id.clone()).collect();
+        self.0.cluster.leave(&ids);
+        for member in members {
+            tracing::info!(server = %member.spec.id, source = member.source.as_str(), "a server has left");
+            self.put(member.index, None);
+        }
+    }
+
+    fn put(&self, index: usize, backend: Option<&Arc<Backend>>) {
+        self.0.backends.rcu(|backends| {
+            let mut backends = Vec::clone(backends);
+            backends.resize(backends.len().max(index + 1), None);
+            backends[index] = backend.cloned();
+            backends
+        });
+    }
+
+    /// Keeps true what is known of one server.
+    fn keep_true(&self, index: usize) -> AbortOnDropHandle<()> {
+        let (cluster, config) = (self.0.cluster.clone(), self.0.config.clone());
+        let backend = self.0.backend(index);
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            if let Some(backend) = backend {
+                health::keep_true(cluster, index, backend, config).await;
+            }
+        }))
+    }
+
+    fn members(&self) -> MutexGuard<'_, Members> {
+        self.0.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn backend(&self, index: usize) -> Option<Arc<Backend>> {
+        self.backends.load().get(index)?.clone()
     }
 }
 
@@ -230,7 +379,8 @@ impl Fleet for Pool {
     type Service = One;
 
     fn service(&self, server: &Server) -> Option<One> {
-        (server.index < self.0.backends.len()).then(|| One { pool: self.0.clone(), index: server.index })
+        let backend = self.0.backend(server.index)?;
+        Some(One { pool: self.0.clone(), backend, index: server.index })
     }
 }
 
@@ -238,6 +388,7 @@ impl Fleet for Pool {
 #[derive(Debug)]
 pub struct One {
     pool: Arc<Inner>,
+    backend: Arc<Backend>,
     index: usize,
 }
 
@@ -251,7 +402,7 @@ impl Service<Call> for One {
     }
 
     fn call(&mut self, call: Call) -> Answer {
-        let backend = &self.pool.backends[self.index];
+        let backend = &self.backend;
         let context = match **backend {
             Backend::Agent(_) => Context::of(&call),
             Backend::Ollama(_) => Context::default(),
@@ -270,6 +421,7 @@ fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
     headers.insert(HOP, hop.clone());
     keys::strip(&mut headers);
+    headers.remove(token::HEADER);
     if let Some(credentials) = call.key.get().and_then(|key| key.outbound(server)) {
         headers.insert(header::AUTHORIZATION, credentials.clone());
     }
@@ -315,6 +467,28 @@ fn edit(ask: &mut Ask, edits: Edits) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn names(pool: &Pool) -> Vec<String> {
+        pool.cluster().snapshot().servers.iter().map(|server| format!("{}={}", server.id, server.weight)).collect()
+    }
+
+    #[tokio::test]
+    async fn the_servers_of_a_source_are_exchanged_while_those_of_others_stay() {
+        let list = |text| ServerSpec::parse_list(text).unwrap();
+        let pool = Pool::new(&list("a:1,b:1"), &Config::default(), &HeaderValue::from_static("hop"), &Trust::default());
+        let watching = pool.watch();
+        pool.set(Source::Dns, &list("c:1,d:1,x@a:1=9"));
+        assert_eq!(names(&pool), ["a:1=1", "b:1=1", "c:1=1", "d:1=1"], "who is named by the operator stays so");
+        let load = pool.cluster().snapshot().server(&ServerId::new("c:1")).unwrap().load.clone();
+        let lease = load.lease();
+        pool.set(Source::Dns, &list("c:1=5,e:1"));
+        pool.set(Source::Static, &list("b:1,f:1"));
+        assert_eq!(names(&pool), ["b:1=1", "c:1=5", "e:1=1", "f:1=1"]);
+        let snapshot = pool.cluster().snapshot();
+        assert_eq!(snapshot.server(&ServerId::new("c:1")).unwrap().load.in_flight(), 1, "it is the same as before");
+        assert!(snapshot.servers.iter().all(|server| pool.service(server).is_some()));
+        drop((lease, watching));
+    }
 
     #[test]
     fn a_list_of_servers_is_read() {

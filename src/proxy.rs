@@ -25,11 +25,13 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
+use crate::discovery::{Listed, Names};
 use crate::keys;
-use crate::pool::Pool;
+use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
+use crate::security::Trust;
 use crate::serve::{self, Answers};
 use crate::status::About;
 
@@ -45,6 +47,7 @@ pub struct Proxy {
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
+    _watching: Watching,
     _tasks: Vec<JoinSet<()>>,
 }
 
@@ -69,12 +72,15 @@ impl Proxy {
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
         let hop = HeaderValue::from_str(&instance)?;
-        let pool = Pool::new(&config.servers()?, &config.pool, &hop);
+        let listed = config.listed()?;
+        let trust = trust(config, &listed)?;
+        let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
+        let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
         let started = SystemTime::now();
-        let about = About { instance, address, started, file, running: running.clone() };
+        let about = About { instance, address, started, file, running: running.clone(), pool: pool.clone() };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
@@ -84,11 +90,14 @@ impl Proxy {
             }
             keys => keys?,
         };
-        let watching = pool.watch(&config.pool);
-        let leaf = Scatter::new(pool, &shared, &config.spool, about.clone());
+        let watching = pool.watch();
+        names.set(listed.names);
+        let settled = names.settled();
+        let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let first_status = leaf.clone();
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
-        let reloader = Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone()));
+        let reloader =
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -103,12 +112,13 @@ impl Proxy {
         let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
+            let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
             cluster.refresh(FIRST_LOOK).await;
             // Before anybody is served: it would count as load.
             first_status.first_status().await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _tasks: vec![watching, upkeep, keys] })
+        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
     }
 
     /// Reads its configuration again.
@@ -136,6 +146,18 @@ impl Proxy {
         self.stop.cancel();
         self.running.await.unwrap_or(false)
     }
+}
+
+/// What is shown to servers. Where none of them is an agent, nothing has to be.
+fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
+    let token = match config.security.token() {
+        Err(error) if !listed.has_agents() => {
+            tracing::debug!(%error, "there is no token, and no agent that asks for it");
+            None
+        }
+        token => Some(token?),
+    };
+    Ok(Trust { token })
 }
 
 /// The recorder of this process: one, however many proxies run in it.

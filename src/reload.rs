@@ -15,6 +15,8 @@ use serde::Serialize;
 
 use crate::api::Origins;
 use crate::config::{Config, ConfigError, Source, differences};
+use crate::discovery::Names;
+use crate::pool::Pool;
 use crate::watch;
 
 /// Reads the configuration again when it is asked to.
@@ -26,6 +28,8 @@ pub struct Reloader {
     leaf: Stack,
     stack: Arc<ArcSwap<Stack>>,
     origins: Arc<ArcSwap<Origins>>,
+    /// Where servers join and leave, and the names that stand for some.
+    members: (Pool, Arc<Names>),
     running: Arc<Running>,
     /// One at a time.
     turn: Mutex<()>,
@@ -141,10 +145,11 @@ impl Reloader {
         shared: Shared,
         leaf: Stack,
         origins: Arc<ArcSwap<Origins>>,
+        members: (Pool, Arc<Names>),
     ) -> Self {
         let stack = stack::build(&running.state().config.layers(), &shared, leaf.clone());
         let stack = Arc::new(ArcSwap::from_pointee(stack));
-        Self { source, shared, leaf, stack, origins, running, turn: Mutex::default() }
+        Self { source, shared, leaf, stack, origins, members, running, turn: Mutex::default() }
     }
 
     /// The stack that is in use, now and whenever it is looked at.
@@ -231,12 +236,13 @@ impl Reloader {
         let config = wanted.restarting_as(&old.config);
         let differ = |one, other| differences(one, other).map_err(|error| ConfigError::Invalid(error.to_string()));
         let (changed, needs_restart) = (differ(&old.config, &config)?, differ(&config, &wanted)?);
-        let origins = config.origins()?;
+        let (origins, listed) = (config.origins()?, config.listed()?);
         for strange in config.oddities() {
             tracing::warn!("{strange}");
         }
         let stack = stack::build(&config.layers(), &self.shared, self.leaf.clone());
         self.stack.store(Arc::new(stack));
+        listed.put(&self.members.0, &self.members.1);
         self.origins.store(Arc::new(origins));
         let now = SystemTime::now();
         let last = Some(Attempt { at: now, trigger, error: None });

@@ -15,11 +15,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use olol_middleware::cluster::State;
+use olol_middleware::cluster::{Condition, State};
 use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
 use time::{ms, rfc3339};
 
@@ -41,12 +42,14 @@ pub struct About {
     pub file: Option<PathBuf>,
     /// What runs now.
     pub running: Arc<Running>,
+    /// The servers, as they were named.
+    pub pool: Pool,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
 pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
     let servers = &snapshot.servers;
-    let in_state = |state: State| servers.iter().filter(|server| server.state == state).count();
+    let in_condition = |condition: Condition| servers.iter().filter(|server| server.condition() == condition).count();
     let usable = servers.iter().filter(|server| takes_calls(server)).count();
     let in_flight: u32 = servers.iter().map(|server| server.load.in_flight()).sum();
     let running = about.running.state();
@@ -58,9 +61,12 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "config": config(&running, about),
             "servers": {
                 "total": servers.len(),
-                "up": in_state(State::Up),
-                "down": in_state(State::Down),
-                "unknown": in_state(State::Unknown),
+                // Those that are degraded answer, too.
+                "up": servers.iter().filter(|server| server.state == State::Up).count(),
+                "degraded": in_condition(Condition::Degraded),
+                "draining": in_condition(Condition::Draining),
+                "down": in_condition(Condition::Down),
+                "unknown": in_condition(Condition::Unknown),
                 "taking_calls": usable,
             },
             "models": snapshot.models.len(),
@@ -154,8 +160,9 @@ pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
     let why = [
         (count(&|server| server.state == State::Unknown), "not asked yet"),
         (count(&|server| server.state == State::Down), "down"),
+        (count(&|server| servers::is_online(server) && server.draining), "being drained"),
         (
-            count(&|server| servers::is_online(server) && !server.is_usable()),
+            count(&|server| servers::is_online(server) && !server.draining && !server.is_usable()),
             "left alone for a while after failed calls",
         ),
     ];
@@ -174,7 +181,7 @@ pub fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, 
     match wanted.detail {
         Detail::Proxy => written(about, wanted, &[proxy::all(&snapshot, about)], 1, None),
         Detail::Servers => {
-            let (entries, has_more) = servers::page(&snapshot, wanted, config);
+            let (entries, has_more) = servers::page(&snapshot, wanted, config, &about.pool.specs());
             let next = entries.last().filter(|_| has_more).map(|entry| entry.server);
             written(about, wanted, &entries, snapshot.servers.len(), next)
         }
@@ -211,30 +218,31 @@ fn written<T: Serialize>(
 mod tests {
     use super::*;
     use crate::pool::ServerSpec;
-    use olol_middleware::cluster::{Cluster, Member, Model, Report};
+    use olol_middleware::cluster::{Model, Report};
 
     /// A proxy that knows so many servers with so many models each, the same everywhere.
     fn large(servers: usize, models: usize) -> (Shared, About) {
         let names: Vec<String> =
             (0..servers).map(|at| format!("s{at:04}@10.0.{}.{}:50051", at / 250, at % 250 + 1)).collect();
-        let specs = names.iter().map(|name| ServerSpec::parse(name).unwrap());
-        let cluster = Cluster::new(specs.map(|spec| Member { id: spec.id, weight: spec.weight }).collect());
+        let specs: Vec<ServerSpec> = names.iter().map(|name| ServerSpec::parse(name).unwrap()).collect();
+        let (hop, config) = (http::HeaderValue::from_static("1"), crate::config::Config::default());
+        let pool = Pool::new(&specs, &config.pool, &hop, &crate::security::Trust::default());
+        let cluster = pool.cluster();
         let model =
             |at: usize| Model { name: format!("model{at:03}:7b"), digest: format!("sha256:{at}"), ..Model::default() };
         let report = Report { models: (0..models).map(model).collect(), ..Report::default() };
         for at in 0..servers {
             cluster.report(at, report.clone());
         }
-        let mut config = crate::config::Config::default();
-        config.proxy.servers = names;
         let about = About {
             instance: "1".to_owned(),
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
             running: Running::new(config),
+            pool: pool.clone(),
         };
-        (Shared::new(cluster), about)
+        (Shared::new(pool.cluster().clone()), about)
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@ mod harness;
 
 use std::net::SocketAddr;
 
-use harness::cluster::agent;
+use harness::cluster::{agent, token};
 use harness::{Cluster, Olol, Request, Server, Way, patiently, until};
 use olol::ollama::Endpoint;
 use olol_proto::v1::server_client::ServerClient;
@@ -16,10 +16,11 @@ use olol_proto::v1::{
     ShowModelRequest, WatchRequest,
 };
 use serde_json::json;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
-type Client = ServerClient<Channel>;
+type Client = ServerClient<InterceptedService<Channel, fn(tonic::Request<()>) -> Result<tonic::Request<()>, Status>>>;
 
 #[tokio::test]
 async fn generate_streams_what_the_model_says() {
@@ -343,7 +344,14 @@ impl Places {
 
 async fn client(address: SocketAddr) -> Client {
     let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
-    ServerClient::new(patiently("a gRPC connection", endpoint.connect()).await.unwrap())
+    let channel = patiently("a gRPC connection", endpoint.connect()).await.unwrap();
+    ServerClient::with_interceptor(channel, shows_token)
+}
+
+/// Agents serve nobody who does not show it.
+fn shows_token(mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+    request.metadata_mut().insert("olol-token", token().reveal().parse().unwrap());
+    Ok(request)
 }
 
 fn chat_request(model: &str) -> ChatRequest {

@@ -87,7 +87,10 @@ async fn the_summary_tells_of_everything_in_short() {
     let status = heard(&olol).await;
     let ours = &status["olol"];
     assert_eq!((&ours["host"], &ours["port"]), (&json!("127.0.0.1"), &json!(olol.address().port())));
-    assert_eq!(ours["servers"], json!({"total": 2, "up": 2, "down": 0, "unknown": 0, "taking_calls": 2}));
+    assert_eq!(
+        ours["servers"],
+        json!({"total": 2, "up": 2, "degraded": 0, "draining": 0, "down": 0, "unknown": 0, "taking_calls": 2})
+    );
     assert_eq!((&ours["models"], &ours["loaded_models"]), (&json!(1), &json!(2)));
     assert_eq!(
         (&ours["load_balancer"]["algorithm"], &ours["load_balancer"]["max_retries"]),

@@ -10,6 +10,8 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 const OLOL: &str = env!("CARGO_BIN_EXE_olol");
+/// So that the folder of whoever runs the tests is left alone.
+const TOKEN: &str = "the-token-of-the-tests-and-of-nobody-else";
 const QUESTION: &str = "What is a load balancer?";
 const ANSWER: &str =
     "A load balancer spreads requests over several servers, so that no single server has too much work.\n";
@@ -26,6 +28,7 @@ struct Up {
 impl Up {
     fn start(arguments: &[&str]) -> Self {
         let mut command = Command::new(OLOL);
+        command.env("OLOL_TOKEN", TOKEN);
         command.args(["up", "--embedded", "--port", "0", "--agent-port", "0"]).args(arguments);
         let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let lines = lines_of(process.stdout.take().unwrap());
@@ -132,7 +135,13 @@ fn a_file_that_is_no_model_ends_up_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let notes = folder.path().join("notes.gguf");
     std::fs::write(&notes, "not a model").unwrap();
-    let (_, refusal, fine) = output(Command::new(OLOL).args(["up", "--port", "0", "--model", notes.to_str().unwrap()]));
+    let (_, refusal, fine) = output(Command::new(OLOL).env("OLOL_TOKEN", TOKEN).args([
+        "up",
+        "--port",
+        "0",
+        "--model",
+        notes.to_str().unwrap(),
+    ]));
     assert!(!fine && refusal.contains("notes.gguf is no GGUF file"), "{refusal}");
     assert_eq!(refusal.matches("olol:").count(), 1, "{refusal}");
 }

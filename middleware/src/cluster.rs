@@ -4,11 +4,12 @@
 //! a second; what a server is doing right now is a handful of atomics beside it. Reading takes no lock.
 
 mod found;
+mod servers;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use rapidhash::RapidHashMap;
@@ -27,18 +28,49 @@ use crate::slots::Load;
 use crate::vitals::{self, Vitals};
 
 use found::{Finding, Found};
+pub use servers::{Iter, Servers};
 
 /// Shortest time between two snapshots.
 const REBUILD_PAUSE: Duration = Duration::from_millis(50);
 
-/// A server as the operator configured it.
+/// The most servers that a process ever knows: each keeps its place, also when it has left.
+pub const MOST_SERVERS: usize = 8192;
+
+/// A server as somebody named it.
 #[derive(Clone, Debug)]
 pub struct Member {
     /// Its name.
     pub id: ServerId,
     /// How much more it gets than a server of weight one.
     pub weight: NonZeroU32,
+    /// Who named it.
+    pub source: Source,
 }
+
+/// How a server became a member: who counts more first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// The configuration names it.
+    #[default]
+    Static,
+    /// A name of the configuration stands for it.
+    Dns,
+}
+
+impl Source {
+    /// The word for status pages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Static => "static",
+            Self::Dns => "dns",
+        }
+    }
+}
+
+/// No more servers can become members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{MOST_SERVERS} servers have been members of this process: no other can join before it is restarted")]
+pub struct Full;
 
 /// Whether a server takes calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +89,34 @@ impl State {
         match self {
             Self::Unknown => "unknown",
             Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// How a server is, as people are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Nobody has asked it yet.
+    Unknown,
+    /// All is well.
+    Up,
+    /// It answers, but checks or calls have failed lately.
+    Degraded,
+    /// It finishes what it has.
+    Draining,
+    /// It does not answer.
+    Down,
+}
+
+impl Condition {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Up => "up",
+            Self::Degraded => "degraded",
+            Self::Draining => "draining",
             Self::Down => "down",
         }
     }
@@ -157,6 +217,14 @@ pub struct Server {
     pub state: State,
     /// Why it is down; empty otherwise.
     pub reason: String,
+    /// Since when it is in that state.
+    pub since: SystemTime,
+    /// Checks that failed since the last good one, or were silent.
+    pub failures: u32,
+    /// Whether it finishes what it has, and gets nothing new.
+    pub draining: bool,
+    /// Who named it.
+    pub source: Source,
     /// What it said last.
     pub report: Arc<Report>,
     /// Live: what it is doing for us.
@@ -169,12 +237,24 @@ pub struct Server {
     pub meters: Arc<ServerMeters>,
     /// Live: how its machine is.
     pub vitals: Arc<vitals::Live>,
+    refresh: Arc<Refresh>,
 }
 
 impl Server {
     /// Whether calls should go there while others can take them.
     pub fn is_usable(&self) -> bool {
-        self.state != State::Down && !self.circuits.is_server_open()
+        self.state != State::Down && !self.draining && !self.circuits.is_server_open()
+    }
+
+    /// How it is, in one word.
+    pub fn condition(&self) -> Condition {
+        match self.state {
+            _ if self.draining => Condition::Draining,
+            State::Down => Condition::Down,
+            State::Unknown => Condition::Unknown,
+            State::Up if self.failures > 0 || self.circuits.server_state() != 0 => Condition::Degraded,
+            State::Up => Condition::Up,
+        }
     }
 
     /// Whether it answers at all, as far as is known. One whose models fail can still list them.
@@ -227,8 +307,8 @@ impl Make {
 /// Everything that is known at one moment.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    /// The servers; a [`Server::index`] is a place in this list.
-    pub servers: Vec<Arc<Server>>,
+    /// The servers; a [`Server::index`] is a place among them.
+    pub servers: Servers,
     /// The models by canonical name.
     pub models: RapidHashMap<ModelName, Arc<Known>>,
     every: Bits,
@@ -264,9 +344,9 @@ impl Clone for Bits {
 }
 
 impl Bits {
-    fn first(count: usize) -> Self {
+    fn of(servers: &Servers) -> Self {
         let mut bits = Self::default();
-        (0..count).for_each(|index| bits.insert(index));
+        servers.iter().for_each(|server| bits.insert(server.index));
         bits
     }
 
@@ -413,7 +493,6 @@ impl Candidates {
 pub struct Cluster {
     snapshot: ArcSwap<Snapshot>,
     book: Mutex<Book>,
-    refreshes: Vec<Refresh>,
     /// To go on with from a task that must not keep the cluster alive.
     this: Weak<Self>,
 }
@@ -427,12 +506,23 @@ struct Book {
     scheduled: bool,
 }
 
+impl Book {
+    /// The member at a place.
+    fn member(&mut self, index: usize) -> Option<&mut Entry> {
+        self.entries.get_mut(index).filter(|entry| !entry.has_left)
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
     member: Member,
+    has_left: bool,
+    draining: bool,
     state: State,
     reason: String,
+    since: SystemTime,
     failures: u32,
+    refresh: Arc<Refresh>,
     report: Arc<Report>,
     load: Arc<Load>,
     circuits: Arc<Circuits>,
@@ -467,6 +557,60 @@ impl Change {
     }
 }
 
+impl Entry {
+    /// A member of which nothing is known.
+    fn new(member: Member) -> Self {
+        let meters = Arc::new(ServerMeters::new(&member.id));
+        Self {
+            circuits: Arc::new(Circuits::new(member.id.clone(), meters.clone())),
+            meters,
+            changes: Vec::new(),
+            member,
+            has_left: false,
+            draining: false,
+            state: State::Unknown,
+            reason: String::new(),
+            since: SystemTime::now(),
+            failures: 0,
+            refresh: Arc::default(),
+            report: Arc::default(),
+            load: Arc::default(),
+            share: Arc::default(),
+            vitals: vitals::unknown(),
+        }
+    }
+
+    fn is_now(&mut self, state: State, reason: String) {
+        if self.state != state {
+            self.since = SystemTime::now();
+        }
+        (self.state, self.reason) = (state, reason);
+    }
+
+    /// It as it is now, at its place; nobody, if it has left.
+    fn server(&self, index: usize) -> Option<Arc<Server>> {
+        let server = || Server {
+            id: self.member.id.clone(),
+            index,
+            weight: self.member.weight,
+            state: self.state,
+            reason: self.reason.clone(),
+            since: self.since,
+            failures: self.failures,
+            draining: self.draining,
+            source: self.member.source,
+            report: self.report.clone(),
+            load: self.load.clone(),
+            circuits: self.circuits.clone(),
+            share: self.share.clone(),
+            meters: self.meters.clone(),
+            vitals: self.vitals.clone(),
+            refresh: self.refresh.clone(),
+        };
+        (!self.has_left).then(server).map(Arc::new)
+    }
+}
+
 /// How to ask for news of a server, and to hear that they came.
 #[derive(Debug)]
 struct Refresh {
@@ -475,37 +619,20 @@ struct Refresh {
     done: watch::Sender<u64>,
 }
 
+impl Default for Refresh {
+    fn default() -> Self {
+        Self { wanted: Notify::new(), begun: AtomicU64::new(0), done: watch::Sender::new(0) }
+    }
+}
+
 impl Cluster {
     /// Begins with servers of which nothing is known.
     pub fn new(members: Vec<Member>) -> Arc<Self> {
-        let refreshes = members
-            .iter()
-            .map(|_| Refresh { wanted: Notify::new(), begun: AtomicU64::new(0), done: watch::Sender::new(0) })
-            .collect();
-        let entries = members
-            .into_iter()
-            .map(|member| {
-                let meters = Arc::new(ServerMeters::new(&member.id));
-                Entry {
-                    circuits: Arc::new(Circuits::new(member.id.clone(), meters.clone())),
-                    meters,
-                    changes: Vec::new(),
-                    member,
-                    state: State::Unknown,
-                    reason: String::new(),
-                    failures: 0,
-                    report: Arc::default(),
-                    load: Arc::default(),
-                    share: Arc::default(),
-                    vitals: vitals::unknown(),
-                }
-            })
-            .collect();
+        let entries = members.into_iter().map(Entry::new).collect();
         let book = Book { entries, models: found::Before::new(), rebuilt: None, scheduled: false };
         let cluster = Arc::new_cyclic(|this| Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
-            refreshes,
             this: this.clone(),
         });
         cluster.rebuild(&mut cluster.book());
@@ -517,6 +644,69 @@ impl Cluster {
         self.snapshot.load_full()
     }
 
+    /// Servers become members; of one that is there, or was, nothing is known then. Returns their places.
+    pub fn join(&self, members: Vec<Member>) -> Vec<Result<usize, Full>> {
+        if members.is_empty() {
+            return Vec::new();
+        }
+        let mut book = self.book();
+        let known: RapidHashMap<ServerId, usize> =
+            book.entries.iter().enumerate().map(|(index, entry)| (entry.member.id.clone(), index)).collect();
+        let places = members.into_iter().map(|member| match known.get(&member.id) {
+            Some(index) => {
+                let entry = &mut book.entries[*index];
+                let (meters, load, draining) = (entry.meters.clone(), entry.load.clone(), entry.draining);
+                *entry = Entry { draining, load, meters, ..Entry::new(member) };
+                Ok(*index)
+            }
+            None if book.entries.len() >= MOST_SERVERS => Err(Full),
+            None => {
+                book.entries.push(Entry::new(member));
+                Ok(book.entries.len() - 1)
+            }
+        });
+        let places = places.collect();
+        // Who brings them in goes on with their places at once.
+        self.rebuild(&mut book);
+        places
+    }
+
+    /// Servers are no members any more: they get nothing new. What they are answering goes on.
+    pub fn leave(&self, servers: &[ServerId]) {
+        if servers.is_empty() {
+            return;
+        }
+        let mut book = self.book();
+        for entry in book.entries.iter_mut().filter(|entry| servers.contains(&entry.member.id)) {
+            entry.has_left = true;
+            entry.report = Arc::default();
+            entry.changes.clear();
+        }
+        self.rebuild(&mut book);
+    }
+
+    /// A server gets more or less from now on.
+    pub fn weigh(&self, server: &ServerId, weight: NonZeroU32) {
+        let mut book = self.book();
+        if let Some(entry) = book.entries.iter_mut().find(|entry| entry.member.id == *server) {
+            entry.member.weight = weight;
+            self.rebuild(&mut book);
+        }
+    }
+
+    /// From now on a server finishes what it has and gets nothing new, or takes calls again. Returns whether it is a member.
+    pub fn drain(&self, server: &ServerId, draining: bool) -> bool {
+        let mut book = self.book();
+        let is_it = |entry: &&mut Entry| entry.member.id == *server && !entry.has_left;
+        let Some(entry) = book.entries.iter_mut().find(is_it) else { return false };
+        if entry.draining != draining {
+            entry.draining = draining;
+            tracing::info!(%server, draining, "the operator says whether a server takes calls");
+            self.rebuild(&mut book);
+        }
+        true
+    }
+
     /// A server said what it is.
     pub fn report(&self, index: usize, report: Report) {
         self.report_since(index, report, Instant::now());
@@ -525,22 +715,21 @@ impl Cluster {
     /// A server said what it was at some moment after `since`: what calls have changed later still holds.
     pub fn report_since(&self, index: usize, mut report: Report, since: Instant) {
         let mut book = self.book();
-        let Some(entry) = book.entries.get_mut(index) else { return };
+        let Some(entry) = book.member(index) else { return };
         entry.changes.retain(|change| change.at >= since);
         entry.changes.iter().for_each(|change| change.apply(&mut report));
-        entry.failures = 0;
         entry.meters.checked(true);
         entry.meters.health.good();
         entry.circuits.seen_well();
-        let same = entry.state == State::Up && *entry.report == report;
+        let same = entry.state == State::Up && entry.failures == 0 && *entry.report == report;
+        entry.failures = 0;
         if same {
             return;
         }
         if entry.state != State::Up {
             tracing::info!(server = %entry.member.id, "server is up");
         }
-        entry.state = State::Up;
-        entry.reason.clear();
+        entry.is_now(State::Up, String::new());
         entry.report = Arc::new(report);
         self.changed(book);
     }
@@ -555,16 +744,22 @@ impl Cluster {
     /// A check of a server failed; after `threshold` in a row it is down.
     pub fn check_failed(&self, index: usize, reason: String, threshold: u32) {
         let mut book = self.book();
-        let Some(entry) = book.entries.get_mut(index) else { return };
+        let Some(entry) = book.member(index) else { return };
         entry.failures += 1;
         entry.meters.checked(false);
         entry.meters.health.bad(&reason);
-        if entry.state == State::Down || entry.failures < threshold {
+        if entry.state == State::Down && entry.reason != reason {
+            // Still down, but for another reason now: that is what has to be mended.
+            entry.reason = reason;
+            return self.changed(book);
+        }
+        if entry.state == State::Down {
             return;
         }
-        tracing::warn!(server = %entry.member.id, reason, "server is down");
-        entry.state = State::Down;
-        entry.reason = reason;
+        if entry.failures >= threshold {
+            tracing::warn!(server = %entry.member.id, reason, "server is down");
+            entry.is_now(State::Down, reason);
+        }
         self.changed(book);
     }
 
@@ -619,7 +814,8 @@ impl Cluster {
 
     fn amend(&self, server: &ServerId, change: impl FnOnce(&mut Report)) {
         let mut book = self.book();
-        let Some(entry) = book.entries.iter_mut().find(|entry| entry.member.id == *server) else { return };
+        let is_it = |entry: &&mut Entry| entry.member.id == *server && !entry.has_left;
+        let Some(entry) = book.entries.iter_mut().find(is_it) else { return };
         let mut report = Report::clone(&entry.report);
         change(&mut report);
         if report != *entry.report {
@@ -631,8 +827,8 @@ impl Cluster {
     /// Asks for fresh news of one server, without waiting for them.
     pub fn want_news_of(&self, server: &ServerId) {
         let snapshot = self.snapshot();
-        if let Some(refresh) = snapshot.server(server).and_then(|server| self.refreshes.get(server.index)) {
-            refresh.wanted.notify_one();
+        if let Some(server) = snapshot.server(server) {
+            server.refresh.wanted.notify_one();
         }
     }
 
@@ -645,7 +841,7 @@ impl Cluster {
             .servers
             .iter()
             .filter_map(|server| {
-                let refresh = self.refreshes.get(server.index)?;
+                let refresh = &server.refresh;
                 let round = refresh.begun.load(Ordering::SeqCst) + 1;
                 refresh.wanted.notify_one();
                 (server.state != State::Down).then(|| (refresh.done.subscribe(), round))
@@ -674,7 +870,8 @@ impl Cluster {
 
     /// Waits until somebody wants news of a server.
     pub async fn news_wanted(&self, index: usize) {
-        match self.refreshes.get(index) {
+        let snapshot = self.snapshot();
+        match snapshot.servers.get(index).map(|server| server.refresh.clone()) {
             Some(refresh) => refresh.wanted.notified().await,
             None => std::future::pending().await,
         }
@@ -682,13 +879,14 @@ impl Cluster {
 
     /// A round of asking a server begins; give what this returns to [`Cluster::round_ends`].
     pub fn round_begins(&self, index: usize) -> u64 {
-        self.refreshes.get(index).map_or(0, |refresh| refresh.begun.fetch_add(1, Ordering::SeqCst) + 1)
+        let snapshot = self.snapshot();
+        snapshot.servers.get(index).map_or(0, |server| server.refresh.begun.fetch_add(1, Ordering::SeqCst) + 1)
     }
 
     /// That round is over, whatever came of it.
     pub fn round_ends(&self, index: usize, round: u64) {
-        if let Some(refresh) = self.refreshes.get(index) {
-            refresh.done.send_replace(round);
+        if let Some(server) = self.snapshot().servers.get(index) {
+            server.refresh.done.send_replace(round);
         }
     }
 
@@ -721,26 +919,7 @@ impl Cluster {
     }
 
     fn rebuild(&self, book: &mut Book) {
-        let servers: Vec<_> = book
-            .entries
-            .iter()
-            .enumerate()
-            .map(|(index, entry)| {
-                Arc::new(Server {
-                    id: entry.member.id.clone(),
-                    index,
-                    weight: entry.member.weight,
-                    state: entry.state,
-                    reason: entry.reason.clone(),
-                    report: entry.report.clone(),
-                    load: entry.load.clone(),
-                    circuits: entry.circuits.clone(),
-                    share: entry.share.clone(),
-                    meters: entry.meters.clone(),
-                    vitals: entry.vitals.clone(),
-                })
-            })
-            .collect();
+        let servers: Servers = book.entries.iter().enumerate().map(|(index, entry)| entry.server(index)).collect();
         let found = Found::on(&servers);
         book.models.retain(|name, (_, runners)| found.has(name) || !runners.line().is_empty());
         let (findings, left) = found.settle(&book.models, &servers);
@@ -754,7 +933,7 @@ impl Cluster {
                 (name.clone(), Arc::new(Known { name, installed, loaded, size, makes, runners, defaults, meters }))
             })
             .collect();
-        let every = Bits::first(servers.len());
+        let every = Bits::of(&servers);
         let places = servers.iter().map(|server| (server.id.clone(), server.index)).collect();
         self.snapshot.store(Arc::new(Snapshot { servers, models, every, places }));
         book.rebuilt = Some(Instant::now());
@@ -835,6 +1014,59 @@ mod tests {
         cluster.round_ends(0, round);
         asking.await.unwrap();
         assert!(cluster.snapshot().known(&ModelName::parse("new").unwrap()).is_some());
+    }
+
+    fn member(name: &str) -> Member {
+        Member { id: ServerId::new(name), weight: NonZeroU32::MIN, source: Source::Dns }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_leaves_is_in_question_no_more_and_keeps_its_place_for_later() {
+        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
+        let (one, tiny) = (ServerId::new("1"), ModelName::parse("tiny").unwrap());
+        let before = cluster.snapshot();
+        cluster.leave(std::slice::from_ref(&one));
+        let after = cluster.snapshot();
+        let names = |snapshot: &Arc<Snapshot>| snapshot.all().iter().map(|s| s.id.to_string()).collect::<Vec<_>>();
+        assert_eq!((names(&before).len(), names(&after)), (3, vec!["0".to_owned(), "2".to_owned()]));
+        assert_eq!(after.known(&tiny).unwrap().installed.iter().collect::<Vec<_>>(), [0, 2]);
+        assert!(after.server(&one).is_none() && after.servers.len() == 2 && after.servers.get(1).is_none());
+        // What is heard of it afterwards is of no account.
+        cluster
+            .report(1, Report { models: vec![Model { name: "tiny".into(), ..Model::default() }], ..Report::default() });
+        cluster.catch_up().await;
+        assert_eq!(cluster.snapshot().known(&tiny).unwrap().installed.iter().collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(cluster.join(vec![member("new"), member("1")]), [Ok(3), Ok(1)]);
+        let again = cluster.snapshot();
+        assert_eq!((again.servers[1].state, again.servers[1].report.models.len()), (State::Unknown, 0));
+        assert_eq!(names(&again), ["0", "1", "2", "new"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_news_of_one_that_has_just_joined_gets_them() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let index = cluster.join(vec![member("new")])[0].unwrap();
+        cluster.want_news_of(&ServerId::new("new"));
+        cluster.news_wanted(index).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn how_a_server_is_is_one_word() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let condition = async || {
+            cluster.catch_up().await;
+            cluster.snapshot().servers[0].condition()
+        };
+        assert_eq!(condition().await, Condition::Up);
+        cluster.check_failed(0, "no answer".into(), 2);
+        assert_eq!(condition().await, Condition::Degraded);
+        cluster.check_failed(0, "no answer".into(), 2);
+        assert_eq!(condition().await, Condition::Down);
+        assert!(cluster.drain(&ServerId::new("0"), true) && !cluster.drain(&ServerId::new("x"), true));
+        assert_eq!(condition().await, Condition::Draining);
+        cluster.report(0, Report::default());
+        assert!(cluster.drain(&ServerId::new("0"), false));
+        assert_eq!(condition().await, Condition::Up);
     }
 
     #[test]

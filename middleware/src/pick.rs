@@ -320,6 +320,8 @@ impl Picking {
         let runners = known.as_ref().map(|known| known.runners.all());
         let lease = call.lease.take();
         let mut choices = self.choices(call, known.as_deref(), runners.as_ref().map_or(&[], |runners| runners));
+        // What runs no model is no burden.
+        choices.retain(|choice| !choice.server.draining || !call.route.infers());
         if choices.iter().any(|choice| choice.server.is_usable()) {
             choices.retain(|choice| choice.server.is_usable());
         }
@@ -450,6 +452,11 @@ fn nobody(call: &Call) -> Error {
     call.note("pick", "nobody is left", []);
     if call.candidates.snapshot().servers.is_empty() {
         return Error::NoServer("the proxy has no servers; name some with --servers".to_owned());
+    }
+    if let Some(server) = call.candidates.iter().find(|server| server.draining) {
+        let more = if call.candidates.count() > 1 { " and others that could be asked are" } else { " is" };
+        let how = "takes nothing new; `olol undrain` ends that";
+        return Error::NoServer(format!("server {}{more} being drained and {how}", server.id));
     }
     let Some(tiers) = call.tiers.as_ref().filter(|tiers| tiers.is_demand()) else {
         return Error::NoServer("every server that could be asked has failed".to_owned());

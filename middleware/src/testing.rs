@@ -85,6 +85,7 @@ fn members(weights: &[u32]) -> Arc<Cluster> {
     let member = |(index, weight): (usize, &u32)| Member {
         id: ServerId::new(&index.to_string()),
         weight: NonZeroU32::new(*weight).unwrap_or(NonZeroU32::MIN),
+        source: crate::cluster::Source::Static,
     };
     Cluster::new(weights.iter().enumerate().map(member).collect())
 }

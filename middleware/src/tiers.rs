@@ -77,7 +77,11 @@ impl Tiers {
             let given = self.weights.iter().find(|(pattern, _)| pattern.matches(server.id.as_str()));
             given.map_or(server.weight, |(_, weight)| *weight)
         };
-        let weights = if self.weights.is_empty() { Vec::new() } else { snapshot.servers.iter().map(weight).collect() };
+        let mut weights = Vec::new();
+        if !self.weights.is_empty() {
+            weights.resize(snapshot.servers.places(), NonZeroU32::MIN);
+            snapshot.servers.iter().for_each(|server| weights[server.index] = weight(server));
+        }
         Found { snapshot: Arc::downgrade(snapshot), tiers, every, weights }
     }
 }

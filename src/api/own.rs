@@ -9,7 +9,7 @@ use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
-use olol_middleware::{Route, Shared, instruments};
+use olol_middleware::{Route, ServerId, Shared, instruments};
 use serde_json::json;
 use tower::ServiceExt;
 
@@ -42,6 +42,7 @@ impl Own {
             .route("/readyz", get(ready))
             .route("/api/status", get(details))
             .route("/api/status/servers", get(servers))
+            .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
             .with_state(Known { shared: shared.clone(), about, metrics, reloader });
@@ -143,6 +144,28 @@ async fn listed(known: Known, wanted: Result<Wanted, String>) -> Response<axum::
             (StatusCode::INTERNAL_SERVER_ERROR, axum::Json(json!({"error": error.to_string()}))).into_response()
         }
     }
+}
+
+/// Has a server finish what it has and gives it nothing new, or lets it take calls again.
+async fn drain(State(known): State<Known>, Path((server, what)): Path<(String, String)>) -> Response<axum::body::Body> {
+    let draining = match what.as_str() {
+        "drain" => true,
+        "undrain" => false,
+        other => {
+            let error = format!("a server can be told 'drain' or 'undrain', not '{other}'");
+            return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+        }
+    };
+    let cluster = &known.shared.cluster;
+    let id = ServerId::new(&server);
+    if !cluster.drain(&id, draining) {
+        let snapshot = cluster.snapshot();
+        let names: Vec<&str> = snapshot.servers.iter().map(|server| server.id.as_str()).take(20).collect();
+        let error = format!("there is no server '{server}'; the servers are {}", names.join(", "));
+        return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+    }
+    let in_flight = cluster.snapshot().server(&id).map_or(0, |server| server.load.in_flight());
+    axum::Json(json!({"server": server, "draining": draining, "in_flight": in_flight})).into_response()
 }
 
 /// What was decided about a request that is over.

@@ -34,7 +34,7 @@ impl Arguments {
             bail!("name the file once: as FILE, or with --config");
         }
         self.flags.config = self.file.or(self.flags.config);
-        let source = self.flags.source(matches);
+        let source = self.flags.source(matches)?;
         let effective = source.read()?;
         let settings = effective.settings()?;
         super::print(&if self.json {

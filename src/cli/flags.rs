@@ -6,6 +6,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
 use crate::config::{Origin, Set, Source, Threads};
+use crate::security::{Token, TokenError, token};
 
 /// The flags of a proxy.
 #[derive(Debug, Args)]
@@ -26,11 +27,13 @@ pub(super) struct Flags {
     /// Worker threads; 0: one for two processors [default: 0]
     #[arg(long)]
     threads: Option<Threads>,
+    #[command(flatten)]
+    token: TokenFlag,
 }
 
 impl Flags {
     /// The configuration that they lead to; `matches` tells which of them the environment has set.
-    pub(super) fn source(self, matches: &ArgMatches) -> Source {
+    pub(super) fn source(self, matches: &ArgMatches) -> Result<Source, TokenError> {
         let origin = |id, flag, variable| match matches.value_source(id) {
             Some(ValueSource::EnvVariable) => Origin::Environment(variable),
             _ => Origin::Flag(flag),
@@ -48,7 +51,36 @@ impl Flags {
         if let Some(threads) = self.threads {
             source = source.with(Set::Threads(threads), Origin::Flag("--threads"));
         }
-        with_origins(source)
+        self.token.onto(with_origins(source))
+    }
+}
+
+/// The flag that names the token of the cluster.
+#[derive(Debug, Args)]
+pub(super) struct TokenFlag {
+    /// File with the token that the machines of a cluster share; OLOL_TOKEN may hold the token itself [default: token in
+    /// ~/.config/olol, made at the first start]
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl TokenFlag {
+    /// A configuration with the token that the flag names, else with that of the environment.
+    pub(super) fn onto(&self, source: Source) -> Result<Source, TokenError> {
+        Ok(match (&self.token_file, token::of_environment()?) {
+            (Some(file), _) => source.with(Set::TokenFile(file.clone()), Origin::Flag("--token-file")),
+            (None, Some(token)) => source.with(Set::Token(token), Origin::Environment(token::VARIABLE)),
+            (None, None) => source,
+        })
+    }
+
+    /// The token itself.
+    pub(super) fn token(&self) -> Result<Token, TokenError> {
+        match (&self.token_file, token::of_environment()?) {
+            (Some(file), _) => token::read(file),
+            (None, Some(token)) => Ok(token),
+            (None, None) => token::of_folder(),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ pub(super) struct Arguments {
 
 impl Arguments {
     pub(super) fn run(self, matches: &ArgMatches) -> anyhow::Result<()> {
-        let source = self.flags.source(matches);
+        let source = self.flags.source(matches)?;
         let config = source.read()?.config;
         super::runtime(config.worker_threads())?.block_on(async {
             let (mut stop, mut hangups) = (Stop::listen()?, Hangups::listen()?);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Stop;
+use super::flags::TokenFlag;
 use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
@@ -25,6 +26,8 @@ pub(super) struct Arguments {
     /// Name of this server [default: the machine's]
     #[arg(long, default_value = "", hide_default_value = true)]
     name: String,
+    #[command(flatten)]
+    token: TokenFlag,
     /// Worker threads; 0: one for two processors
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -43,6 +46,7 @@ impl Arguments {
             ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
             name: self.name,
             engine: "ollama",
+            token: self.token.token()?,
             grace: Duration::from_secs(self.grace),
         };
         super::runtime(self.threads)?.block_on(async {

@@ -9,13 +9,14 @@ use clap::{ArgMatches, Args};
 use olol_middleware::cluster::State;
 use olol_middleware::{Cluster, ServerId};
 
-use super::flags::with_origins;
+use super::flags::{TokenFlag, with_origins};
 use super::{Hangups, Stop};
 use crate::agent::{Agent, Options};
 use crate::config::{Config, Origin, Set, Source, listen_address};
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
+use crate::security::Token;
 
 /// How long an Ollama is waited for.
 const PROBE: Duration = Duration::from_secs(2);
@@ -41,11 +42,13 @@ pub(super) struct Arguments {
     /// Configuration file of the proxy (see config/olol.toml)
     #[arg(long, env = "OLOL_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    token: TokenFlag,
 }
 
 impl Arguments {
     pub(super) fn run(self, matches: &ArgMatches) -> anyhow::Result<()> {
-        let source = self.source(matches);
+        let source = self.source(matches)?;
         let threads = source.read()?.config.worker_threads();
         super::runtime(threads)?.block_on(async {
             let (mut stop, mut hangups) = (Stop::listen()?, Hangups::listen()?);
@@ -62,7 +65,7 @@ impl Arguments {
         })
     }
 
-    fn source(&self, matches: &ArgMatches) -> Source {
+    fn source(&self, matches: &ArgMatches) -> anyhow::Result<Source> {
         let mut source = Source { file: self.config.clone(), ..Source::default() };
         if let Some(host) = &self.host {
             source = source.with(Set::Host(host.clone()), Origin::Flag("--host"));
@@ -72,19 +75,20 @@ impl Arguments {
             source = source
                 .with(Set::Port(port), if is_flag { Origin::Flag("--port") } else { Origin::Environment("OLOL_PORT") });
         }
-        with_origins(source)
+        Ok(self.token.onto(with_origins(source))?)
     }
 
     async fn start(self, source: Source) -> anyhow::Result<Running> {
         let config = source.read()?.config;
         let address = config.address()?;
+        let token = config.security.token()?;
         let found = if self.embedded || self.model.is_some() { None } else { find_ollama(address).await? };
         let behind = match found {
             Some(endpoint) => Behind::ollama(endpoint),
             None => Behind::engine(self.model).await?,
         };
         let grace = config.limits.grace_s.time();
-        let agent = start_agent(&config.proxy.host, self.agent_port, &behind, grace).await?;
+        let agent = start_agent(&config.proxy.host, self.agent_port, &behind, &token, grace).await?;
         // The agent may listen on every address; the proxy reaches it on this machine.
         let near = SocketAddr::new(near(agent.address().ip()), agent.address().port());
         let source = source.with(Set::Servers(vec![format!("local@{near}")]), Origin::Program);
@@ -111,13 +115,14 @@ fn near(address: IpAddr) -> IpAddr {
     }
 }
 
-async fn start_agent(host: &str, port: u16, behind: &Behind, grace: Duration) -> anyhow::Result<Agent> {
+async fn start_agent(host: &str, port: u16, behind: &Behind, token: &Token, grace: Duration) -> anyhow::Result<Agent> {
     let options = |port| -> anyhow::Result<Options> {
         Ok(Options {
             listen: listen_address(host, port).map_err(anyhow::Error::msg)?,
             ollama: behind.endpoint.clone(),
             name: String::new(),
             engine: behind.kind,
+            token: token.clone(),
             grace,
         })
     };

@@ -8,6 +8,7 @@ use toml::Value;
 use super::document::Document;
 use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
+use crate::security::Token;
 
 /// The server that is asked when none is named: an agent on this machine.
 pub(super) const USUAL_SERVER: &str = "localhost:50051";
@@ -45,6 +46,10 @@ pub enum Set {
     Threads(Threads),
     /// `auth.file`
     Keys(PathBuf),
+    /// `security.token-file`
+    TokenFile(PathBuf),
+    /// The token of the cluster itself.
+    Token(Token),
 }
 
 /// Where a value comes from.
@@ -129,6 +134,7 @@ impl Set {
             Self::Origins(_) => &["proxy.origins"],
             Self::Threads(_) => &["threads", "proxy.threads"],
             Self::Keys(_) => &["auth.file"],
+            Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
         }
     }
 
@@ -139,6 +145,10 @@ impl Set {
             Self::Servers(servers) => config.proxy.servers.clone_from(servers),
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
             Self::Keys(file) => config.auth.file.clone_from(file),
+            Self::TokenFile(file) => {
+                (config.security.token_file, config.security.token) = (file.clone(), None);
+            }
+            Self::Token(token) => config.security.token = Some(token.clone()),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }

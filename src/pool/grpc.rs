@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::ollama::{Ask, Endpoint};
+use crate::security::{Token, Trust, token};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
@@ -58,8 +59,9 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn new(id: ServerId, endpoint: Endpoint, timeout: Duration) -> Self {
-        Self { id, calls: Line::new(endpoint.clone(), timeout), bulk: Line::new(endpoint, timeout) }
+    pub(super) fn new(id: ServerId, endpoint: &Endpoint, timeout: Duration, trust: &Trust) -> Self {
+        let line = || Line::new(endpoint.clone(), timeout, trust.clone());
+        Self { id, calls: line(), bulk: line() }
     }
 
     pub(super) fn id(&self) -> &ServerId {
@@ -118,7 +120,10 @@ impl Agent {
         let watching = async {
             let (channel, _) = self.calls.get(false, None).await?;
             let states = client(channel).watch(WatchRequest { interval_ms: 1000 }).await;
-            states.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned().into())
+            states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
+                Code::Unauthenticated => Refused(status.message().to_owned()).into(),
+                _ => status.message().to_owned().into(),
+            })
         };
         tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
     }
@@ -132,6 +137,10 @@ impl Agent {
         let told = status.metadata().get(PHASE).and_then(|phase| Phase::from_word(phase.to_str().ok()?));
         match status.code() {
             Code::InvalidArgument if told.is_none() => return Error::Body(status.message().to_owned().into()),
+            // Nothing was done: another server may take it.
+            Code::Unauthenticated if told.is_none() => {
+                return self.failed(Phase::Connecting, false, Refused(status.message().to_owned()).into());
+            }
             Code::FailedPrecondition if told.is_none() => return Error::Loop,
             _ => {}
         }
@@ -144,6 +153,11 @@ impl Agent {
         }
     }
 }
+
+/// The agent does not know us as one of its cluster.
+#[derive(Debug, thiserror::Error)]
+#[error("refuses our token: {0}")]
+pub(super) struct Refused(String);
 
 fn client(channel: Channel) -> ServerClient<Channel> {
     ServerClient::with_origin(channel, Uri::from_static("http://olol")).max_decoding_message_size(LARGEST_MESSAGE)
@@ -331,6 +345,7 @@ fn chunk(message: RelayResponse) -> Chunk {
 struct Line {
     endpoint: Endpoint,
     timeout: Duration,
+    trust: Trust,
     current: ArcSwapOption<Sender>,
     connecting: Mutex<()>,
 }
@@ -338,8 +353,8 @@ struct Line {
 type Sender = http2::SendRequest<tonic::body::Body>;
 
 impl Line {
-    fn new(endpoint: Endpoint, timeout: Duration) -> Self {
-        Self { endpoint, timeout, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
+    fn new(endpoint: Endpoint, timeout: Duration, trust: Trust) -> Self {
+        Self { endpoint, timeout, trust, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
     }
 
     /// The connection, and whether it was there before. A new one comes within the usual time or another limit.
@@ -360,13 +375,17 @@ impl Line {
         }
         let sender = self.connect().await?;
         self.current.store(Some(Arc::new(sender.clone())));
-        Ok((Channel(sender), false))
+        Ok((self.channel(sender), false))
     }
 
     fn ready(&self, fresh: bool) -> Option<Channel> {
         let current = self.current.load();
         let sender = current.as_ref().filter(|sender| !fresh && !sender.is_closed())?;
-        Some(Channel(Sender::clone(sender)))
+        Some(self.channel(Sender::clone(sender)))
+    }
+
+    fn channel(&self, sender: Sender) -> Channel {
+        Channel { sender, token: self.trust.token.as_ref().map(Token::header) }
     }
 
     async fn connect(&self) -> Result<Sender, BoxError> {
@@ -403,7 +422,11 @@ impl std::fmt::Debug for Line {
 
 /// A connection as tonic's client takes it: without the queue and the task that its own channel would add.
 #[derive(Clone)]
-struct Channel(Sender);
+struct Channel {
+    sender: Sender,
+    /// What every call shows.
+    token: Option<HeaderValue>,
+}
 
 impl tower::Service<http::Request<tonic::body::Body>> for Channel {
     type Response = http::Response<hyper::body::Incoming>;
@@ -411,10 +434,13 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
     type Future = BoxFuture<'static, Result<Self::Response, hyper::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
-        self.0.poll_ready(cx)
+        self.sender.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
+    fn call(&mut self, mut request: http::Request<tonic::body::Body>) -> Self::Future {
+        if let Some(token) = &self.token {
+            request.headers_mut().insert(token::HEADER, token.clone());
+        }
+        Box::pin(self.sender.send_request(request))
     }
 }

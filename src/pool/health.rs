@@ -15,6 +15,9 @@ const SHORTEST: Duration = Duration::from_millis(20);
 /// How old what an agent tells may be: the longest that its look at its engine takes.
 const AGENT_LAG: Duration = Duration::from_secs(3);
 
+/// The shortest time, and the usual one, until a server that has refused us is asked again: nothing but a person mends that.
+const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+
 /// Runs until it is dropped.
 pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<Backend>, config: Config) {
     match &*backend {
@@ -54,9 +57,12 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
     let silence = config.check_interval_ms.time().max(Duration::from_secs(2));
     loop {
         let round = cluster.round_begins(index);
-        let mut told = Some(round);
+        let (mut told, mut refused) = (Some(round), false);
         let error = match agent.watch(config.check_timeout_ms.time()).await {
-            Err(error) => error.to_string(),
+            Err(error) => {
+                refused = error.is::<grpc::Refused>();
+                error.to_string()
+            }
             Ok(mut states) => loop {
                 let wanted = tokio::select! {
                     state = tokio::time::timeout(silence, states.message()) => Some(state),
@@ -85,6 +91,14 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
             cluster.round_ends(index, round);
         }
         if error.is_empty() {
+            continue;
+        }
+        if refused {
+            // Once is enough: it answers, and says no.
+            cluster.check_failed(index, error, 1);
+            let (shortest, usual) = REFUSED;
+            tokio::time::sleep(shortest).await;
+            let _ = tokio::time::timeout(usual, cluster.news_wanted(index)).await;
             continue;
         }
         cluster.check_failed(index, error, config.check_failures.get());

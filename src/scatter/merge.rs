@@ -22,7 +22,8 @@ pub(super) const NATIVE: &str = "application/json; charset=utf-8";
 impl<F: Fleet> Scatter<F> {
     /// Asks every server and joins what they say.
     pub(super) async fn merged(self, call: Call) -> Result<Reply, Error> {
-        let servers = call.candidates.snapshot().servers.clone();
+        let snapshot = call.candidates.snapshot().clone();
+        let servers = &snapshot.servers;
         let asking =
             servers.iter().filter(|server| server.is_reachable() || servers.iter().all(|other| !other.is_reachable()));
         let asked: Vec<Arc<Server>> = asking.cloned().collect();

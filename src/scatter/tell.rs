@@ -35,7 +35,7 @@ impl<F: Fleet> Scatter<F> {
             everybody.filter(|server| holds(server) || (!is_unload && server.is_reachable())).cloned().collect();
         if targets.is_empty() {
             // Nobody seems to be there: everybody is asked all the same.
-            targets.clone_from(&call.candidates.snapshot().servers);
+            targets.extend(call.candidates.snapshot().servers.iter().cloned());
         }
         let news = News { cluster: self.shared.cluster.clone(), servers: targets.clone() };
         let answers = join_all(targets.iter().map(|server| {

@@ -25,7 +25,10 @@ pub(super) struct Entry<'a> {
     kind: Option<&'static str>,
     /// Who named it: "static" is the configuration.
     source: &'static str,
+    /// One word: unknown, up, degraded, draining, down; and since when it answers, or does not.
     state: &'static str,
+    since: String,
+    draining: bool,
     online: bool,
     usable: bool,
     circuit: &'static str,
@@ -198,11 +201,15 @@ struct Problem<'a> {
 }
 
 /// The servers of a page, by name, and whether there are more.
-pub(super) fn page<'a>(snapshot: &'a Snapshot, wanted: &Wanted, config: &Config) -> (Vec<Entry<'a>>, bool) {
+pub(super) fn page<'a>(
+    snapshot: &'a Snapshot,
+    wanted: &Wanted,
+    config: &Config,
+    specs: &[ServerSpec],
+) -> (Vec<Entry<'a>>, bool) {
     let all: Vec<&Server> = snapshot.servers.iter().map(AsRef::as_ref).collect();
     let order = |one: &&Server, other: &&Server| one.id.as_str().cmp(other.id.as_str());
     let (chosen, has_more) = wanted.cut(all, order, |server, cursor| server.id.as_str() > cursor);
-    let specs = config.servers().unwrap_or_default();
     let specs: HashMap<&str, &ServerSpec> = specs.iter().map(|spec| (spec.id.as_str(), spec)).collect();
     let mut runners = runners(snapshot);
     let entries = chosen.into_iter().map(|server| {
@@ -257,8 +264,10 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         host,
         port,
         kind,
-        source: if spec.is_some() { "static" } else { "discovered" },
-        state: server.state.as_str(),
+        source: server.source.as_str(),
+        state: server.condition().as_str(),
+        since: rfc3339(server.since),
+        draining: server.draining,
         online: is_online(server),
         usable: server.is_usable(),
         circuit: circuit(server.circuits.server_state()),

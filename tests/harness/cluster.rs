@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use olol::agent::{Agent, Options};
 use olol::ollama::Endpoint;
+use olol::security::Token;
 
 use super::server::Server;
 
@@ -94,9 +95,15 @@ impl Cluster {
     }
 }
 
+/// The token of every cluster on loopback, which is no user's.
+pub fn token() -> Token {
+    "the-token-of-the-tests-and-of-nobody-else".parse().unwrap()
+}
+
 /// An agent beside an Ollama.
 pub async fn agent(ollama: Endpoint) -> Agent {
     let listen = "127.0.0.1:0".parse().unwrap();
-    let options = Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", grace: Duration::from_secs(5) };
+    let grace = Duration::from_secs(5);
+    let options = Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", token: token(), grace };
     Agent::start(options).await.unwrap()
 }

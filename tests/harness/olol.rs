@@ -13,7 +13,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::client::{Answer, Connection, Request};
-use super::cluster::Cluster;
+use super::cluster::{Cluster, token};
 use super::server::Server;
 use super::{patiently, until};
 
@@ -51,7 +51,7 @@ impl Olol {
         }
         let home = tempfile::tempdir().unwrap();
         let keys = Set::Keys(home.path().join("keys.toml"));
-        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys];
+        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, Set::Token(token())];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
@@ -67,6 +67,9 @@ impl Olol {
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
+        if config.security.token_file.as_os_str().is_empty() {
+            config.security.token = Some(token());
+        }
         if config.auth.file.as_os_str().is_empty() {
             config.auth.file = home.path().join("keys.toml");
         }
@@ -92,6 +95,11 @@ impl Olol {
     pub fn spooled(&self) -> Vec<String> {
         let files = std::fs::read_dir(self.spool.path()).unwrap();
         files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// What the proxy calls its servers.
+    pub fn names(&self) -> Vec<String> {
+        self.proxy.cluster().snapshot().servers.iter().map(|server| server.id.to_string()).collect()
     }
 
     /// Calls that are at a server now, in the books of the proxy.

@@ -10,6 +10,7 @@ use tokio::process::{Child, ChildStderr, Command};
 use tokio::task::JoinHandle;
 
 use super::client::{Connection, Request};
+use super::cluster::token;
 use super::patiently;
 
 /// A running `olol` that listens. It is killed when it is dropped.
@@ -54,6 +55,12 @@ impl Process {
     /// Runs `olol` to its end, which comes by itself.
     pub async fn run(arguments: &[&str]) -> Output {
         patiently("the program ends", olol(arguments).output()).await.unwrap()
+    }
+
+    /// The same with these variables in its environment.
+    pub async fn run_with(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
+        let mut command = olol(arguments);
+        patiently("the program ends", command.envs(environment.iter().copied()).output()).await.unwrap()
     }
 
     /// Where it listens.
@@ -135,7 +142,7 @@ fn olol(arguments: &[&str]) -> Command {
         command.env_remove(name);
     }
     // What the user of this machine has configured counts for nothing.
-    command.env("XDG_CONFIG_HOME", "/nowhere");
+    command.env("XDG_CONFIG_HOME", "/nowhere").env("OLOL_TOKEN", token().reveal());
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{Bits, Loaded, Make, Model, Server};
+use super::{Bits, Loaded, Make, Model, Server, Servers};
 use crate::instruments::ModelMeters;
 use crate::names::ModelName;
 use crate::place::LoadOptions;
@@ -69,7 +69,7 @@ pub(super) type Before = HashMap<ModelName, (Arc<ModelMeters>, Arc<Runners>)>;
 
 impl<'a> Found<'a> {
     /// Hears every server.
-    pub(super) fn on(servers: &'a [Arc<Server>]) -> Self {
+    pub(super) fn on(servers: &'a Servers) -> Self {
         let mut found = Self::default();
         let mut families = HashMap::new();
         for server in servers {
@@ -149,7 +149,7 @@ impl<'a> Found<'a> {
 
     /// Gives each model its runners, those of `before` where there are some, and tells them what is in memory. Runners
     /// that nobody has any more are returned too.
-    pub(super) fn settle(self, before: &Before, servers: &[Arc<Server>]) -> (Vec<Finding>, Vec<Arc<Runners>>) {
+    pub(super) fn settle(self, before: &Before, servers: &Servers) -> (Vec<Finding>, Vec<Arc<Runners>>) {
         let firsts: Vec<usize> = (0..self.holdings.len()).map(|number| self.first_of(number)).collect();
         let mut chosen: Vec<Option<Arc<Runners>>> = vec![None; firsts.len()];
         // Of models that part, one keeps the runners.
@@ -212,8 +212,11 @@ mod tests {
     }
 
     fn cluster(reports: &[Report]) -> Arc<Cluster> {
-        let members = (0..reports.len())
-            .map(|at| Member { id: ServerId::new(&at.to_string()), weight: std::num::NonZeroU32::MIN });
+        let members = (0..reports.len()).map(|at| Member {
+            id: ServerId::new(&at.to_string()),
+            weight: std::num::NonZeroU32::MIN,
+            source: crate::cluster::Source::Static,
+        });
         let cluster = Cluster::new(members.collect());
         for (at, report) in reports.iter().enumerate() {
             cluster.report(at, report.clone());

@@ -10,7 +10,7 @@ use super::{
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
     SATURATION, SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MODELS, SERVER_UP, SLOTS, SLOTS_TAKEN, STARTED, THREADS,
 };
-use crate::cluster::{Known, Snapshot, State};
+use crate::cluster::{Known, Server, Snapshot, State};
 use crate::names::ModelName;
 use crate::runner::Runners;
 use crate::shared::Shared;
@@ -123,7 +123,7 @@ fn of_servers(snapshot: &Snapshot) -> Vec<Gauge> {
     for server in &snapshot.servers {
         let label = [server.id.as_str()];
         in_flight.add(label, f64::from(server.load.in_flight()));
-        up.add(label, is(server.state == State::Up));
+        up.add(label, is(server.state == State::Up && !server.draining));
         models.add(label, server.report.models.len() as f64);
         loaded.add(label, server.report.loaded.len() as f64);
         circuit.add(label, f64::from(server.circuits.server_state()));
@@ -149,9 +149,10 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
     let mut slots = Gauge::new(SLOTS, "Calls that a model on a server may be given side by side", BOTH);
     let mut taken = Gauge::new(SLOTS_TAKEN, "Calls that a model on a server was given", BOTH);
     let mut holders = Gauge::new(MODEL_SERVERS, "Servers that have a model, and take calls", &["model"]);
-    let mut busiest = vec![None; snapshot.servers.len()];
+    let mut busiest = vec![None; snapshot.servers.places()];
     for known in snapshot.models.values() {
-        let takes_calls = |index: &usize| snapshot.servers[*index].state == State::Up;
+        let is_up = |server: &Arc<Server>| server.state == State::Up && !server.draining;
+        let takes_calls = |index: &usize| snapshot.servers.get(*index).is_some_and(is_up);
         holders.add([known.meters.label()], known.installed.iter().filter(takes_calls).count() as f64);
     }
     for known in with_runners(snapshot) {
@@ -174,8 +175,8 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
         "Calls for each slot of the busiest model of a server; above 1 they wait there",
         &["server"],
     );
-    for (server, most) in snapshot.servers.iter().zip(busiest) {
-        saturation.add([server.id.as_str()], most.unwrap_or_default());
+    for server in &snapshot.servers {
+        saturation.add([server.id.as_str()], busiest[server.index].unwrap_or_default());
     }
     vec![holders, loaded, vram, depth, slots, taken, saturation]
 }
