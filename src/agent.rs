@@ -30,6 +30,10 @@ use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
 use crate::security::{Token, token};
 use crate::serve::{self, Answers};
+use crate::sessions::{self, Sessions};
+
+/// The file of an agent's sessions.
+const FILE: &str = "agent-sessions.redb";
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -46,6 +50,8 @@ pub struct Options {
     pub token: Token,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
+    /// Where the sessions of those lie who talk with it over gRPC.
+    pub sessions: sessions::Config,
 }
 
 /// An agent that listens.
@@ -88,7 +94,9 @@ impl Agent {
         }
         let doorkeeper =
             Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
-        let answers = Grpc { inner: rpc::service(send, Some(about)), doorkeeper, client: address };
+        let sessions = Sessions::new(options.sessions, FILE);
+        let inner = rpc::service(send, Some(about), sessions, None);
+        let answers = Grpc { inner, doorkeeper, client: address };
         let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }

@@ -13,6 +13,7 @@ mod own;
 mod path;
 mod request;
 mod response;
+mod sessions;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -39,6 +40,7 @@ use gate::Pass;
 use request::Facts;
 
 use crate::ollama::{Ask, HOP};
+use crate::sessions::Sessions;
 
 /// The routes of gRPC begin with this.
 const GRPC: &str = "/olol.v1.";
@@ -55,10 +57,12 @@ pub struct Api {
     room: Arc<Room>,
     own: Own,
     hop: HeaderValue,
+    sessions: Sessions,
 }
 
 impl Api {
     /// An API in front of a stack that may be exchanged. `hop` is how this proxy marks its requests.
+    #[expect(clippy::too_many_arguments, reason = "it is made in one place, of what the proxy is made of")]
     pub fn new(
         stack: Arc<ArcSwap<Stack>>,
         shared: Shared,
@@ -67,8 +71,9 @@ impl Api {
         room: Arc<Room>,
         own: Own,
         hop: HeaderValue,
+        sessions: Sessions,
     ) -> Self {
-        Self { stack, shared, gate, trusted, room, own, hop }
+        Self { stack, shared, gate, trusted, room, own, hop, sessions }
     }
 
     /// Whether a request is for gRPC.
@@ -100,6 +105,7 @@ impl Api {
             Ok((None, _, pass)) => Box::pin(async move {
                 let answer = match request.uri().path() {
                     explain::PATH => self.explain(request, client).await,
+                    path if sessions::named(path).is_some() => self.sessions_page(request, client).await,
                     _ => self.own.answer(request).await,
                 };
                 Ok(manner.applied(pass.marked(answer)).await)
@@ -162,9 +168,13 @@ impl Api {
             Err(error) => Err(error),
         };
         let mut answer = match whole {
-            Ok((payload, taken)) => {
+            Ok((payload, mut taken)) => {
                 request::look(&mut head, &payload);
-                let answer = self.send(head.clone(), payload).await;
+                let answer = if self.may_be_a_turn(&head) {
+                    Box::pin(self.take_turn(&mut head, payload, &mut taken)).await
+                } else {
+                    self.send(head.clone(), payload).await
+                };
                 written(answer, &head, taken)
             }
             Err(error) => response::refused(head.route, &error),

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
-use crate::{pool, scatter, security};
+use crate::{pool, scatter, security, sessions};
 
 pub use document::Complaint;
 use document::Document;
@@ -96,6 +96,8 @@ pub struct Config {
     pub security: security::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
+    /// Where histories of sessions are kept, and how many.
+    pub sessions: sessions::Config,
     /// Which layers are on.
     pub stack: stack::Table,
     /// How one of the candidates is picked.
@@ -317,6 +319,7 @@ impl Config {
             discovery: other.discovery.clone(),
             security: other.security.clone(),
             spool: other.spool.clone(),
+            sessions: other.sessions.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()
         }
@@ -348,6 +351,13 @@ impl Config {
 pub fn folder() -> Option<PathBuf> {
     let named = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
     let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".config"));
+    Some(named.or_else(home)?.join("olol"))
+}
+
+/// The user's folder for what OLOL must not forget: `$XDG_STATE_HOME/olol`, else `~/.local/state/olol`.
+pub fn state_folder() -> Option<PathBuf> {
+    let named = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".local/state"));
     Some(named.or_else(home)?.join("olol"))
 }
 

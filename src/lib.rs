@@ -15,6 +15,7 @@
 //! | [`discovery`] | who the servers are |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
+//! | [`sessions`] | conversations whose history is kept here |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
 //! | [`reload`] | a new configuration without a restart |
 //! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
@@ -35,6 +36,7 @@ pub mod rpc;
 pub mod scatter;
 pub mod security;
 pub mod serve;
+pub mod sessions;
 pub mod status;
 pub mod telemetry;
 pub mod watch;

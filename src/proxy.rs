@@ -33,10 +33,14 @@ use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
 use crate::security::Trust;
 use crate::serve::{self, Answers};
+use crate::sessions::Sessions;
 use crate::status::About;
 
 /// Time between two rounds of keeping histograms small.
 const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The file of a proxy's sessions.
+const SESSIONS: &str = "proxy-sessions.redb";
 
 /// A proxy that listens.
 #[derive(Debug)]
@@ -80,7 +84,16 @@ impl Proxy {
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
         let started = SystemTime::now();
-        let about = About { instance, address, started, file, running: running.clone(), pool: pool.clone() };
+        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let about = About {
+            instance,
+            address,
+            started,
+            file,
+            running: running.clone(),
+            pool: pool.clone(),
+            sessions: sessions.clone(),
+        };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
@@ -105,8 +118,9 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
-        let own = Own::new(shared.clone(), about, metrics, reloader.clone());
-        let api = Arc::new(Api::new(reloader.stack().clone(), shared.clone(), gate, trusted, room, own, hop));
+        let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
+        let stack = reloader.stack().clone();
+        let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
         let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
@@ -201,7 +215,7 @@ impl Edge {
             let api = api.clone();
             Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        rpc::service(send, None)
+        rpc::service(send, None, self.api.sessions().clone(), Some(self.api.keys().clone()))
     }
 }
 

@@ -3,6 +3,7 @@
 //! Both faces are one: whatever comes in becomes an [`Ask`], and where it goes is the only difference: to the Ollama beside
 //! an agent, or down the proxy's stack.
 
+mod sessions;
 mod typed;
 
 use std::pin::Pin;
@@ -13,13 +14,15 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Stream, StreamExt};
 use olol_middleware::call::{Body, Pieces};
+use olol_middleware::keys::Keys;
 use olol_middleware::{Chunk, Error, Payload, Reply, Route, keys};
 use olol_proto::v1::server_server::{Server, ServerServer};
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse,
     EmbedRequest, EmbedResponse, EndSessionRequest, EndSessionResponse, GenerateRequest, GenerateResponse,
-    ListModelsRequest, ListModelsResponse, PullModelRequest, PullModelResponse, RelayCounters, RelayHead, RelayRequest,
-    RelayResponse, RelayResponseHead, ServerState, Session, ShowModelRequest, ShowModelResponse, WatchRequest,
+    GetSessionRequest, ListModelsRequest, ListModelsResponse, PullModelRequest, PullModelResponse, RelayCounters,
+    RelayHead, RelayRequest, RelayResponse, RelayResponseHead, ServerState, Session, ShowModelRequest,
+    ShowModelResponse, WatchRequest,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +31,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::ollama::Ask;
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
+use crate::sessions::Sessions;
 
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
 const LARGEST_HELD: u64 = 64 << 10;
@@ -54,11 +58,19 @@ pub struct SelfDescription {
 pub struct Face {
     send: Send,
     about: Option<SelfDescription>,
+    sessions: Sessions,
+    /// The keys that sessions are told apart by; an agent has none.
+    keys: Option<Arc<Keys>>,
 }
 
 /// A face that sends calls there, ready to be served.
-pub fn service(send: Send, about: Option<SelfDescription>) -> ServerServer<Face> {
-    ServerServer::new(Face { send, about }).max_decoding_message_size(LARGEST_MESSAGE)
+pub fn service(
+    send: Send,
+    about: Option<SelfDescription>,
+    sessions: Sessions,
+    keys: Option<Arc<Keys>>,
+) -> ServerServer<Face> {
+    ServerServer::new(Face { send, about, sessions, keys }).max_decoding_message_size(LARGEST_MESSAGE)
 }
 
 #[tonic::async_trait]
@@ -171,19 +183,28 @@ impl Server for Face {
         Ok(Response::new(typed::lines(self.good(ask).await?, typed::pulled)))
     }
 
-    async fn create_session(&self, _request: Request<CreateSessionRequest>) -> Result<Response<Session>, Status> {
-        Err(no_sessions())
+    async fn create_session(&self, request: Request<CreateSessionRequest>) -> Result<Response<Session>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        self.created(&metadata, request).await.map(Response::new)
     }
 
     async fn chat_message(
         &self,
-        _request: Request<ChatMessageRequest>,
+        request: Request<ChatMessageRequest>,
     ) -> Result<Response<Self::ChatMessageStream>, Status> {
-        Err(no_sessions())
+        let (metadata, _, request) = request.into_parts();
+        let reply = self.turn(&metadata, request).await?;
+        Ok(Response::new(typed::lines(reply, typed::chatted)))
     }
 
-    async fn end_session(&self, _request: Request<EndSessionRequest>) -> Result<Response<EndSessionResponse>, Status> {
-        Err(no_sessions())
+    async fn end_session(&self, request: Request<EndSessionRequest>) -> Result<Response<EndSessionResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        self.ended(&metadata, &request.session_id).await.map(Response::new)
+    }
+
+    async fn get_session(&self, request: Request<GetSessionRequest>) -> Result<Response<Session>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        self.exported(&metadata, request).await.map(Response::new)
     }
 }
 
@@ -210,10 +231,6 @@ impl Face {
         let reply = (self.send)(ask).await.map_err(|error| failure(&error))?;
         if reply.status.is_success() { Ok(reply) } else { Err(typed::refusal(reply).await) }
     }
-}
-
-fn no_sessions() -> Status {
-    Status::unimplemented("sessions kept by the server are not there yet; send the whole history with Chat")
 }
 
 /// What a head says of the length of its body.

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use http::StatusCode;
 use olol_middleware::cluster::{Condition, State};
 use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
@@ -22,6 +23,7 @@ use serde_json::{Value, json};
 
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
+use crate::sessions::Sessions;
 use time::{ms, rfc3339};
 
 pub use page::{Detail, Page, Wanted};
@@ -44,6 +46,8 @@ pub struct About {
     pub running: Arc<Running>,
     /// The servers, as they were named.
     pub pool: Pool,
+    /// The sessions.
+    pub sessions: Sessions,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -74,7 +78,7 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "in_flight": in_flight,
             "queued": shared.queue.len(),
             "clients": shared.clients.len(),
-            "sessions": sessions::page(&Wanted { detail: Detail::Sessions, after: None, limit: 1 }).1,
+            "sessions": about.sessions.counts().0,
             "registry": registry(snapshot),
             "load_balancer": proxy::balancing(&running.config),
             "health_check": proxy::checking(&running.config),
@@ -173,8 +177,8 @@ pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
     (false, told)
 }
 
-/// A page as JSON, or what is wrong with what was asked.
-pub fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, String> {
+/// A page as JSON; or why there is none, with the status that says it.
+pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, (StatusCode, String)> {
     let snapshot = shared.cluster.snapshot();
     let running = about.running.state();
     let config = &running.config;
@@ -186,7 +190,7 @@ pub fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, 
             written(about, wanted, &entries, snapshot.servers.len(), next)
         }
         Detail::Models => {
-            let (entries, has_more) = models::page(&snapshot, wanted)?;
+            let (entries, has_more) = models::page(&snapshot, wanted).map_err(|why| (StatusCode::BAD_REQUEST, why))?;
             let next = entries.last().filter(|_| has_more).map(|entry| entry.name);
             written(about, wanted, &entries, snapshot.models.len(), next)
         }
@@ -196,9 +200,9 @@ pub fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, 
             written(about, wanted, &entries, total, next)
         }
         Detail::Sessions => {
-            let (entries, total, has_more) = sessions::page(wanted);
-            let next = entries.last().filter(|_| has_more).and_then(|entry| entry["session_id"].as_str());
-            written(about, wanted, &entries, total, next)
+            let (entries, next) = sessions::page(&about.sessions, wanted).await?;
+            let total = usize::try_from(about.sessions.counts().0).unwrap_or(usize::MAX);
+            written(about, wanted, &entries, total, next.as_deref())
         }
     }
 }
@@ -209,9 +213,9 @@ fn written<T: Serialize>(
     entries: &[T],
     total: usize,
     next: Option<&str>,
-) -> Result<Vec<u8>, String> {
+) -> Result<Vec<u8>, (StatusCode, String)> {
     let page = Page { detail: wanted.detail, instance: &about.instance, total, entries, next };
-    serde_json::to_vec(&page).map_err(|error| error.to_string())
+    serde_json::to_vec(&page).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
 #[cfg(test)]
@@ -241,6 +245,7 @@ mod tests {
             file: None,
             running: Running::new(config),
             pool: pool.clone(),
+            sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
         };
         (Shared::new(pool.cluster().clone()), about)
     }
@@ -252,7 +257,7 @@ mod tests {
         shared.cluster.refresh(std::time::Duration::ZERO).await;
         for (detail, total, length) in [(Detail::Servers, 1000, 100), (Detail::Models, 200, 100)] {
             let wanted = Wanted { detail, after: None, limit: 100 };
-            let page = page(&shared, &about, &wanted).unwrap();
+            let page = page(&shared, &about, &wanted).await.unwrap();
             let page: Value = serde_json::from_slice(&page).unwrap();
             assert_eq!((&page["total"], page[detail.as_str()].as_array().unwrap().len()), (&json!(total), length));
             assert!(page["next"].is_string());

@@ -11,9 +11,8 @@ use harness::{Cluster, Olol, Request, Server, Way, patiently, until};
 use olol::ollama::Endpoint;
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
-    ChatMessageRequest, ChatRequest, CreateSessionRequest, DescribeRequest, EmbedRequest, EndSessionRequest,
-    GenerateRequest, Header, ListModelsRequest, Message, PullModelRequest, RelayHead, RelayRequest, RelayResponse,
-    ShowModelRequest, WatchRequest,
+    ChatRequest, DescribeRequest, EmbedRequest, GenerateRequest, Header, ListModelsRequest, Message, PullModelRequest,
+    RelayHead, RelayRequest, RelayResponse, ShowModelRequest, WatchRequest,
 };
 use serde_json::json;
 use tonic::service::interceptor::InterceptedService;
@@ -161,18 +160,6 @@ async fn a_program_that_leaves_ends_the_work() {
         patiently("the first word", stream.message()).await.unwrap().unwrap();
         drop(stream);
         places.cluster.server(0).saw_cancels(times).await;
-    }
-}
-
-#[tokio::test]
-async fn sessions_are_not_there_yet() {
-    for client in &mut Places::start().await.clients().await {
-        let codes = [
-            client.create_session(CreateSessionRequest::default()).await.map(drop).unwrap_err().code(),
-            client.chat_message(ChatMessageRequest::default()).await.map(drop).unwrap_err().code(),
-            client.end_session(EndSessionRequest::default()).await.map(drop).unwrap_err().code(),
-        ];
-        assert_eq!(codes, [Code::Unimplemented; 3]);
     }
 }
 

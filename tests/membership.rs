@@ -198,6 +198,7 @@ async fn agents(cluster: &Cluster, ips: &[[u8; 4]]) -> (Vec<Agent>, u16) {
             engine: "ollama",
             token: harness::cluster::token(),
             grace: Duration::from_secs(5),
+            sessions: olol::sessions::Config::default(),
         };
         agents.push(Agent::start(options).await.unwrap());
         port = agents[0].address().port();

@@ -61,6 +61,8 @@ budget = 0
 reserve = 4
 breaker-open-ms = 1
 breaker-max-open-ms = 1
+ramp-s = 0
+resume-wait-s = 1
 "#;
 
 #[tokio::test]

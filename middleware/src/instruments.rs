@@ -15,7 +15,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_histogram, histogram};
 
-pub use self::observed::{Process, observe, observe_build, observe_config, observe_process};
+pub use self::observed::{Process, observe, observe_build, observe_config, observe_process, observe_sessions};
 use crate::affinity::{Placed, Source};
 use crate::call::{Counters, End};
 use crate::cluster::Server;
@@ -81,6 +81,11 @@ const SATURATION: &str = "olol_saturation_ratio";
 const RESUMES: &str = "olol_resumes_total";
 const CIRCUIT_STATE: &str = "olol_server_circuit_state";
 const CIRCUIT_OPENED: &str = "olol_circuit_opened_total";
+
+const SESSIONS: &str = "olol_sessions";
+const SESSIONS_BYTES: &str = "olol_sessions_bytes";
+const SESSION_TURNS: &str = "olol_session_turns_total";
+const SESSION_EVICTIONS: &str = "olol_session_evictions_total";
 
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
@@ -150,6 +155,10 @@ pub const NAMES: &[&str] = &[
     RESUMES,
     CIRCUIT_STATE,
     CIRCUIT_OPENED,
+    SESSIONS,
+    SESSIONS_BYTES,
+    SESSION_TURNS,
+    SESSION_EVICTIONS,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -298,7 +307,22 @@ pub fn describe() {
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    describe_sessions();
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
+}
+
+fn describe_sessions() {
+    describe_counter!(
+        SESSION_TURNS,
+        Unit::Count,
+        "Turns of sessions: on the disk (stored), of a session that had ended (ended), without an end (broken), not to be \
+         written (failed)"
+    );
+    describe_counter!(
+        SESSION_EVICTIONS,
+        Unit::Count,
+        "Sessions that had to leave, by why: idle for too long (expired), too many (sessions), too much (bytes)"
+    );
 }
 
 /// Counters that are there from the beginning, at zero: who has seen none does not see the first.
@@ -308,6 +332,8 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (BROKEN, "phase", &["begun", "streaming"]),
     (RESUMES, "result", &["ok", "refused", "failed", "nobody"]),
     (TIMEOUTS, "phase", &["first-byte", "idle", "total"]),
+    (SESSION_TURNS, "result", &["stored", "ended", "broken", "failed"]),
+    (SESSION_EVICTIONS, "why", &["expired", "sessions", "bytes"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
 
@@ -319,6 +345,16 @@ pub fn begin() {
     for name in [FAILOVERS, NO_BUDGET] {
         counter!(name).increment(0);
     }
+}
+
+/// A turn of a session is over: `stored`, `ended`, `broken` or `failed`.
+pub fn session_turn(result: &'static str) {
+    counter!(SESSION_TURNS, "result" => result).increment(1);
+}
+
+/// A session had to leave: `expired`, `sessions` or `bytes`.
+pub fn session_evicted(why: &'static str) {
+    counter!(SESSION_EVICTIONS, "why" => why).increment(1);
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.

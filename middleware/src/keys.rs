@@ -357,6 +357,18 @@ impl Keys {
         self.guard.store(guard as u8, Ordering::Relaxed);
     }
 
+    /// Who sends a request for something of its own: its key, or nobody in particular while no key is asked for.
+    pub fn admit(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, Error> {
+        let guard = self.guard.load(Ordering::Relaxed);
+        if guard == Guard::Never as u8 || (guard == Guard::OnceKeysExist as u8 && !self.exist()) {
+            return Ok(None);
+        }
+        match self.find(headers) {
+            Shown::Known(key) => Ok(Some(key)),
+            bad => Err(bad.refusal()),
+        }
+    }
+
     /// Whether a request may use the proxy's own routes.
     pub fn admit_admin(&self, headers: &HeaderMap) -> Result<(), Error> {
         let guard = self.guard.load(Ordering::Relaxed);

@@ -58,7 +58,8 @@ impl Taken {
         self.over.as_ref().is_some_and(|over| !over.load(Ordering::Relaxed))
     }
 
-    fn grow(&mut self, bytes: usize) -> bool {
+    /// Takes more; false: there is no room.
+    pub(super) fn grow(&mut self, bytes: usize) -> bool {
         let grown = self.room.take(bytes as u64);
         if grown {
             self.bytes += bytes as u64;

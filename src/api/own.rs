@@ -16,6 +16,7 @@ use tower::ServiceExt;
 use super::body::HttpBody;
 use super::response;
 use crate::reload::{Reloaded, Reloader, Trigger};
+use crate::sessions::Sessions;
 use crate::status::{self, About, Detail, Wanted};
 
 /// The router of our own routes.
@@ -31,11 +32,18 @@ struct Known {
     about: About,
     metrics: PrometheusHandle,
     reloader: Arc<Reloader>,
+    sessions: Sessions,
 }
 
 impl Own {
     /// Routes over the state of this proxy.
-    pub fn new(shared: Shared, about: About, metrics: PrometheusHandle, reloader: Arc<Reloader>) -> Self {
+    pub fn new(
+        shared: Shared,
+        about: About,
+        metrics: PrometheusHandle,
+        reloader: Arc<Reloader>,
+        sessions: Sessions,
+    ) -> Self {
         let router = Router::new()
             .route("/metrics", get(scrape))
             .route("/healthz", get(|| async { "ok\n" }))
@@ -45,7 +53,7 @@ impl Own {
             .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/reload", post(reload))
-            .with_state(Known { shared: shared.clone(), about, metrics, reloader });
+            .with_state(Known { shared: shared.clone(), about, metrics, reloader, sessions });
         Self { router, shared }
     }
 
@@ -92,9 +100,12 @@ fn page(known: &Known) -> String {
     let is_good = state.last.as_ref().is_none_or(|last| last.error.is_none());
     // First what is observed: that may begin to count something.
     let observed = instruments::observe(&known.shared);
+    let (sessions, bytes) = known.sessions.counts();
+    let sessions = instruments::observe_sessions(sessions, bytes);
     let parts = [
         known.metrics.render(),
         observed,
+        sessions,
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
@@ -134,12 +145,16 @@ async fn details(State(known): State<Known>, uri: Uri) -> Response<axum::body::B
 /// A page of everything that is known. A long one takes some milliseconds, for which no stream waits.
 async fn listed(known: Known, wanted: Result<Wanted, String>) -> Response<axum::body::Body> {
     let page = match wanted {
-        Ok(wanted) => tokio::task::spawn_blocking(move || status::page(&known.shared, &known.about, &wanted)).await,
-        Err(why) => Ok(Err(why)),
+        Ok(wanted) => {
+            let runtime = tokio::runtime::Handle::current();
+            let page = move || runtime.block_on(status::page(&known.shared, &known.about, &wanted));
+            tokio::task::spawn_blocking(page).await
+        }
+        Err(why) => Ok(Err((StatusCode::BAD_REQUEST, why))),
     };
     match page {
         Ok(Ok(page)) => ([(header::CONTENT_TYPE, "application/json")], page).into_response(),
-        Ok(Err(why)) => (StatusCode::BAD_REQUEST, axum::Json(json!({"error": why}))).into_response(),
+        Ok(Err((status, why))) => (status, axum::Json(json!({"error": why}))).into_response(),
         Err(error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, axum::Json(json!({"error": error.to_string()}))).into_response()
         }

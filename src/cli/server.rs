@@ -1,5 +1,6 @@
 //! `olol server`: the agent beside an Ollama.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,6 +11,7 @@ use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
+use crate::sessions;
 
 /// Run the agent beside an Ollama.
 #[derive(Debug, Args)]
@@ -34,6 +36,9 @@ pub(super) struct Arguments {
     /// Seconds that running answers may take after a stop was asked for
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
+    /// Folder for sessions of programs that talk with it over gRPC; one agent's each [default: ~/.local/state/olol]
+    #[arg(long, value_name = "DIR")]
+    sessions_dir: Option<PathBuf>,
     /// Accepted for compatibility: the server is always asynchronous
     #[arg(long = "async", hide = true)]
     _async: bool,
@@ -48,6 +53,7 @@ impl Arguments {
             engine: "ollama",
             token: self.token.token()?,
             grace: Duration::from_secs(self.grace),
+            sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
             let (listen, ollama) = (options.listen, options.ollama.clone());

@@ -88,7 +88,7 @@ impl Arguments {
             None => Behind::engine(self.model).await?,
         };
         let grace = config.limits.grace_s.time();
-        let agent = start_agent(&config.proxy.host, self.agent_port, &behind, &token, grace).await?;
+        let agent = start_agent(&config, self.agent_port, &behind, &token, grace).await?;
         // The agent may listen on every address; the proxy reaches it on this machine.
         let near = SocketAddr::new(near(agent.address().ip()), agent.address().port());
         let source = source.with(Set::Servers(vec![format!("local@{near}")]), Origin::Program);
@@ -115,15 +115,22 @@ fn near(address: IpAddr) -> IpAddr {
     }
 }
 
-async fn start_agent(host: &str, port: u16, behind: &Behind, token: &Token, grace: Duration) -> anyhow::Result<Agent> {
+async fn start_agent(
+    config: &Config,
+    port: u16,
+    behind: &Behind,
+    token: &Token,
+    grace: Duration,
+) -> anyhow::Result<Agent> {
     let options = |port| -> anyhow::Result<Options> {
         Ok(Options {
-            listen: listen_address(host, port).map_err(anyhow::Error::msg)?,
+            listen: listen_address(&config.proxy.host, port).map_err(anyhow::Error::msg)?,
             ollama: behind.endpoint.clone(),
             name: String::new(),
             engine: behind.kind,
             token: token.clone(),
             grace,
+            sessions: config.sessions.clone(),
         })
     };
     match Agent::start(options(port)?).await {

@@ -46,6 +46,8 @@ pub enum Set {
     Threads(Threads),
     /// `auth.file`
     Keys(PathBuf),
+    /// `sessions.dir`
+    Sessions(PathBuf),
     /// `security.token-file`
     TokenFile(PathBuf),
     /// The token of the cluster itself.
@@ -134,6 +136,7 @@ impl Set {
             Self::Origins(_) => &["proxy.origins"],
             Self::Threads(_) => &["threads", "proxy.threads"],
             Self::Keys(_) => &["auth.file"],
+            Self::Sessions(_) => &["sessions.dir"],
             Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
         }
     }
@@ -145,6 +148,7 @@ impl Set {
             Self::Servers(servers) => config.proxy.servers.clone_from(servers),
             Self::Origins(origins) => config.proxy.origins.extend(origins.iter().cloned()),
             Self::Keys(file) => config.auth.file.clone_from(file),
+            Self::Sessions(folder) => config.sessions.dir.clone_from(folder),
             Self::TokenFile(file) => {
                 (config.security.token_file, config.security.token) = (file.clone(), None);
             }

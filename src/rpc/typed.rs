@@ -2,6 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use futures_util::StreamExt;
 use olol_middleware::Reply;
 use olol_proto::v1::{
@@ -19,7 +20,7 @@ use crate::ollama::{Ask, parameters};
 const LONGEST: usize = 64 << 20;
 
 /// Puts a member into an object unless it says nothing.
-fn put(object: &mut Map<String, Value>, key: &str, value: Value) {
+pub(super) fn put(object: &mut Map<String, Value>, key: &str, value: Value) {
     let says_nothing = match &value {
         Value::Null | Value::Bool(false) => true,
         Value::String(text) => text.is_empty(),
@@ -32,7 +33,7 @@ fn put(object: &mut Map<String, Value>, key: &str, value: Value) {
 }
 
 /// JSON in a text field of a message.
-fn nested(field: &'static str, text: &str) -> Result<Value, Status> {
+pub(super) fn nested(field: &'static str, text: &str) -> Result<Value, Status> {
     if text.is_empty() {
         return Ok(Value::Null);
     }
@@ -85,13 +86,24 @@ pub(super) fn chat(request: ChatRequest) -> Result<Ask, Status> {
     body.insert("messages".to_owned(), Value::Array(messages?));
     put(&mut body, "tools", nested("tools_json", &request.tools_json)?);
     put(&mut body, "options", nested("options_json", &request.options_json)?);
-    put(&mut body, "format", format(&request.format)?);
-    put(&mut body, "keep_alive", keep_alive(&request.keep_alive));
-    put_think(&mut body, &request.think);
+    put_manner(&mut body, &request.format, &request.keep_alive, &request.think)?;
     Ok(post("/api/chat", body))
 }
 
-fn message(message: Message) -> Result<Value, Status> {
+/// How an answer is to be, and how long its model stays.
+pub(super) fn put_manner(body: &mut Map<String, Value>, wanted: &str, stays: &str, think: &str) -> Result<(), Status> {
+    put(body, "format", format(wanted)?);
+    put(body, "keep_alive", keep_alive(stays));
+    put_think(body, think);
+    Ok(())
+}
+
+/// A picture in the JSON of a message.
+pub(super) fn image(value: &Value) -> Option<Bytes> {
+    STANDARD.decode(value.as_str()?).ok().map(Bytes::from)
+}
+
+pub(super) fn message(message: Message) -> Result<Value, Status> {
     let mut object = Map::new();
     object.insert("role".to_owned(), message.role.into());
     object.insert("content".to_owned(), message.content.into());

@@ -248,7 +248,8 @@ struct Speech {
 /// The words of an answer. To a raw prompt: what follows what the prompt says already.
 fn speech(state: &State, request: &Seen) -> Result<Speech, String> {
     let body = request.json();
-    let asked = body["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
+    let asked =
+        body["messages"].as_array().and_then(|messages| messages.last()?["content"].as_str()).unwrap_or_default();
     let words =
         if state.echoes { asked.split_inclusive(' ').map(str::to_owned).collect() } else { state.words.clone() };
     let prompt = request.text("prompt");

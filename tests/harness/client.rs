@@ -208,6 +208,23 @@ impl Connection {
         }
     }
 
+    /// Connects, unless nobody listens.
+    pub async fn try_open(address: SocketAddr) -> Option<Self> {
+        let stream = patiently("a connection", TcpStream::connect(address)).await.ok()?;
+        let (reader, writer) = stream.into_split();
+        let (heads_asked, framing, ending) = (VecDeque::new(), Framing::Over, Ending::NoBody);
+        Some(Self { reader: BufReader::new(reader), writer, heads_asked, framing, ending })
+    }
+
+    /// Sends a request and reads all of its answer; `None` if the connection ends before it begins.
+    pub async fn try_ask(&mut self, request: &Request) -> Option<Answer> {
+        self.heads_asked.push_back(request.method == "HEAD");
+        patiently("writing", self.writer.write_all(&request.to_bytes())).await.ok()?;
+        let head = self.try_head().await?;
+        let (chunks, ending) = self.rest().await;
+        Some(Answer { status: status(&head), line: head.line, headers: head.headers, chunks, ending })
+    }
+
     /// Writes bytes.
     pub async fn write(&mut self, bytes: &[u8]) {
         patiently("writing", self.writer.write_all(bytes)).await.unwrap();

@@ -1,10 +1,12 @@
 //! The servers of a test, and the way that OLOL takes to them.
 
+use std::path::Path;
 use std::time::Duration;
 
 use olol::agent::{Agent, Options};
 use olol::ollama::Endpoint;
 use olol::security::Token;
+use tempfile::TempDir;
 
 use super::server::Server;
 
@@ -28,6 +30,8 @@ pub struct Cluster {
     servers: Vec<Server>,
     way: Way,
     weights: Vec<u32>,
+    /// Where agents keep what they must not forget.
+    home: TempDir,
 }
 
 impl Cluster {
@@ -37,7 +41,7 @@ impl Cluster {
         for _ in 0..count {
             servers.push(Server::start().await);
         }
-        Self { servers, way: Way::Http, weights: vec![1; count] }
+        Self { servers, way: Way::Http, weights: vec![1; count], home: tempfile::tempdir().unwrap() }
     }
 
     /// Reaches them another way.
@@ -85,7 +89,8 @@ impl Cluster {
             let shown = match self.way {
                 Way::Http => format!("http://{address}"),
                 Way::Agents => {
-                    agents.push(agent(Endpoint::parse(&address.to_string(), 0).unwrap()).await);
+                    let ollama = Endpoint::parse(&address.to_string(), 0).unwrap();
+                    agents.push(agent_at(ollama, &self.home.path().join(at.to_string())).await);
                     agents[at].address().to_string()
                 }
             };
@@ -102,8 +107,19 @@ pub fn token() -> Token {
 
 /// An agent beside an Ollama.
 pub async fn agent(ollama: Endpoint) -> Agent {
-    let listen = "127.0.0.1:0".parse().unwrap();
-    let grace = Duration::from_secs(5);
-    let options = Options { listen, ollama, name: "agent".to_owned(), engine: "ollama", token: token(), grace };
+    agent_at(ollama, Path::new("/nowhere")).await
+}
+
+/// An agent that keeps its sessions in a folder.
+pub async fn agent_at(ollama: Endpoint, folder: &Path) -> Agent {
+    let options = Options {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        ollama,
+        name: "agent".to_owned(),
+        engine: "ollama",
+        token: token(),
+        grace: Duration::from_secs(5),
+        sessions: olol::sessions::Config { dir: folder.to_owned(), ..olol::sessions::Config::default() },
+    };
     Agent::start(options).await.unwrap()
 }

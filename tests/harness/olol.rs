@@ -51,7 +51,9 @@ impl Olol {
         }
         let home = tempfile::tempdir().unwrap();
         let keys = Set::Keys(home.path().join("keys.toml"));
-        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, Set::Token(token())];
+        let sessions = Set::Sessions(home.path().join("state"));
+        let token = Set::Token(token());
+        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
@@ -67,6 +69,9 @@ impl Olol {
         config.proxy.port = 0;
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
+        if config.sessions.dir.as_os_str().is_empty() {
+            config.sessions.dir = home.path().join("state");
+        }
         if config.security.token_file.as_os_str().is_empty() {
             config.security.token = Some(token());
         }

@@ -89,6 +89,12 @@ impl Process {
         self.signal(Signal::TERM);
     }
 
+    /// Ends it at once, whatever it is at.
+    pub async fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        self.ends().await;
+    }
+
     /// Asks it to read its configuration again.
     pub fn hang_up(&self) {
         self.signal(Signal::HUP);
@@ -142,7 +148,7 @@ fn olol(arguments: &[&str]) -> Command {
         command.env_remove(name);
     }
     // What the user of this machine has configured counts for nothing.
-    command.env("XDG_CONFIG_HOME", "/nowhere").env("OLOL_TOKEN", token().reveal());
+    command.env("XDG_CONFIG_HOME", "/nowhere").env("XDG_STATE_HOME", "/nowhere").env("OLOL_TOKEN", token().reveal());
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }

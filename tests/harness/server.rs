@@ -174,7 +174,7 @@ impl Server {
         self.behaves(Behaviour::Answers).change(|state| state.words = words(said))
     }
 
-    /// Says back what it is asked, a word a line.
+    /// Says back the last message that it is asked, a word a line.
     pub fn echoes(&self) -> &Self {
         self.change(|state| state.echoes = true)
     }

@@ -8,7 +8,8 @@ use super::page::Gauge;
 use super::{
     ADDRESSES, AFFINITY_ENTRIES, BUILD, CIRCUIT_STATE, CLIENTS, CPU, FILES, KEYS, KEYS_READ, MEMORY, MODEL_LOADED,
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
-    SATURATION, SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MODELS, SERVER_UP, SLOTS, SLOTS_TAKEN, STARTED, THREADS,
+    SATURATION, SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MODELS, SERVER_UP, SESSIONS, SESSIONS_BYTES, SLOTS,
+    SLOTS_TAKEN, STARTED, THREADS,
 };
 use crate::cluster::{Known, Server, Snapshot, State};
 use crate::names::ModelName;
@@ -33,6 +34,15 @@ pub fn observe_config(is_good: bool, read_at: SystemTime) -> String {
             "When the configuration that is in use was read, seconds since 1970",
             since.as_secs_f64(),
         ),
+    ])
+}
+
+/// What is kept of sessions: how many, and the bytes of their histories.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 bytes")]
+pub fn observe_sessions(sessions: u64, bytes: u64) -> String {
+    written([
+        Gauge::of(SESSIONS, "Sessions whose history is kept", sessions as f64),
+        Gauge::of(SESSIONS_BYTES, "Bytes of the histories of all sessions", bytes as f64),
     ])
 }
 

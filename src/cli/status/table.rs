@@ -258,13 +258,12 @@ pub(super) fn sessions(page: &Value, look: Look) -> String {
     let mut table = look.table(&["SESSION", "MODEL", "SERVER", "STATUS", "#MESSAGES", "LAST ACTIVE", "~SINCE"]);
     let entries = entries(page, "sessions");
     for entry in entries {
-        let messages = entry["messages"].as_array().map(|all| all.len().into()).unwrap_or(entry["messages"].clone());
         table.add_row(vec![
             Cell::new(text(&entry["session_id"])),
             Cell::new(text(&entry["model_name"])),
             Cell::new(text(&entry["server_host"])),
             Cell::new(text(&entry["status"])),
-            Cell::new(text(&messages)),
+            Cell::new(text(&entry["message_count"])),
             Cell::new(moment(&entry["last_active"])),
             Cell::new(moment(&entry["created_at"])),
         ]);
