@@ -318,6 +318,22 @@ async fn clients_with_keys_have_names_and_pages_are_for_admins() {
 }
 
 #[tokio::test]
+async fn sessions_come_page_by_page() {
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    let olol = Olol::start(&cluster, "").await;
+    assert_eq!(all(&olol, "sessions", 10).await.0, Vec::<Value>::new());
+    for number in 0..5 {
+        let wanted = json!({"session_id": format!("s{number}"), "model_name": "tiny"});
+        let made = olol.ask(&Request::post("/api/status/sessions", wanted)).await;
+        assert!((200..300).contains(&made.status), "{}", made.text());
+    }
+    let (sessions, pages) = all(&olol, "sessions", 2).await;
+    assert_eq!((each(&sessions, "session_id"), pages), (vec!["s0", "s1", "s2", "s3", "s4"], 3));
+    has_all(&sessions[0], &["model_name", "created_at", "last_active", "server_host", "timeout", "status"]);
+    assert_eq!(olol.get("/api/status").await.json()["olol"]["sessions"], 5);
+}
+
+#[tokio::test]
 async fn the_proxy_tells_its_rules_without_what_they_keep_secret() {
     let cluster = Cluster::of(2).await.weighing([3, 1]).all_have("tiny");
     let rule = "[[alias.rules]]\nname = \"team\"\nheaders = { x-team = \"a-secret\" }\nservers = [\"0\"]\n";
