@@ -28,8 +28,9 @@ use tower::Service;
 
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
+use crate::security::tls::Acceptor;
 use crate::security::{Token, token};
-use crate::serve::{self, Answers};
+use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
 
 /// The file of an agent's sessions.
@@ -48,6 +49,8 @@ pub struct Options {
     pub engine: &'static str,
     /// The token of the cluster: who does not show it is not served.
     pub token: Token,
+    /// TLS, if callers are met with it. A machine with a certificate of the cluster's CA needs no token.
+    pub tls: Option<Acceptor>,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
     /// Where the sessions of those lie who talk with it over gRPC.
@@ -85,7 +88,7 @@ impl Agent {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })
         });
-        if !address.ip().is_loopback() {
+        if !address.ip().is_loopback() && options.tls.is_none() {
             tracing::warn!(
                 %address,
                 "the agent listens beyond this machine without TLS: whoever can read on the network reads the token and all that \
@@ -96,8 +99,8 @@ impl Agent {
             Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, doorkeeper, client: address };
-        let running = tokio::spawn(serve::serve(listener, answers, stop.clone(), options.grace));
+        let answers = Grpc { inner, doorkeeper, peer: None };
+        let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }
 
@@ -135,11 +138,14 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 struct Grpc {
     inner: ServerServer<Face>,
     doorkeeper: Arc<Doorkeeper>,
-    client: SocketAddr,
+    peer: Option<Peer>,
 }
 
 /// Time between two warnings of refused callers, however many there are.
 const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
+const INTRODUCTION: Duration = Duration::from_secs(10);
 
 /// Knows who belongs to the cluster.
 struct Doorkeeper {
@@ -151,24 +157,27 @@ struct Doorkeeper {
 
 impl Doorkeeper {
     /// Why a call is refused, if it is.
-    fn refuses(&self, headers: &HeaderMap, client: SocketAddr) -> Option<&'static str> {
-        let reason = match headers.contains_key(token::HEADER) {
-            _ if self.token.is_shown(headers) => return None,
-            true => {
-                "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent \
-                 runs, and OLOL_TOKEN or --token-file give it to the proxy"
+    fn refuses(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Option<&'static str> {
+        if peer.is_some_and(|peer| peer.is_machine) || self.token.is_shown(headers) {
+            if let Some(peer) = peer.filter(|peer| !peer.is_known.load(Ordering::Relaxed)) {
+                peer.is_known.store(true, Ordering::Relaxed);
             }
-            false => {
-                "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent \
-                 runs, a proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
-            }
+            return None;
+        }
+        let reason = if headers.contains_key(token::HEADER) {
+            "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent runs, and \
+             OLOL_TOKEN or --token-file give it to the proxy"
+        } else {
+            "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent runs, a \
+             proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
         };
         let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
         let next = self.warned.load(Ordering::Relaxed);
         let takes = self.warned.compare_exchange(next, now.saturating_add(wait), Ordering::Relaxed, Ordering::Relaxed);
         if now >= next && takes.is_ok() {
-            tracing::warn!(%client, reason, "a call was refused");
+            let client = peer.map(|peer| peer.address.to_string());
+            tracing::warn!(client, reason, "a call was refused");
         }
         Some(reason)
     }
@@ -177,9 +186,10 @@ impl Doorkeeper {
 impl Answers for Grpc {
     type Body = tonic::body::Body;
     type Service = Self;
+    const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
 
-    fn service(&self, client: SocketAddr) -> Self {
-        Self { client, ..self.clone() }
+    fn service(&self, peer: Peer) -> Self {
+        Self { peer: Some(peer), ..self.clone() }
     }
 }
 
@@ -194,7 +204,7 @@ impl Service<Request<Incoming>> for Grpc {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
-            return match self.doorkeeper.refuses(request.headers(), self.client) {
+            return match self.doorkeeper.refuses(request.headers(), self.peer.as_ref()) {
                 None => self.inner.call(request),
                 Some(reason) => Box::pin(std::future::ready(Ok(Status::unauthenticated(reason).into_http()))),
             };

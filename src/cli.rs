@@ -1,5 +1,6 @@
 //! The command line.
 
+mod certs;
 mod check;
 mod client;
 mod drain;
@@ -59,6 +60,8 @@ enum Command {
     Keys(keys::Arguments),
     /// Print the token that the machines of a cluster share
     Token(token::Arguments),
+    /// Make a CA for the cluster, and certificates of it
+    Certs(certs::Arguments),
     /// The process of the built-in engine
     #[cfg(feature = "engine")]
     #[command(hide = true)]
@@ -84,6 +87,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Undrain(arguments) => arguments.run(false),
         Command::Keys(arguments) => arguments.run(),
         Command::Token(arguments) => arguments.run(),
+        Command::Certs(arguments) => arguments.run(),
         #[cfg(feature = "engine")]
         Command::Engine(arguments) => arguments.run(),
     }

@@ -94,6 +94,8 @@ pub struct Config {
     pub discovery: discovery::Config,
     /// What makes a machine one of the cluster.
     pub security: security::Config,
+    /// TLS with clients and agents.
+    pub tls: security::tls::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Where histories of sessions are kept, and how many.
@@ -192,6 +194,7 @@ impl Config {
 
     fn check(&self) -> Result<(), Wrong> {
         self.resolved_servers()?;
+        self.checked_tls()?;
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
@@ -287,6 +290,18 @@ impl Config {
         Ok(listed)
     }
 
+    fn checked_tls(&self) -> Result<(), Wrong> {
+        self.tls.check().map_err(|(key, what)| Wrong { key: Key::of(["tls", key]), what: what.to_owned() })?;
+        let secure = self.proxy.servers.iter().position(|text| text.contains("tls://"));
+        match secure.filter(|_| self.tls.ca.as_os_str().is_empty()) {
+            Some(at) => Err(Wrong {
+                key: Key::of(["proxy", "servers"]).at(at),
+                what: "an agent at tls:// is known by the CA of the cluster: name its file in `ca` of [tls]".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// The origins of web pages that may ask.
     pub fn origins(&self) -> Result<Origins, ConfigError> {
         self.checked_origins().map_err(Wrong::alone)
@@ -318,6 +333,7 @@ impl Config {
             pool: other.pool.clone(),
             discovery: other.discovery.clone(),
             security: other.security.clone(),
+            tls: other.tls.clone(),
             spool: other.spool.clone(),
             sessions: other.sessions.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },

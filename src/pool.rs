@@ -28,7 +28,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
-use crate::security::{Trust, token};
+use crate::security::{Trust, Wire, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
@@ -85,12 +85,15 @@ pub struct ServerSpec {
     pub id: ServerId,
     /// How it is reached.
     pub way: Way,
+    /// Whether it, an agent, is reached over TLS.
+    pub wire: Wire,
     /// How much more it gets than a server of weight one.
     pub weight: NonZeroU32,
 }
 
 impl ServerSpec {
-    /// Reads `[NAME@]host:port[=WEIGHT]` (an agent) or `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
+    /// Reads `[NAME@]host:port[=WEIGHT]` (an agent; with `tls://` before the host over TLS alone, with `grpc://` without) or
+    /// `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
     pub fn parse(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim();
         let (rest, weight) = Self::weight(text, text)?;
@@ -100,15 +103,24 @@ impl ServerSpec {
         }) {
             return Err(EndpointError(format!("the name in '{text}' must be of letters, digits, '-', '_' and '.'")));
         }
-        let way = if address.starts_with("http://") || address.starts_with("https://") {
+        let (wire, address) = match (address.strip_prefix("tls://"), address.strip_prefix("grpc://")) {
+            (Some(address), _) => (Wire::Tls, address),
+            (_, Some(address)) => (Wire::Plain, address),
+            _ => (Wire::Usual, address),
+        };
+        let way = if wire == Wire::Usual && is_http(address) {
             Way::Ollama(Endpoint::parse(address, OLLAMA_PORT)?)
+        } else if is_http(address) {
+            return Err(EndpointError(format!(
+                "'{text}' is not an address: an agent is at tls://HOST:PORT or HOST:PORT"
+            )));
         } else {
             Way::Agent(Endpoint::parse(address, AGENT_PORT)?)
         };
         let shown = match &way {
             Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
         };
-        Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, weight })
+        Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, wire, weight })
     }
 
     /// Reads the `[=WEIGHT]` at the end of `rest`, which is part of `text`; returns what is before it, too.
@@ -139,6 +151,10 @@ impl ServerSpec {
     }
 }
 
+fn is_http(address: &str) -> bool {
+    address.starts_with("http://") || address.starts_with("https://")
+}
+
 /// One server as a thing to send calls to.
 #[derive(Debug)]
 enum Backend {
@@ -150,7 +166,9 @@ impl Backend {
     fn new(spec: &ServerSpec, connect: Duration, trust: &Trust) -> Self {
         let id = spec.id.clone();
         match &spec.way {
-            Way::Agent(endpoint) => Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, trust))),
+            Way::Agent(endpoint) => {
+                Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, &trust.over(spec.wire))))
+            }
             Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
         }
     }
@@ -229,7 +247,7 @@ struct Joined {
 impl Joined {
     /// Whether it is what is named there, at the same address.
     fn is_at(&self, spec: &ServerSpec) -> bool {
-        self.spec.id == spec.id && self.spec.way == spec.way
+        self.spec.id == spec.id && self.spec.way == spec.way && self.spec.wire == spec.wire
     }
 }
 
@@ -496,6 +514,9 @@ mod tests {
         let shown: Vec<_> = servers.iter().map(|server| (server.id.as_str(), server.weight.get())).collect();
         assert_eq!(shown, [("a:50051", 2), ("big", 1), ("[::1]:50051", 1), ("c:11434", 1)]);
         assert!(matches!(servers[1].way, Way::Ollama(_)) && matches!(servers[2].way, Way::Agent(_)));
+        let servers = ServerSpec::parse_list("a@tls://b:1=3,grpc://[::1],c").unwrap();
+        assert_eq!(servers.iter().map(|server| server.wire).collect::<Vec<_>>(), [Wire::Tls, Wire::Plain, Wire::Usual]);
+        assert_eq!(servers[1].id.as_str(), "[::1]:50051");
     }
 
     #[test]
@@ -507,6 +528,7 @@ mod tests {
             ("a:1,a:1", "stands twice"),
             ("x@a:1,x@b:1", "stands twice"),
             ("a:70000", "is no port"),
+            ("tls://http://a:1", "tls://HOST:PORT"),
         ] {
             let error = ServerSpec::parse_list(text).unwrap_err().to_string();
             assert!(error.contains(why), "{text}: {error}");

@@ -32,7 +32,8 @@ use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
 use crate::security::Trust;
-use crate::serve::{self, Answers};
+use crate::security::tls::{Acceptor, Connector};
+use crate::serve::{self, Answers, Peer};
 use crate::sessions::Sessions;
 use crate::status::About;
 
@@ -72,6 +73,7 @@ impl Proxy {
             tracing::warn!("{strange}");
         }
         let wanted = config.address()?;
+        let tls = Acceptor::start(&config.tls)?;
         let listener = serve::listen(wanted).map_err(|error| anyhow::anyhow!("cannot listen on {wanted}: {error}"))?;
         let address = listener.local_addr()?;
         let instance = format!("{:016x}", fastrand::u64(..));
@@ -123,7 +125,7 @@ impl Proxy {
         let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
-        let serving = serve::serve(listener, Edge { api }, stop.clone(), grace);
+        let serving = serve::serve(listener, Edge { api }, tls, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
             let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
@@ -171,7 +173,7 @@ fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
         }
         token => Some(token?),
     };
-    Ok(Trust { token })
+    Ok(Trust { tls: Connector::start(&config.tls)?, token, ..Trust::default() })
 }
 
 /// The recorder of this process: one, however many proxies run in it.
@@ -224,8 +226,8 @@ impl Answers for Edge {
     type Service = CatchPanic<Visit, fn(Box<dyn Any + Send>) -> Response<Full<Bytes>>>;
 
     /// A panic of ours ends one request, not the process.
-    fn service(&self, client: SocketAddr) -> Self::Service {
-        CatchPanic::custom(Visit { edge: self.clone(), client }, panicked)
+    fn service(&self, peer: Peer) -> Self::Service {
+        CatchPanic::custom(Visit { edge: self.clone(), client: peer.address }, panicked)
     }
 
     fn is_brief(request: &Request<Incoming>) -> bool {

@@ -279,7 +279,10 @@ fn streamed(first: Bytes, messages: Streaming<RelayRequest>, length: Option<u64>
 }
 
 fn ask(head: RelayHead, payload: Payload) -> Result<Ask, Status> {
-    let path: http::Uri = head.path.parse().map_err(|_| Status::invalid_argument("the path is no path"))?;
+    // Where a call goes is never its own choice: of a whole address only the path counts.
+    let path = head.path.parse::<http::Uri>().ok().and_then(|uri| uri.into_parts().path_and_query);
+    let path = path.map(http::Uri::from).filter(|path| path.path().starts_with('/'));
+    let path = path.ok_or_else(|| Status::invalid_argument("the path is no path"))?;
     Ok(Ask {
         method: head.method.parse().map_err(|_| Status::invalid_argument("the method is no method"))?,
         infers: Route::find(path.path()).is_some_and(Route::infers),

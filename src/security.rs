@@ -1,9 +1,13 @@
-//! Who belongs to the cluster: whoever has its token.
+//! Who belongs to the cluster: whoever has its token, or a certificate of its CA.
 //!
 //! | module | what it does |
 //! |---|---|
 //! | [`token`] | the secret that machines of one cluster share |
+//! | [`tls`] | TLS, with certificates that may change |
+//! | [`certs`] | makes certificates |
 
+pub mod certs;
+pub mod tls;
 pub mod token;
 
 use std::path::PathBuf;
@@ -26,8 +30,33 @@ pub struct Config {
 /// What a proxy shows to servers.
 #[derive(Clone, Debug, Default)]
 pub struct Trust {
+    /// How agents are reached over TLS, where the CA of the cluster is known.
+    pub tls: Option<tls::Connector>,
+    /// Whether an agent is reached over TLS or not at all.
+    pub insists: bool,
     /// The token; `None` where no server asks for one.
     pub token: Option<Token>,
+}
+
+/// Whether an agent is reached over TLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// If the CA of the cluster is known.
+    #[default]
+    Usual,
+    /// Yes.
+    Tls,
+    /// No.
+    Plain,
+}
+
+impl Trust {
+    /// What is shown to a server that is reached so.
+    #[must_use]
+    pub fn over(&self, wire: Wire) -> Self {
+        let tls = self.tls.clone().filter(|_| wire != Wire::Plain);
+        Self { tls, insists: wire == Wire::Tls, ..self.clone() }
+    }
 }
 
 impl Config {

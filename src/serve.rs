@@ -20,12 +20,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use olol_middleware::BoxError;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio_util::either::Either;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::security::tls::{Accepted, Acceptor};
 use preamble::Preamble;
 use wire::Brief;
 
@@ -43,6 +45,20 @@ const STREAMS: u32 = 16_384;
 /// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(20);
 
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    /// Whether it has shown the certificate of a machine of the cluster.
+    pub is_machine: bool,
+    /// Whether it has become known, by a certificate or by what it has said since. One who has not is not kept.
+    pub is_known: Arc<AtomicBool>,
+}
+
+/// A connection, with TLS or without.
+type Stream = Either<TcpStream, Box<Accepted>>;
+
 /// Answers requests.
 pub trait Answers: Clone + Send + 'static {
     /// The body of its answers.
@@ -53,8 +69,12 @@ pub trait Answers: Clone + Send + 'static {
         + Send
         + 'static;
 
+    /// The time within which a client must have asked something, and have become known; `None`: it may take its time, and
+    /// need not.
+    const INTRODUCTION: Option<Duration> = None;
+
     /// The service of the connection of a client.
-    fn service(&self, client: SocketAddr) -> Self::Service;
+    fn service(&self, peer: Peer) -> Self::Service;
 
     /// Whether the answer takes so little that it is given to a client, too, that has shut down its sending side. In all
     /// other cases such a client has left.
@@ -100,8 +120,14 @@ pub fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves until `stop`, then lets what runs finish within `grace`. True if all of it did.
-pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: CancellationToken, grace: Duration) -> bool {
+/// Serves until `stop`, over TLS if there is an acceptor, then lets what runs finish within `grace`. True if all of it did.
+pub async fn serve<A: Answers>(
+    listener: TcpListener,
+    answers: A,
+    tls: Option<Acceptor>,
+    stop: CancellationToken,
+    grace: Duration,
+) -> bool {
     let (open, closing) = (TaskTracker::new(), Closing::default());
     loop {
         let (stream, client) = tokio::select! {
@@ -118,14 +144,37 @@ pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: Cancella
         };
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
-        let service = answers.service(client);
-        let closing = closing.clone();
+        let (answers, tls, closing) = (answers.clone(), tls.clone(), closing.clone());
         open.spawn(async move {
-            let preamble = tokio::select! {
-                () = closing.signal.cancelled() => return,
-                preamble = preamble::read(stream, IDLE) => preamble,
+            let beginning = async {
+                let (stream, is_machine) = match &tls {
+                    None => (Stream::Left(stream), false),
+                    Some(tls) => {
+                        let (stream, is_machine) = tls.accept(stream).await?;
+                        (Stream::Right(Box::new(stream)), is_machine)
+                    }
+                };
+                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE)).await, is_machine))
             };
-            if let Err(error) = connection::<A>(preamble, service, closing).await {
+            let begun = tokio::select! {
+                () = closing.signal.cancelled() => return,
+                begun = beginning => begun,
+            };
+            let (preamble, is_machine) = match begun {
+                Ok(begun) => begun,
+                Err(error) => return tracing::debug!(%client, %error, "no handshake"),
+            };
+            let is_known = Arc::new(AtomicBool::new(is_machine));
+            let service = answers.service(Peer { address: client, is_machine, is_known: is_known.clone() });
+            let connection = connection::<A>(preamble, service, closing);
+            let ended = match A::INTRODUCTION {
+                None => connection.await,
+                Some(limit) => tokio::select! {
+                    ended = connection => ended,
+                    () = stays_unknown(limit, &is_known) => return tracing::debug!(%client, "nobody whom we know"),
+                },
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%client, %error, "a connection ended early");
             }
         });
@@ -134,6 +183,14 @@ pub async fn serve<A: Answers>(listener: TcpListener, answers: A, stop: Cancella
     closing.tell();
     open.close();
     tokio::time::timeout(grace, open.wait()).await.is_ok()
+}
+
+/// Ends after this time if the client is not known by then.
+async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
+    tokio::time::sleep(limit).await;
+    if is_known.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
 }
 
 async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing: Closing) -> Result<(), hyper::Error> {

@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use harness::olol::chat;
 use harness::{Cluster, Ending, Gate, Olol, Process, Request, Way, until};
@@ -191,15 +190,9 @@ async fn agents(cluster: &Cluster, ips: &[[u8; 4]]) -> (Vec<Agent>, u16) {
     let mut port = 0;
     let mut agents = Vec::new();
     for ip in ips {
-        let options = Options {
-            listen: SocketAddr::new(Ipv4Addr::from(*ip).into(), port),
-            ollama: Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap(),
-            name: "agent".to_owned(),
-            engine: "ollama",
-            token: harness::cluster::token(),
-            grace: Duration::from_secs(5),
-            sessions: olol::sessions::Config::default(),
-        };
+        let ollama = Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap();
+        let listen = SocketAddr::new(Ipv4Addr::from(*ip).into(), port);
+        let options = Options { listen, ..harness::cluster::options(ollama) };
         agents.push(Agent::start(options).await.unwrap());
         port = agents[0].address().port();
     }

@@ -12,10 +12,11 @@ use harness::cluster::{agent, token};
 use harness::olol::chat;
 use harness::{Cluster, Connection, Olol, Process, Request, Way, patiently, until};
 use olol::ollama::Endpoint;
+use olol::security::certs::{self, Order};
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, CreateSessionRequest, DescribeRequest, EmbedRequest, EndSessionRequest,
-    GenerateRequest, ListModelsRequest, PullModelRequest, RelayRequest, ShowModelRequest, WatchRequest,
+    GenerateRequest, ListModelsRequest, PullModelRequest, RelayHead, RelayRequest, ShowModelRequest, WatchRequest,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,6 +24,10 @@ use tonic::{Code, Status};
 
 /// A token that is good, and not that of the cluster.
 const ANOTHER: &str = "another-token-of-some-other-cluster-0123";
+
+fn status<T>(answer: Result<T, Status>) -> Status {
+    answer.err().unwrap_or_else(|| Status::ok(""))
+}
 
 /// How an agent answers each of its methods when a call shows this.
 async fn ask_everything(agent: SocketAddr, shown: Option<&str>) -> Vec<Status> {
@@ -35,9 +40,6 @@ async fn ask_everything(agent: SocketAddr, shown: Option<&str>) -> Vec<Status> {
         }
         Ok(request)
     });
-    fn status<T>(answer: Result<T, Status>) -> Status {
-        answer.err().unwrap_or_else(|| Status::ok(""))
-    }
     vec![
         status(client.relay(futures_util::stream::iter([RelayRequest::default()])).await),
         status(client.describe(DescribeRequest {}).await),
@@ -145,11 +147,11 @@ impl Home {
     }
 
     async fn run(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
-        ended(Process::run_with(&self.environment(), arguments).await)
+        ended(&Process::run_with(&self.environment(), arguments).await)
     }
 }
 
-fn ended(output: std::process::Output) -> (Option<i32>, String, String) {
+fn ended(output: &std::process::Output) -> (Option<i32>, String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -200,9 +202,9 @@ async fn a_token_is_taken_from_a_flag_then_the_environment_then_the_folder() {
     let home = Home::new();
     let [folder, _] = home.environment();
     let environment = [folder, ("OLOL_TOKEN", ANOTHER)];
-    assert_eq!(ended(Process::run_with(&environment, &["token"]).await).1.trim(), ANOTHER);
+    assert_eq!(ended(&Process::run_with(&environment, &["token"]).await).1.trim(), ANOTHER);
     assert!(!home.file().exists());
-    let (code, _, error) = ended(Process::run_with(&environment, &["token", "--rotate"]).await);
+    let (code, _, error) = ended(&Process::run_with(&environment, &["token", "--rotate"]).await);
     assert!(code == Some(1) && error.contains("OLOL_TOKEN"), "{error}");
     let file = File::with(token().reveal());
     let (path, ollama) = (file.path(), format!("http://{}", cluster.server(0).address()));
@@ -231,7 +233,8 @@ async fn what_is_wrong_with_a_token_is_said_and_nothing_of_it() {
         assert!(!(out + &error).contains("Geheimnis"), "{error}");
     }
     let [folder, _] = home.environment();
-    let (code, _, error) = ended(Process::run_with(&[folder, ("OLOL_TOKEN", "kurz")], &["proxy", "--port", "0"]).await);
+    let (code, _, error) =
+        ended(&Process::run_with(&[folder, ("OLOL_TOKEN", "kurz")], &["proxy", "--port", "0"]).await);
     assert!(
         code == Some(1) && error.contains("OLOL_TOKEN: a token has 32 to 512 characters") && !error.contains("kurz")
     );
@@ -251,7 +254,7 @@ async fn a_proxy_without_agents_needs_no_token() {
     let proxy = Process::start_with(&nowhere, &["proxy", "--port", "0", "--servers", &servers]).await;
     proxy.has_up(1).await;
     let (code, _, error) =
-        ended(Process::run_with(&nowhere, &["proxy", "--port", "0", "--servers", "localhost:1"]).await);
+        ended(&Process::run_with(&nowhere, &["proxy", "--port", "0", "--servers", "localhost:1"]).await);
     assert!(code == Some(1) && error.contains("cannot be written to /proc/nowhere/olol/token"), "{error}");
 }
 
@@ -266,21 +269,100 @@ async fn an_agent_beyond_loopback_warns() {
 }
 
 #[tokio::test]
-async fn hostile_bytes_do_no_harm_to_an_agent() {
+async fn an_agent_does_not_keep_who_does_not_show_the_token() {
     let cluster = Cluster::of(1).await.over(Way::Agents).all_have("tiny");
     let olol = Olol::start(&cluster, "").await;
     let agent = olol.agents()[0].address();
+    let mut silent = tokio::net::TcpStream::connect(agent).await.unwrap();
+    let mut slow = tokio::net::TcpStream::connect(agent).await.unwrap();
+    slow.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    let io = hyper_util::rt::TokioIo::new(tokio::net::TcpStream::connect(agent).await.unwrap());
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(executor, io).await.unwrap();
+    let refused = tokio::spawn(connection);
+    let request = http::Request::post("http://olol/olol.v1.Server/Watch").header("olol-token", ANOTHER);
+    let answer = sender.send_request(request.body(http_body_util::Empty::<bytes::Bytes>::new()).unwrap());
+    let answer = patiently("an answer", answer).await.unwrap();
+    assert_eq!(answer.headers()["grpc-status"], "16");
+    // Its own token, in a stream that never ends.
+    assert!(olol.is_server_up(0));
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    for stream in [&mut silent, &mut slow] {
+        assert!(matches!(patiently("it is closed", stream.read(&mut [0; 64])).await, Ok(0) | Err(_)));
+    }
+    let _ = patiently("the connection ends", refused).await.unwrap();
+    assert!(begun.elapsed().as_secs() <= 11, "{:?}", begun.elapsed());
+    tokio::time::resume();
+    olol.knows(&cluster).await;
+    assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    drop(sender);
+}
+
+#[tokio::test]
+async fn a_call_goes_nowhere_but_to_the_server_beside_the_agent() {
+    let [cluster, elsewhere] = [Cluster::of(1).await.all_have("tiny"), Cluster::of(1).await];
+    let agent = agent(Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap()).await;
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", agent.address())).unwrap();
+    let channel = patiently("a gRPC connection", endpoint.connect()).await.unwrap();
+    let mut client = ServerClient::with_interceptor(channel, |mut request: tonic::Request<()>| {
+        request.metadata_mut().insert("olol-token", token().reveal().parse().unwrap());
+        Ok(request)
+    });
+    let other = elsewhere.server(0).address();
+    for (method, path, code) in [
+        ("GET", format!("http://{other}/api/tags"), Code::Ok),
+        ("CONNECT", other.to_string(), Code::InvalidArgument),
+        ("GET", "*".to_owned(), Code::InvalidArgument),
+        ("GET", String::new(), Code::InvalidArgument),
+        ("G E T", "/api/tags".to_owned(), Code::InvalidArgument),
+    ] {
+        let head = RelayHead { method: method.to_owned(), path: path.clone(), ..Default::default() };
+        let call = RelayRequest { head: Some(head), body: bytes::Bytes::new(), last: true };
+        let answer = patiently("an answer", client.relay(futures_util::stream::iter([call]))).await;
+        assert_eq!(status(answer).code(), code, "{method} {path}");
+    }
+    assert!(elsewhere.server(0).seen("").is_empty() && elsewhere.server(0).seen("/api/tags").is_empty());
+}
+
+#[tokio::test]
+async fn hostile_bytes_do_no_harm_to_an_agent_or_a_proxy() {
+    let cluster = Cluster::of(1).await.over(Way::Agents).all_have("tiny");
+    let certs = tempfile::tempdir().unwrap();
+    certs::init(certs.path(), 1).unwrap();
+    let order = Order { name: "proxy".to_owned(), hosts: Vec::new(), is_client: false, days: 1 };
+    let made = certs::issue(certs.path(), &order).unwrap();
+    let olol = Olol::start(&cluster, "").await;
+    let tls = format!("[tls]\ncert = '{}'\nkey = '{}'\n", made.cert.display(), made.key.display());
+    let secure = Olol::at(vec![format!("0@http://{}", cluster.server(0).address())], &tls).await;
     let noise: Vec<u8> =
         (0..100_000_u32).map(|at| u8::try_from(at.wrapping_mul(2_654_435_761) >> 24).unwrap()).collect();
-    let http2 = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &noise].concat();
-    let long = [&b"GET / HTTP/1.1\r\nA: "[..], &vec![b'a'; 2 << 20]].concat();
-    for bytes in [&noise, &http2, &long] {
-        let mut stream = tokio::net::TcpStream::connect(agent).await.unwrap();
-        // It may close before it has read all.
-        let _ = stream.write_all(bytes).await;
-        let mut answer = Vec::new();
-        let _ = patiently("the agent closes", stream.read_to_end(&mut answer)).await;
+    let preface = &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..];
+    // Headers whose list never ends: nine bytes of a frame, and what should be names and values.
+    let endless = [&b"\0\x40\0\x09\0\0\0\0\x01"[..], &[b'a'; 0x4000]].concat().repeat(100);
+    let begins_as_tls = [&b"\x16\x03\x01\x40\0"[..], &noise].concat();
+    let hostile = [
+        noise.clone(),
+        [preface, &noise].concat(),
+        [preface, &b"\0\0\0\x04\0\0\0\0\0"[..], &endless].concat(),
+        [&b"GET / HTTP/1.1\r\nA: "[..], &vec![b'a'; 2 << 20]].concat(),
+        [&b"GET /"[..], &vec![b'a'; 2 << 20], b" HTTP/1.1\r\n\r\n"].concat(),
+        [&b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n"[..], &noise]
+            .concat(),
+        begins_as_tls,
+    ];
+    let agent = olol.agents()[0].address();
+    for place in [agent, olol.address(), secure.address()] {
+        for bytes in &hostile {
+            let mut stream = tokio::net::TcpStream::connect(place).await.unwrap();
+            // It may close before it has read all.
+            let _ = stream.write_all(bytes).await;
+            let _ = stream.shutdown().await;
+            let mut answer = Vec::new();
+            let _ = patiently("it closes", stream.read_to_end(&mut answer)).await;
+        }
     }
     assert!(Connection::open(agent).await.ask(&Request::get("/api/tags")).await.text().contains("OLOL agent"));
     assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    assert_eq!(cluster.server(0).work(), 1);
 }

@@ -36,6 +36,7 @@ impl Arguments {
         self.flags.config = self.file.or(self.flags.config);
         let source = self.flags.source(matches)?;
         let effective = source.read()?;
+        effective.config.tls.read()?;
         let settings = effective.settings()?;
         super::print(&if self.json {
             format!("{:#}\n", as_json(source.file.as_ref(), &effective, &settings))

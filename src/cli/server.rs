@@ -11,6 +11,7 @@ use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
+use crate::security::tls::{self, Acceptor, Clients};
 use crate::sessions;
 
 /// Run the agent beside an Ollama.
@@ -30,6 +31,18 @@ pub(super) struct Arguments {
     name: String,
     #[command(flatten)]
     token: TokenFlag,
+    /// Certificate that callers are shown: TLS
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// CA of the cluster: a machine that shows a certificate of it needs no token
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_ca: Option<PathBuf>,
+    /// Whether callers must show a certificate: none, optional, or required [default: optional with --tls-ca]
+    #[arg(long, value_name = "WORD", requires = "tls_ca", value_parser = clients)]
+    tls_clients: Option<Clients>,
     /// Worker threads; 0: one for two processors
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -45,17 +58,31 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
+    fn tls(&self) -> tls::Config {
+        let usual = if self.tls_ca.is_some() { Clients::Optional } else { Clients::None };
+        tls::Config {
+            cert: self.tls_cert.clone().unwrap_or_default(),
+            key: self.tls_key.clone().unwrap_or_default(),
+            ca: self.tls_ca.clone().unwrap_or_default(),
+            clients: self.tls_clients.unwrap_or(usual),
+            ..tls::Config::default()
+        }
+    }
+
     pub(super) fn run(self) -> anyhow::Result<()> {
+        let tls = self.tls();
         let options = Options {
             listen: listen_address(&self.host, self.port).map_err(anyhow::Error::msg)?,
             ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
             name: self.name,
             engine: "ollama",
             token: self.token.token()?,
+            tls: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
+            let options = Options { tls: Acceptor::start(&tls)?, ..options };
             let (listen, ollama) = (options.listen, options.ollama.clone());
             let mut stop = Stop::listen()?;
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };
@@ -65,5 +92,14 @@ impl Arguments {
             stop.gently(agent.stop()).await;
             Ok(())
         })
+    }
+}
+
+fn clients(text: &str) -> Result<Clients, &'static str> {
+    match text {
+        "none" => Ok(Clients::None),
+        "optional" => Ok(Clients::Optional),
+        "required" => Ok(Clients::Required),
+        _ => Err("say none, optional or required"),
     }
 }

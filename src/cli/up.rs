@@ -91,7 +91,7 @@ impl Arguments {
         let agent = start_agent(&config, self.agent_port, &behind, &token, grace).await?;
         // The agent may listen on every address; the proxy reaches it on this machine.
         let near = SocketAddr::new(near(agent.address().ip()), agent.address().port());
-        let source = source.with(Set::Servers(vec![format!("local@{near}")]), Origin::Program);
+        let source = source.with(Set::Servers(vec![format!("local@grpc://{near}")]), Origin::Program);
         let config = source.read()?.config;
         let proxy = Proxy::start_from(&config, Some(source)).await?;
         until_up(proxy.cluster()).await;
@@ -129,6 +129,7 @@ async fn start_agent(
             name: String::new(),
             engine: behind.kind,
             token: token.clone(),
+            tls: None,
             grace,
             sessions: config.sessions.clone(),
         })
@@ -241,15 +242,17 @@ fn announce(proxy: &Proxy, behind: &Behind, agent: SocketAddr, config: &Config) 
     let _ = std::io::Write::write_fmt(
         &mut out,
         format_args!(
-            "OLOL {version} answers at http://{address}\n\n\
+            "OLOL {version} answers at {scheme}://{address}\n\n\
              \x20 server   {server}, agent on {agent}\n\
              \x20 models   {shown}\n\
              \x20 layers   {layers}\n\n\
              Try it:\n\
-             \x20 curl http://{address}/api/chat -d '{{\"model\":\"{first}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is a load balancer?\"}}]}}'\n\
-             \x20 OLLAMA_HOST={address} ollama run {first}\n\n\
-             Metrics: http://{address}/metrics   Status: http://{address}/api/status   Ctrl-C ends it.\n",
+             \x20 curl {scheme}://{address}/api/chat -d '{{\"model\":\"{first}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is a load balancer?\"}}]}}'\n\
+             \x20 OLLAMA_HOST={host} ollama run {first}\n\n\
+             Metrics: {scheme}://{address}/metrics   Status: {scheme}://{address}/api/status   Ctrl-C ends it.\n",
             version = env!("CARGO_PKG_VERSION"),
+            host = if config.tls.serves() { format!("https://{address}") } else { address.to_string() },
+            scheme = if config.tls.serves() { "https" } else { "http" },
             server = behind.shown,
             layers = layers.join(" > "),
         ),

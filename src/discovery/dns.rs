@@ -25,6 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Config;
 use crate::ollama::{Endpoint, EndpointError};
 use crate::pool::{AGENT_PORT, OLLAMA_PORT, Pool, ServerSpec, Way};
+use crate::security::Wire;
 
 /// The shortest time between two look-ups of all names.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -115,7 +116,7 @@ impl NameSpec {
         } else {
             Way::Ollama(Endpoint::parse(&format!("http://{address}"), OLLAMA_PORT)?)
         };
-        Ok(ServerSpec { id: ServerId::new(id), way, weight })
+        Ok(ServerSpec { id: ServerId::new(id), way, wire: Wire::Usual, weight })
     }
 }
 

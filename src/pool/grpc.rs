@@ -22,6 +22,7 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
+use tokio_util::either::Either;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::ollama::{Ask, Endpoint};
@@ -122,7 +123,7 @@ impl Agent {
             let states = client(channel).watch(WatchRequest { interval_ms: 1000 }).await;
             states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
                 Code::Unauthenticated => Refused(status.message().to_owned()).into(),
-                _ => status.message().to_owned().into(),
+                _ => told(&status).into(),
             })
         };
         tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
@@ -158,6 +159,21 @@ impl Agent {
 #[derive(Debug, thiserror::Error)]
 #[error("refuses our token: {0}")]
 pub(super) struct Refused(String);
+
+/// What a status says, with what it comes from where the connection has failed: a handshake is often refused only when the
+/// first answer is waited for.
+fn told(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = error.source();
+    }
+    text
+}
 
 fn client(channel: Channel) -> ServerClient<Channel> {
     ServerClient::with_origin(channel, Uri::from_static("http://olol")).max_decoding_message_size(LARGEST_MESSAGE)
@@ -394,6 +410,13 @@ impl Line {
         };
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;
+        let stream = match &self.trust.tls {
+            None if self.trust.insists => {
+                return Err("it is to be reached over TLS: `ca` of [tls] waits for a restart".into());
+            }
+            None => Either::Left(stream),
+            Some(tls) => Either::Right(tls.connect(host, stream).await?),
+        };
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)

@@ -4,7 +4,7 @@
 //! A client uploads a blob before it says what for. The bytes are never held in memory, their digest is checked on the way,
 //! and what nobody used is removed after a while. Names come from digests only, never from a path of a client.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{Config, Scatter, is_head, json_reply};
+use crate::keys::make_private;
 
 /// Bytes read from the spool at a time.
 const READ: usize = 256 << 10;
@@ -62,6 +63,11 @@ impl Spool {
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return 0 };
         let mut held = 0;
         for entry in entries.flatten() {
+            // Nothing but what we have put there.
+            let name = entry.file_name();
+            if !name.to_str().is_some_and(|name| name.starts_with("sha256-") || name.starts_with("partial-")) {
+                continue;
+            }
             let Ok(meta) = entry.metadata() else { continue };
             let age = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default();
             if age > self.ttl {
@@ -78,7 +84,7 @@ impl Spool {
         let storage = |error: std::io::Error| {
             Error::Storage(format!("the spool {} cannot be written: {error}", self.dir.display()))
         };
-        tokio::fs::create_dir_all(&self.dir).await.map_err(storage)?;
+        make_own(&self.dir).map_err(storage)?;
         let mut left = self.max_bytes.saturating_sub(self.sweep());
         let partial = Partial(self.dir.join(format!("partial-{:016x}", fastrand::u64(..))));
         let mut file = tokio::fs::File::create(&partial.0).await.map_err(storage)?;
@@ -99,6 +105,19 @@ impl Spool {
         tokio::fs::rename(&partial.0, self.dir.join(format!("sha256-{hex}"))).await.map_err(storage)?;
         Ok(Written::New)
     }
+}
+
+/// Makes the folder for us alone, unless it is there. One that somebody else has put there is not written to.
+fn make_own(folder: &Path) -> std::io::Result<()> {
+    make_private(folder)?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        if std::fs::metadata(folder)?.uid() != rustix::process::geteuid().as_raw() {
+            return Err(std::io::Error::other("the folder is another user's; name one of your own in [spool] dir"));
+        }
+    }
+    Ok(())
 }
 
 enum Written {

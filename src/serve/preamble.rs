@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
-use tokio::net::TcpStream;
 
-use super::LONGEST_HEAD;
 use super::wire::{BAD_REQUEST, TOO_LARGE, Wire};
+use super::{LONGEST_HEAD, Stream};
 
 /// How HTTP/2 begins.
 const HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -25,15 +24,15 @@ pub(super) enum Preamble {
     /// Nothing: the client has left.
     Gone,
     /// The head of a request, and how many lines it has.
-    Http1(Wire<TcpStream>, usize),
+    Http1(Wire<Stream>, usize),
     /// The preface of HTTP/2.
-    Http2(Wire<TcpStream>),
+    Http2(Wire<Stream>),
     /// Something that is answered with these bytes.
-    Refused(Wire<TcpStream>, &'static [u8]),
+    Refused(Wire<Stream>, &'static [u8]),
 }
 
 /// Reads the first head, for so long, and gives it back with the connection.
-pub(super) async fn read(mut stream: TcpStream, limit: Duration) -> Preamble {
+pub(super) async fn read(mut stream: Stream, limit: Duration) -> Preamble {
     match tokio::time::timeout(limit, first_head(&mut stream)).await {
         Err(_) | Ok(First::Nothing) => Preamble::Gone,
         Ok(First::Refused(answer)) => Preamble::Refused(Wire::new(Bytes::new(), stream), answer),
@@ -49,7 +48,7 @@ enum First {
     Refused(&'static [u8]),
 }
 
-async fn first_head(stream: &mut TcpStream) -> First {
+async fn first_head(stream: &mut Stream) -> First {
     let mut first = BytesMut::with_capacity(4096);
     let mut head = Head::default();
     loop {

@@ -112,14 +112,20 @@ pub async fn agent(ollama: Endpoint) -> Agent {
 
 /// An agent that keeps its sessions in a folder.
 pub async fn agent_at(ollama: Endpoint, folder: &Path) -> Agent {
-    let options = Options {
+    let sessions = olol::sessions::Config { dir: folder.to_owned(), ..olol::sessions::Config::default() };
+    Agent::start(Options { sessions, ..options(ollama) }).await.unwrap()
+}
+
+/// What an agent of a test is told: it touches nothing of whoever runs it.
+pub fn options(ollama: Endpoint) -> Options {
+    Options {
         listen: "127.0.0.1:0".parse().unwrap(),
         ollama,
         name: "agent".to_owned(),
         engine: "ollama",
         token: token(),
+        tls: None,
         grace: Duration::from_secs(5),
-        sessions: olol::sessions::Config { dir: folder.to_owned(), ..olol::sessions::Config::default() },
-    };
-    Agent::start(options).await.unwrap()
+        sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
+    }
 }
