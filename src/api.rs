@@ -131,7 +131,7 @@ impl Api {
         }
         let uri = request.uri();
         let path = path::read(request.method(), uri)?;
-        let own = Own::takes(&path);
+        let own = Own::takes(&path, uri.query());
         let route = Route::find(&path);
         if !own && let Some(redirect) = path::trailing_slash(request.method(), &path, uri) {
             return Err(Box::new(redirect));
@@ -211,7 +211,8 @@ impl Api {
         *request.uri_mut() = ask.path;
         *request.headers_mut() = ask.headers;
         let subject = request::subject(route, &path);
-        let mut head = Arc::new(request::head(route, subject, request.into_parts().0, client));
+        let head = request::head(route, subject, request.into_parts().0, client);
+        let mut head = Arc::new(Head { is_grpc: true, ..head });
         request::look(&mut head, &ask.payload);
         self.send(head, ask.payload).await
     }

@@ -11,6 +11,7 @@ mod flags;
 mod keys;
 mod proxy;
 mod server;
+mod status;
 mod token;
 mod up;
 
@@ -49,6 +50,8 @@ enum Command {
     Check(check::Arguments),
     /// Ask a running proxy what it would do with a request, or what it did with one
     Explain(explain::Arguments),
+    /// Show the servers, models or clients of a running proxy
+    Status(status::Arguments),
     /// Have a server of a running proxy finish what it has, and give it nothing new
     Drain(drain::Arguments),
     /// Let a server take calls again
@@ -79,6 +82,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Client(arguments) => arguments.run(),
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
+        Command::Status(arguments) => arguments.run(),
         Command::Drain(arguments) => arguments.run(true),
         Command::Undrain(arguments) => arguments.run(false),
         Command::Keys(arguments) => arguments.run(),

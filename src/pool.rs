@@ -282,6 +282,11 @@ impl Pool {
         pool
     }
 
+    /// The members, as they were named.
+    pub fn specs(&self) -> Vec<ServerSpec> {
+        self.members().list.iter().map(|member| member.spec.clone()).collect()
+    }
+
     /// What is known of the servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.0.cluster

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -85,7 +85,17 @@ impl Proxy {
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
-        let about = About { instance, address: address.to_string(), file, running: running.clone() };
+        let started = SystemTime::now();
+        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let about = About {
+            instance,
+            address,
+            started,
+            file,
+            running: running.clone(),
+            pool: pool.clone(),
+            sessions: sessions.clone(),
+        };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
@@ -99,6 +109,7 @@ impl Proxy {
         names.set(listed.names);
         let settled = names.settled();
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
+        let first_status = leaf.clone();
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let reloader =
             Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
@@ -109,7 +120,6 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
-        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
         let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
         let stack = reloader.stack().clone();
         let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
@@ -120,6 +130,8 @@ impl Proxy {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
             let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
             cluster.refresh(FIRST_LOOK).await;
+            // Before anybody is served: it would count as load.
+            first_status.first_status().await;
             serving.await
         });
         Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })

@@ -6,6 +6,7 @@
 mod blobs;
 mod merge;
 mod progress;
+mod status;
 mod tell;
 
 use std::path::PathBuf;
@@ -16,7 +17,6 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
-use olol_middleware::cluster::State;
 use olol_middleware::pick::{Fleet, Pick};
 use olol_middleware::units::SomeSeconds;
 use olol_middleware::{Call, Candidates, Cluster, Error, ModelName, Reply, Route, Scope, Server};
@@ -60,14 +60,15 @@ pub struct Scatter<F> {
 struct Common {
     cluster: Arc<Cluster>,
     spool: blobs::Spool,
-    about: About,
+    status: status::Status,
 }
 
 impl<F: Fleet> Scatter<F> {
     /// A leaf over a fleet.
     pub fn new(fleet: F, shared: &olol_middleware::Shared, config: &Config, about: About) -> Self {
         let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
-        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), about });
+        let status = status::Status::new(shared.clone(), about);
+        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), status });
         Self { pick: Pick::new(fleet, picking), shared }
     }
 }
@@ -105,7 +106,8 @@ impl<F: Fleet> Service<Call> for Scatter<F> {
                 first_usable(&mut call.candidates);
                 self.pick.call(call)
             }
-            Scope::Merge if !several || call.route == Route::Status => Box::pin(self.clone().one_list(call)),
+            Scope::Merge if call.route == Route::Status => Box::pin(self.clone().status(call)),
+            Scope::Merge if !several => Box::pin(self.clone().one_list(call)),
             Scope::Merge => Box::pin(self.clone().merged(call)),
             Scope::All if !several => Box::pin(self.clone().change_one(call)),
             Scope::All => match call.route {
@@ -146,25 +148,14 @@ impl<F: Fleet> Scatter<F> {
         Ok(reply.hold(news))
     }
 
-    /// A list of the only server, or the status of whoever answers: with our own key, where it is the status.
+    /// A list of the only server.
     async fn one_list(self, call: Call) -> Result<Reply, Error> {
         let snapshot = call.candidates.snapshot().clone();
-        let is_status = call.route == Route::Status;
-        let candidates: Vec<Arc<Server>> =
-            snapshot.servers.iter().filter(|server| server.is_reachable()).cloned().collect();
-        let target = candidates.first().or(snapshot.servers.first()).cloned();
-        let answer = match target {
-            // A status is wanted most when no server answers: Ollama's keys are then left out, ours are not.
-            Some(server) if !is_status || server.state != State::Down => {
-                let limit = if is_status { MERGE_LIMIT } else { Duration::from_secs(60) };
-                tokio::time::timeout(limit, self.to(call, &server)).await.unwrap_or_else(|_| {
-                    Err(Error::NoServer(format!("server {} did not answer within {} s", server.id, limit.as_secs())))
-                })
-            }
-            _ if !is_status => return self.pick.clone().call(call).await,
-            _ => Err(Error::NoServer("no server is up".to_owned())),
-        };
-        if is_status { merge::status(answer, &snapshot, &self.shared.about).await } else { answer }
+        let Some(server) = snapshot.servers.first() else { return self.pick.clone().call(call).await };
+        let limit = Duration::from_secs(60);
+        tokio::time::timeout(limit, self.to(call, server)).await.unwrap_or_else(|_| {
+            Err(Error::NoServer(format!("server {} did not answer within {} s", server.id, limit.as_secs())))
+        })
     }
 }
 

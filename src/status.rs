@@ -1,14 +1,35 @@
-//! What `GET /api/status` adds to Ollama's own keys: who we are and how the servers are.
+//! What `GET /api/status` adds to Ollama's own keys, a summary, and the pages below it: everything that is known of the
+//! proxy, its servers, the models, the clients and the sessions. All of it is made of what is in memory: nobody is asked.
 
+mod clients;
+mod models;
+mod page;
+mod proxy;
+mod servers;
+mod sessions;
+mod time;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use olol_middleware::cluster::State;
-use olol_middleware::{Server, Snapshot};
+use http::StatusCode;
+use olol_middleware::cluster::{Condition, State};
+use olol_middleware::{Shared, Snapshot};
+use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
+use crate::sessions::Sessions;
+use time::{ms, rfc3339};
+
+pub use page::{Detail, Page, Wanted};
+
+/// Versions of servers that are told apart.
+const VERSIONS: usize = 16;
 
 /// What is told of the proxy itself.
 #[derive(Clone, Debug)]
@@ -16,29 +37,100 @@ pub struct About {
     /// Random id of this process.
     pub instance: String,
     /// Address that the proxy listens on.
-    pub address: String,
+    pub address: SocketAddr,
+    /// When it was started.
+    pub started: SystemTime,
     /// The file of its configuration.
     pub file: Option<PathBuf>,
     /// What runs now.
     pub running: Arc<Running>,
+    /// The servers, as they were named.
+    pub pool: Pool,
+    /// The sessions.
+    pub sessions: Sessions,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
-pub fn summary(snapshot: &Snapshot, about: &About) -> Value {
-    let up = snapshot.servers.iter().filter(|server| server.state == State::Up).count();
-    let in_flight: u32 = snapshot.servers.iter().map(|server| server.load.in_flight()).sum();
+pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
+    let servers = &snapshot.servers;
+    let in_condition = |condition: Condition| servers.iter().filter(|server| server.condition() == condition).count();
+    let usable = servers.iter().filter(|server| takes_calls(server)).count();
+    let in_flight: u32 = servers.iter().map(|server| server.load.in_flight()).sum();
     let running = about.running.state();
+    let mut summary = identity(about);
+    proxy::merge(
+        &mut summary,
+        json!({
+            "stack": running.layers(),
+            "config": config(&running, about),
+            "servers": {
+                "total": servers.len(),
+                // Those that are degraded answer, too.
+                "up": servers.iter().filter(|server| server.state == State::Up).count(),
+                "degraded": in_condition(Condition::Degraded),
+                "draining": in_condition(Condition::Draining),
+                "down": in_condition(Condition::Down),
+                "unknown": in_condition(Condition::Unknown),
+                "taking_calls": usable,
+            },
+            "models": snapshot.models.len(),
+            "loaded_models": servers.iter().map(|server| server.report.loaded.len()).sum::<usize>(),
+            "in_flight": in_flight,
+            "queued": shared.queue.len(),
+            "clients": shared.clients.len(),
+            "sessions": about.sessions.counts().0,
+            "registry": registry(snapshot),
+            "load_balancer": proxy::balancing(&running.config),
+            "health_check": proxy::checking(&running.config),
+            "details": Detail::ALL.map(|detail| format!("/api/status?detail={}", detail.as_str())),
+            "collected_at": rfc3339(SystemTime::now()),
+        }),
+    );
+    summary
+}
+
+/// Who and where the proxy is.
+fn identity(about: &About) -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "instance": about.instance,
-        "address": about.address,
-        "stack": running.layers(),
-        "config": config(&running, about),
+        "address": about.address.to_string(),
+        "host": about.address.ip().to_string(),
+        "port": about.address.port(),
+        "started_at": rfc3339(about.started),
         "async_mode": true,
-        "servers": {"total": snapshot.servers.len(), "up": up},
-        "models": snapshot.models.len(),
-        "in_flight": in_flight,
+        // Threads; each works on any number of requests.
+        "max_workers": tokio::runtime::Handle::try_current().map(|runtime| runtime.metrics().num_workers()).ok(),
     })
+}
+
+/// What is known of the models as a whole.
+fn registry(snapshot: &Snapshot) -> Value {
+    let servers = &snapshot.servers;
+    let mut versions: BTreeMap<&str, usize> = BTreeMap::new();
+    for server in servers.iter().filter(|server| !server.report.version.is_empty()) {
+        *versions.entry(&server.report.version).or_default() += 1;
+    }
+    let lowest = versions.keys().min_by_key(|version| in_order(version)).copied();
+    let updated = servers.iter().filter_map(|server| server.meters.health.last_good()).max();
+    let pulls = |server: &Arc<olol_middleware::Server>| {
+        server.vitals.load().as_ref().map_or(0, |vitals| vitals.pending_pulls.len())
+    };
+    json!({
+        "total_models": snapshot.models.len(),
+        "last_updated": updated.map(rfc3339),
+        "pending_pulls": servers.iter().map(pulls).sum::<usize>(),
+        "version_info": {
+            "lowest": lowest,
+            "servers": versions.iter().take(VERSIONS).collect::<BTreeMap<_, _>>(),
+        },
+    })
+}
+
+/// A version as something that can be put in order; a release candidate comes before its release.
+fn in_order(version: &str) -> (Vec<u64>, bool) {
+    let numbers = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
+    (numbers, !version.contains('-'))
 }
 
 /// Where the configuration comes from, and how it was last read.
@@ -55,62 +147,129 @@ fn config(running: &Config, about: &About) -> Value {
     })
 }
 
-/// Milliseconds since 1970.
-fn ms(time: SystemTime) -> u64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+/// Whether calls are sent to a server.
+fn takes_calls(server: &olol_middleware::Server) -> bool {
+    servers::is_online(server) && server.is_usable()
 }
 
-/// The page of `/api/status/servers`.
-pub fn servers(snapshot: &Snapshot, about: &About) -> Value {
-    json!({
-        "instance": about.instance,
-        "servers": snapshot.servers.iter().map(|server| one(server, snapshot)).collect::<Vec<_>>(),
-    })
+/// Whether the proxy can do its work, and why not. For anybody: it names nobody.
+pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
+    let count =
+        |is: &dyn Fn(&olol_middleware::Server) -> bool| snapshot.servers.iter().filter(|server| is(server)).count();
+    let up = count(&servers::is_online);
+    let mut told = format!("{up} of {} servers up\n", snapshot.servers.len());
+    if count(&takes_calls) > 0 {
+        return (true, told);
+    }
+    let why = [
+        (count(&|server| server.state == State::Unknown), "not asked yet"),
+        (count(&|server| server.state == State::Down), "down"),
+        (count(&|server| servers::is_online(server) && server.draining), "being drained"),
+        (
+            count(&|server| servers::is_online(server) && !server.draining && !server.is_usable()),
+            "left alone for a while after failed calls",
+        ),
+    ];
+    let why: Vec<String> =
+        why.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    let why = if why.is_empty() { "no server is known".to_owned() } else { why.join(", ") };
+    told.extend(["not ready: ", &why, "; GET /api/status?detail=servers tells more\n"]);
+    (false, told)
 }
 
-fn one(server: &Server, snapshot: &Snapshot) -> Value {
-    let report = &server.report;
-    let circuit = match server.circuits.server_state() {
-        0 => "closed",
-        1 => "open",
-        _ => "half-open",
-    };
-    let used = snapshot.models.values().filter_map(|known| Some((&known.name, known.runners.used(server)?)));
-    let runners: Vec<Value> = used
-        .map(|(model, runner)| {
-            json!({
-                "model": model.as_str(),
-                "in_flight": runner.in_flight(),
-                "waiting": runner.waiting(),
-                "slots": runner.slots(),
-                "slots_from": runner.source(),
-            })
-        })
-        .collect();
-    json!({
-        "server": server.id.as_str(),
-        "state": server.condition().as_str(),
-        "since_ms": ms(server.since),
-        "source": server.source.as_str(),
-        "draining": server.draining,
-        "failures": server.failures,
-        "online": server.state == State::Up,
-        "usable": server.is_usable(),
-        "circuit": circuit,
-        "reason": server.reason,
-        "weight": server.weight.get(),
-        "in_flight": server.load.in_flight(),
-        "runners": runners,
-        "version": report.version,
-        "models": report.models.iter().map(|model| &model.name).collect::<Vec<_>>(),
-        "loaded_models": report.loaded.iter().map(|loaded| json!({
-            "name": loaded.name,
-            "size": loaded.size,
-            "size_vram": loaded.size_vram,
-            "expires_at": loaded.expires_at,
-            "context_length": loaded.context_length,
-            "slots": loaded.slots,
-        })).collect::<Vec<_>>(),
-    })
+/// A page as JSON; or why there is none, with the status that says it.
+pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec<u8>, (StatusCode, String)> {
+    let snapshot = shared.cluster.snapshot();
+    let running = about.running.state();
+    let config = &running.config;
+    match wanted.detail {
+        Detail::Proxy => written(about, wanted, &[proxy::all(&snapshot, about)], 1, None),
+        Detail::Servers => {
+            let (entries, has_more) = servers::page(&snapshot, wanted, config, &about.pool.specs());
+            let next = entries.last().filter(|_| has_more).map(|entry| entry.server);
+            written(about, wanted, &entries, snapshot.servers.len(), next)
+        }
+        Detail::Models => {
+            let (entries, has_more) = models::page(&snapshot, wanted).map_err(|why| (StatusCode::BAD_REQUEST, why))?;
+            let next = entries.last().filter(|_| has_more).map(|entry| entry.name);
+            written(about, wanted, &entries, snapshot.models.len(), next)
+        }
+        Detail::Clients => {
+            let (entries, total, has_more) = clients::page(&shared.clients, &shared.keys, wanted, config);
+            let next = entries.last().filter(|_| has_more).map(|entry| entry.client_id.as_str());
+            written(about, wanted, &entries, total, next)
+        }
+        Detail::Sessions => {
+            let (entries, next) = sessions::page(&about.sessions, wanted).await?;
+            let total = usize::try_from(about.sessions.counts().0).unwrap_or(usize::MAX);
+            written(about, wanted, &entries, total, next.as_deref())
+        }
+    }
+}
+
+fn written<T: Serialize>(
+    about: &About,
+    wanted: &Wanted,
+    entries: &[T],
+    total: usize,
+    next: Option<&str>,
+) -> Result<Vec<u8>, (StatusCode, String)> {
+    let page = Page { detail: wanted.detail, instance: &about.instance, total, entries, next };
+    serde_json::to_vec(&page).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::ServerSpec;
+    use olol_middleware::cluster::{Model, Report};
+
+    /// A proxy that knows so many servers with so many models each, the same everywhere.
+    fn large(servers: usize, models: usize) -> (Shared, About) {
+        let names: Vec<String> =
+            (0..servers).map(|at| format!("s{at:04}@10.0.{}.{}:50051", at / 250, at % 250 + 1)).collect();
+        let specs: Vec<ServerSpec> = names.iter().map(|name| ServerSpec::parse(name).unwrap()).collect();
+        let (hop, config) = (http::HeaderValue::from_static("1"), crate::config::Config::default());
+        let pool = Pool::new(&specs, &config.pool, &hop, &crate::security::Trust::default());
+        let cluster = pool.cluster();
+        let model =
+            |at: usize| Model { name: format!("model{at:03}:7b"), digest: format!("sha256:{at}"), ..Model::default() };
+        let report = Report { models: (0..models).map(model).collect(), ..Report::default() };
+        for at in 0..servers {
+            cluster.report(at, report.clone());
+        }
+        let about = About {
+            instance: "1".to_owned(),
+            address: "127.0.0.1:8000".parse().unwrap(),
+            started: SystemTime::now(),
+            file: None,
+            running: Running::new(config),
+            pool: pool.clone(),
+            sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
+        };
+        (Shared::new(pool.cluster().clone()), about)
+    }
+
+    #[tokio::test]
+    async fn a_large_cluster_is_told_page_by_page() {
+        let (shared, about) = large(1000, 200);
+        // The last reports wait for the pause between two snapshots.
+        shared.cluster.refresh(std::time::Duration::ZERO).await;
+        for (detail, total, length) in [(Detail::Servers, 1000, 100), (Detail::Models, 200, 100)] {
+            let wanted = Wanted { detail, after: None, limit: 100 };
+            let page = page(&shared, &about, &wanted).await.unwrap();
+            let page: Value = serde_json::from_slice(&page).unwrap();
+            assert_eq!((&page["total"], page[detail.as_str()].as_array().unwrap().len()), (&json!(total), length));
+            assert!(page["next"].is_string());
+        }
+        let summary = summary(&shared, &shared.cluster.snapshot(), &about).to_string();
+        assert!(summary.len() < 4096, "it is small: {summary}");
+    }
+
+    #[test]
+    fn versions_are_in_the_order_of_their_numbers() {
+        let mut versions = ["0.33.0", "0.9.10", "0.33.0-rc2", "1.0"];
+        versions.sort_by_key(|version| in_order(version));
+        assert_eq!(versions, ["0.9.10", "0.33.0-rc2", "0.33.0", "1.0"]);
+    }
 }

@@ -197,7 +197,7 @@ pub enum Mode {
 
 impl Rule {
     /// What messages call it.
-    fn title(&self, at: usize) -> String {
+    pub fn title(&self, at: usize) -> String {
         if self.name.is_empty() { (at + 1).to_string() } else { self.name.clone() }
     }
 

@@ -90,6 +90,8 @@ pub struct Head {
     pub model: Option<ModelName>,
     /// Where it came from.
     pub client: Option<SocketAddr>,
+    /// Whether it came as messages of gRPC.
+    pub is_grpc: bool,
     /// The key that its client has shown, once `auth` has looked.
     pub key: OnceLock<Arc<Key>>,
     /// The time after which `timeout` gave up waiting for the first byte of its answer, if it did.
@@ -116,6 +118,7 @@ impl Head {
             peek: Peek::default(),
             model: None,
             client: None,
+            is_grpc: false,
             key: OnceLock::new(),
             given_up: OnceLock::new(),
             arrived: Instant::now(),

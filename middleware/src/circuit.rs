@@ -153,6 +153,15 @@ impl Circuit {
         self.mood.load(Ordering::Relaxed)
     }
 
+    /// Its state for pages and metrics: 0 closed, 1 open, 2 half-open.
+    pub(crate) fn number(&self) -> u8 {
+        match self.mood() {
+            OPEN if matches!(self.lock().stage, Stage::Open { until } if until > Instant::now()) => 1,
+            OPEN | PROBING => 2,
+            _ => 0,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -719,6 +719,7 @@ impl Cluster {
         entry.changes.retain(|change| change.at >= since);
         entry.changes.iter().for_each(|change| change.apply(&mut report));
         entry.meters.checked(true);
+        entry.meters.health.good();
         entry.circuits.seen_well();
         let same = entry.state == State::Up && entry.failures == 0 && *entry.report == report;
         entry.failures = 0;
@@ -758,6 +759,7 @@ impl Cluster {
         let Some(entry) = book.member(index) else { return };
         entry.failures += 1;
         entry.meters.checked(false);
+        entry.meters.health.bad(&reason);
         if entry.state == State::Down && entry.reason != reason {
             // Still down, but for another reason now: that is what has to be mended.
             entry.reason = reason;

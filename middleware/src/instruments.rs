@@ -17,7 +17,7 @@ use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, descri
 
 pub use self::observed::{Process, observe, observe_build, observe_config, observe_process, observe_sessions};
 use crate::affinity::{Placed, Source};
-use crate::call::Counters;
+use crate::call::{Counters, End};
 use crate::cluster::Server;
 use crate::error::Error;
 use crate::names::{ModelName, ServerId};
@@ -26,6 +26,7 @@ use crate::rate_limit;
 use crate::route::Route;
 use crate::runner::Cause;
 use crate::slots::Priority;
+use crate::stats::{Health, Stats};
 
 const REQUESTS: &str = "olol_requests_total";
 const DURATION: &str = "olol_request_duration_seconds";
@@ -59,6 +60,7 @@ const LOADS: &str = "olol_model_loads_total";
 const LOAD_TIME: &str = "olol_model_load_seconds";
 const AUTH: &str = "olol_auth_total";
 const KEYS: &str = "olol_keys";
+const CLIENTS: &str = "olol_clients";
 const KEYS_READ: &str = "olol_keys_last_read_successful";
 const RATE_LIMITED: &str = "olol_rate_limited_total";
 const RATE_LIMIT_ENTRIES: &str = "olol_rate_limit_entries";
@@ -141,6 +143,7 @@ pub const NAMES: &[&str] = &[
     AUTH,
     KEYS,
     KEYS_READ,
+    CLIENTS,
     RATE_LIMITED,
     RATE_LIMIT_ENTRIES,
     AFFINITY,
@@ -470,8 +473,7 @@ impl Instruments {
     }
 
     /// An answer with this status is over; how, and how long after the request.
-    pub fn ended(&self, route: Route, status: u16, how: crate::call::End, after: Duration) {
-        use crate::call::End;
+    pub fn ended(&self, route: Route, status: u16, how: End, after: Duration) {
         let (at, word) = match how {
             End::Whole => (0, "whole"),
             End::Broken(_) => (1, "broken"),
@@ -661,6 +663,8 @@ pub fn timed_out(phase: &'static str) {
 #[derive(Debug)]
 pub struct ModelMeters {
     label: Arc<str>,
+    /// How it has done, once somebody has asked for it.
+    stats: OnceLock<Arc<Stats>>,
     /// By server, sorted.
     runners: ArcSwap<Vec<Arc<RunnerMeters>>>,
 }
@@ -668,7 +672,12 @@ pub struct ModelMeters {
 impl ModelMeters {
     /// For a model that a server has.
     pub fn new(model: &ModelName) -> Self {
-        Self { label: few::MODELS.of(&model.as_str().into()), runners: ArcSwap::default() }
+        Self { label: few::MODELS.of(&model.as_str().into()), stats: OnceLock::new(), runners: ArcSwap::default() }
+    }
+
+    /// How the model has done on all servers, if it was asked for.
+    pub fn stats(&self) -> Option<&Arc<Stats>> {
+        self.stats.get()
     }
 
     /// The name of the model as labels tell it.
@@ -682,7 +691,7 @@ impl ModelMeters {
         if let Ok(at) = known.binary_search_by_key(&server.index, |runner| runner.server) {
             return known[at].clone();
         }
-        let fresh = Arc::new(RunnerMeters::new(&self.label, server));
+        let fresh = Arc::new(RunnerMeters::new(&self.label, server, self.stats.get_or_init(Arc::default)));
         self.runners.rcu(|known| {
             let mut known = Vec::clone(known);
             if let Err(at) = known.binary_search_by_key(&server.index, |runner| runner.server) {
@@ -708,6 +717,8 @@ pub struct RunnerMeters {
     model: Arc<str>,
     /// The server's name; "other" where there are too many models on servers.
     server_label: Arc<str>,
+    /// How the model has done, and its server.
+    stats: [Arc<Stats>; 2],
     first_token: OnceLock<Histogram>,
     per_token: OnceLock<Histogram>,
     gaps: OnceLock<Histogram>,
@@ -719,11 +730,12 @@ pub struct RunnerMeters {
 }
 
 impl RunnerMeters {
-    fn new(model: &Arc<str>, server: &Server) -> Self {
+    fn new(model: &Arc<str>, server: &Server, stats: &Arc<Stats>) -> Self {
         let has_room = few::RUNNERS.admits(&format!("{model} {}", server.id).into());
         Self {
             server: server.index,
             model: model.clone(),
+            stats: [stats.clone(), server.meters.stats.clone()],
             server_label: if has_room { server.id.shared() } else { few::OTHER.into() },
             first_token: OnceLock::new(),
             per_token: OnceLock::new(),
@@ -734,13 +746,31 @@ impl RunnerMeters {
         }
     }
 
+    /// An attempt had an answer, or not. The server counts its own.
+    pub fn attempt(&self, answered: bool) {
+        self.stats[0].attempt(answered);
+    }
+
+    /// An answer has ended, so long after its request.
+    pub fn ended(&self, how: End, after: Duration) {
+        for stats in &self.stats {
+            match how {
+                End::Whole => stats.ended(after),
+                End::Broken(_) => stats.broke(),
+                End::Dropped => {}
+            }
+        }
+    }
+
     /// The first piece of a stream came.
     pub fn first_token(&self, after: Duration) {
+        self.stats.iter().for_each(|stats| stats.first_token.add(after.as_secs_f32() * 1000.0));
         self.first_token.get_or_init(|| histogram!(FIRST_TOKEN, self.labels())).record(after.as_secs_f64());
     }
 
     /// The tokens of a stream came at this pace.
     pub fn per_token(&self, took: Duration) {
+        self.stats.iter().for_each(|stats| stats.per_token.add(took.as_secs_f32() * 1000.0));
         self.per_token.get_or_init(|| histogram!(PER_TOKEN, self.labels())).record(took.as_secs_f64());
     }
 
@@ -756,6 +786,7 @@ impl RunnerMeters {
 
     /// A server told its counts, for a client with a key of this name.
     pub fn tokens(&self, counters: &Counters, key: Option<&Arc<str>>) {
+        self.stats.iter().for_each(|stats| stats.tokens(counters));
         let add = |[prompt, output]: &[Counter; 2]| {
             prompt.increment(counters.prompt_tokens);
             output.increment(counters.output_tokens);
@@ -789,6 +820,10 @@ impl RunnerMeters {
 #[derive(Debug)]
 pub struct ServerMeters {
     label: Arc<str>,
+    /// How it has done of late.
+    pub stats: Arc<Stats>,
+    /// How its checks went.
+    pub health: Health,
     answered: OnceLock<Counter>,
     failed: OnceLock<Counter>,
     checked: [OnceLock<Counter>; 2],
@@ -797,11 +832,19 @@ pub struct ServerMeters {
 impl ServerMeters {
     /// For a configured server.
     pub fn new(server: &ServerId) -> Self {
-        Self { label: server.shared(), answered: OnceLock::new(), failed: OnceLock::new(), checked: Default::default() }
+        Self {
+            label: server.shared(),
+            stats: Arc::default(),
+            health: Health::default(),
+            answered: OnceLock::new(),
+            failed: OnceLock::new(),
+            checked: Default::default(),
+        }
     }
 
     /// An attempt had an answer, or not.
     pub fn attempt(&self, answered: bool) {
+        self.stats.attempt(answered);
         let (cell, word) = if answered { (&self.answered, "ok") } else { (&self.failed, "failed") };
         cell.get_or_init(|| {
             counter!(SERVER_REQUESTS, vec![Label::new("server", self.label.clone()), Label::new("result", word)])

@@ -309,6 +309,11 @@ impl Keys {
         self.known.load().len()
     }
 
+    /// The key of somebody with this name.
+    pub fn named(&self, name: &str) -> Option<Arc<Key>> {
+        self.known.load().values().map(|(_, key)| key).find(|key| *key.name == *name).cloned()
+    }
+
     /// Whether there is any.
     pub fn exist(&self) -> bool {
         self.count() > 0

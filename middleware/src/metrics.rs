@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use tower::{Layer, Service};
 
 use crate::call::{Answer, Call, Chunk, End, Head, Outcome, Reply, Watcher};
+use crate::clients::{Clients, Visit};
 use crate::error::Error;
 use crate::instruments::{Instruments, RunnerMeters};
 
@@ -22,12 +23,20 @@ pub struct Config {}
 #[derive(Clone, Debug)]
 pub struct MetricsLayer {
     instruments: Arc<Instruments>,
+    clients: Arc<Clients>,
 }
 
 impl MetricsLayer {
     /// Records into these instruments.
     pub fn new(instruments: Arc<Instruments>) -> Self {
-        Self { instruments }
+        Self { instruments, clients: Arc::default() }
+    }
+
+    /// Keeps these clients.
+    #[must_use]
+    pub fn of(mut self, clients: Arc<Clients>) -> Self {
+        self.clients = clients;
+        self
     }
 }
 
@@ -35,7 +44,7 @@ impl<S> Layer<S> for MetricsLayer {
     type Service = Metrics<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Metrics { inner, instruments: self.instruments.clone() }
+        Metrics { inner, instruments: self.instruments.clone(), clients: self.clients.clone() }
     }
 }
 
@@ -44,6 +53,7 @@ impl<S> Layer<S> for MetricsLayer {
 pub struct Metrics<S> {
     inner: S,
     instruments: Arc<Instruments>,
+    clients: Arc<Clients>,
 }
 
 impl<S> Service<Call> for Metrics<S>
@@ -63,8 +73,11 @@ where
         if call.dry {
             return Box::pin(self.inner.call(call));
         }
-        let mut measure = Measure { head: call.head.clone(), instruments: self.instruments.clone(), begun: false };
+        let head = call.head.clone();
         let reply = self.inner.call(call);
+        // By now `auth`, which decides at once, knows the key.
+        let visit = Some(self.clients.enter(&head));
+        let mut measure = Measure { head, instruments: self.instruments.clone(), visit, begun: false };
         Box::pin(async move {
             // Dropping `measure` before there is an answer is a client that left.
             let answer = reply.await;
@@ -95,6 +108,8 @@ where
 struct Measure {
     head: Arc<Head>,
     instruments: Arc<Instruments>,
+    /// Until it is answered.
+    visit: Option<Visit>,
     /// Whether there was an answer, or an error instead of one.
     begun: bool,
 }
@@ -169,6 +184,7 @@ impl Watcher for Following {
 
     fn end(&mut self, end: End, outcome: &Outcome) {
         let now = Instant::now();
+        let visit = self.measure.visit.take();
         let Measure { head, instruments, .. } = &self.measure;
         instruments.ended(head.route, self.status, end, now - head.arrived);
         match end {
@@ -176,6 +192,12 @@ impl Watcher for Following {
             End::Broken(_) => instruments.broke(self.pieces > 0),
             End::Dropped if self.pieces > 0 => instruments.left_stream(),
             End::Dropped => instruments.left(head.progress.stage()),
+        }
+        if let Some(meters) = &outcome.meters {
+            meters.ended(end, now - head.arrived);
+        }
+        if let (Some(visit), Some(counters)) = (visit, &outcome.counters) {
+            visit.used(counters);
         }
         let (Some(meters), Some(counters)) = (&outcome.meters, &outcome.counters) else { return };
         meters.tokens(counters, head.key.get().map(|key| &key.name));

@@ -94,7 +94,8 @@ pub enum Policy {
 }
 
 impl Policy {
-    fn as_str(self) -> &'static str {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Predicted => "predicted",
             Self::RoundRobin => "round_robin",
@@ -625,6 +626,9 @@ async fn follow(
         Ok(mut reply) => {
             visit.loading = None;
             visit.server.meters.attempt(true);
+            if let Some(meters) = &meters {
+                meters.attempt(true);
+            }
             if let Some(trial) = &mut visit.trial {
                 trial.answered(reply.status);
             }
@@ -636,6 +640,9 @@ async fn follow(
         }
         Err(error) => {
             visit.server.meters.attempt(false);
+            if let Some(meters) = &meters {
+                meters.attempt(false);
+            }
             if let Some(trial) = visit.trial.take() {
                 trial.failed(&error);
             }

@@ -240,6 +240,11 @@ impl Runner {
         }
     }
 
+    /// Its circuit: 0 closed, 1 open, 2 half-open.
+    pub fn circuit_state(&self) -> u8 {
+        self.circuit.number()
+    }
+
     /// Whether a load is going on.
     pub fn is_loading(&self) -> bool {
         self.loading.load(Ordering::Relaxed) > 0

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::affinity;
 use crate::budget::Budget;
+use crate::clients::Clients;
 use crate::cluster::Cluster;
 use crate::instruments::Instruments;
 use crate::keys::Keys;
@@ -22,6 +23,8 @@ pub struct Shared {
     pub instruments: Arc<Instruments>,
     /// The keys of clients: `auth`'s, and the proxy's own pages'.
     pub keys: Arc<Keys>,
+    /// Who asks: `metrics` feeds it.
+    pub clients: Arc<Clients>,
     /// The last requests and what was decided about them: `trace`'s.
     pub requests: Arc<Ring>,
     /// How servers are picked: the leaf's.
@@ -47,6 +50,7 @@ impl Shared {
             cluster,
             instruments: Arc::default(),
             keys: Arc::default(),
+            clients: Arc::default(),
             requests: Arc::default(),
             limits: Arc::default(),
             picking: Arc::default(),

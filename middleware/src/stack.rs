@@ -415,7 +415,7 @@ pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
     shared.keys.guard(if has_door { config.auth.guard() } else { Guard::Never });
     config.stack.order.layers().iter().rev().fold(leaf, |inner, concern| match concern {
         Concern::Trace => push(inner, &TraceLayer::new(&config.trace, shared.requests.clone())),
-        Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone())),
+        Concern::Metrics => push(inner, &MetricsLayer::new(shared.instruments.clone()).of(shared.clients.clone())),
         Concern::Auth => push(inner, &AuthLayer::new(&config.auth, shared.keys.clone(), shared.instruments.clone())),
         Concern::Timeout => push(inner, &TimeoutLayer::new(config.timeout.clone())),
         // Nearly every call would only pass through.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Path, State};
-use axum::http::{Request, Response, StatusCode, header};
+use axum::http::{Request, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use hyper::body::Incoming;
@@ -17,7 +17,7 @@ use super::body::HttpBody;
 use super::response;
 use crate::reload::{Reloaded, Reloader, Trigger};
 use crate::sessions::Sessions;
-use crate::status::{self, About};
+use crate::status::{self, About, Detail, Wanted};
 
 /// The router of our own routes.
 #[derive(Clone, Debug)]
@@ -48,6 +48,7 @@ impl Own {
             .route("/metrics", get(scrape))
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
+            .route("/api/status", get(details))
             .route("/api/status/servers", get(servers))
             .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
@@ -56,11 +57,14 @@ impl Own {
         Self { router, shared }
     }
 
-    /// Whether a path is ours.
-    pub(super) fn takes(path: &str) -> bool {
+    /// Whether a path is ours. Ollama's own status is, where a page of it is asked for.
+    pub(super) fn takes(path: &str, query: Option<&str>) -> bool {
         // The status with a slash at its end is Ollama's to redirect.
         let is_below_status = path.strip_prefix("/api/status/").is_some_and(|below| !below.is_empty());
-        matches!(path, "/metrics" | "/healthz" | "/readyz") || is_below_status || path.starts_with("/olol/")
+        matches!(path, "/metrics" | "/healthz" | "/readyz")
+            || is_below_status
+            || path.starts_with("/olol/")
+            || (path == "/api/status" && Wanted::is_in(query))
     }
 
     /// Answers a request.
@@ -124,16 +128,37 @@ fn process() -> instruments::Process {
     instruments::Process { cpu_seconds, memory, addresses, files, most_files, threads, started }
 }
 
-/// Ready is who has a server that takes calls.
+/// Ready is who has a server that takes calls. The first look at the servers is over: nobody is answered before.
 async fn ready(State(known): State<Known>) -> impl IntoResponse {
-    let snapshot = known.shared.cluster.snapshot();
-    let up = snapshot.servers.iter().filter(|server| server.state == olol_middleware::cluster::State::Up).count();
-    let code = if up > 0 { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, format!("{up} of {} servers up\n", snapshot.servers.len()))
+    let (is_ready, told) = status::readiness(&known.shared.cluster.snapshot());
+    (if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, told)
 }
 
-async fn servers(State(known): State<Known>) -> impl IntoResponse {
-    axum::Json(status::servers(&known.shared.cluster.snapshot(), &known.about))
+async fn servers(State(known): State<Known>, uri: Uri) -> Response<axum::body::Body> {
+    listed(known, Wanted::read(&uri, Some(Detail::Servers))).await
+}
+
+async fn details(State(known): State<Known>, uri: Uri) -> Response<axum::body::Body> {
+    listed(known, Wanted::read(&uri, None)).await
+}
+
+/// A page of everything that is known. A long one takes some milliseconds, for which no stream waits.
+async fn listed(known: Known, wanted: Result<Wanted, String>) -> Response<axum::body::Body> {
+    let page = match wanted {
+        Ok(wanted) => {
+            let runtime = tokio::runtime::Handle::current();
+            let page = move || runtime.block_on(status::page(&known.shared, &known.about, &wanted));
+            tokio::task::spawn_blocking(page).await
+        }
+        Err(why) => Ok(Err((StatusCode::BAD_REQUEST, why))),
+    };
+    match page {
+        Ok(Ok(page)) => ([(header::CONTENT_TYPE, "application/json")], page).into_response(),
+        Ok(Err((status, why))) => (status, axum::Json(json!({"error": why}))).into_response(),
+        Err(error) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, axum::Json(json!({"error": error.to_string()}))).into_response()
+        }
+    }
 }
 
 /// Has a server finish what it has and gives it nothing new, or lets it take calls again.

@@ -10,15 +10,14 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use http::StatusCode;
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Error, ModelName, Reply, Route, Server, ServerId, Snapshot};
+use olol_middleware::{Call, Error, ModelName, Reply, Route, Server, ServerId};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{LONGEST, MERGE_LIMIT, Scatter, is_head, json_reply};
-use crate::status::{self, About};
 
 /// Ollama's content type for its own JSON.
-const NATIVE: &str = "application/json; charset=utf-8";
+pub(super) const NATIVE: &str = "application/json; charset=utf-8";
 
 impl<F: Fleet> Scatter<F> {
     /// Asks every server and joins what they say.
@@ -179,21 +178,6 @@ fn lowest_version(bodies: &[Bytes]) -> Bytes {
         (numbers, !version.contains('-'))
     };
     bodies.iter().min_by_key(|body| order(body)).cloned().unwrap_or_default()
-}
-
-/// Ollama's own status with our summary in it.
-pub(super) async fn status(answer: Result<Reply, Error>, snapshot: &Snapshot, about: &About) -> Result<Reply, Error> {
-    let ours = serde_json::to_string(&status::summary(snapshot, about)).unwrap_or_default();
-    let theirs = match answer {
-        Ok(reply) if reply.status.is_success() => reply.body.collect(LONGEST).await.unwrap_or_default(),
-        _ => Bytes::new(),
-    };
-    let theirs = std::str::from_utf8(&theirs).unwrap_or_default().trim();
-    let body = match theirs.strip_suffix('}') {
-        Some(open) if open.trim_end() != "{" => format!("{open},\"olol\":{ours}}}"),
-        _ => format!("{{\"olol\":{ours}}}"),
-    };
-    Ok(json_reply(StatusCode::OK, NATIVE, body))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::page::Gauge;
 use super::{
-    ADDRESSES, AFFINITY_ENTRIES, BUILD, CIRCUIT_STATE, CPU, FILES, KEYS, KEYS_READ, MEMORY, MODEL_LOADED,
+    ADDRESSES, AFFINITY_ENTRIES, BUILD, CIRCUIT_STATE, CLIENTS, CPU, FILES, KEYS, KEYS_READ, MEMORY, MODEL_LOADED,
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
     SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL, SERVER_IN_FLIGHT,
     SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_UP, SESSIONS,
@@ -113,6 +113,7 @@ fn of_layers(shared: &Shared) -> Vec<Gauge> {
         Gauge::of(KEYS, "Keys that are known", keys.count() as f64),
         Gauge::of(KEYS_READ, "0 if the file of keys has changed and could not be read, else 1", is(keys.are_current())),
         accounts,
+        Gauge::of(CLIENTS, "Clients that are remembered", shared.clients.len() as f64),
         Gauge::of(AFFINITY_ENTRIES, "Links of conversations that are remembered", shared.affinity.len() as f64),
     ];
     gauges.extend(shared.budget.tries().map(|left| Gauge::of(RETRY_BUDGET, "Retries that may be made at once", left)));

@@ -1,0 +1,174 @@
+//! The page of the models: who has them, whether those who do mean the same, and how they are used.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use olol_middleware::cluster::{Bits, Known, Model};
+use olol_middleware::vitals::Vitals;
+use olol_middleware::{ModelName, Snapshot};
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::page::Wanted;
+use super::servers::Running;
+use super::time::{Figures, share, some};
+
+/// One model.
+#[derive(Debug, Serialize)]
+pub(super) struct Entry<'a> {
+    /// Canonical.
+    pub(super) name: &'a str,
+    tag: &'a str,
+    family: Option<&'a str>,
+    architecture: Option<&'a str>,
+    /// The most that a server says, bytes and millions of them.
+    size: u64,
+    size_mb: u64,
+    /// The digest that most servers have.
+    digest: Option<&'a str>,
+    /// Whether all servers that have it have the same.
+    agrees: bool,
+    digests: Vec<Variant<'a>>,
+    modified_at: Option<&'a str>,
+    parameters: Parameters<'a>,
+    quantization: Quantization<'a>,
+    compatible_servers: Places<'a>,
+    waiting: usize,
+    runners: Vec<Running<'a>>,
+    pending_pulls: Vec<Pull<'a>>,
+    stats: Option<Figures>,
+}
+
+/// What some servers have under the name.
+#[derive(Debug, Serialize)]
+struct Variant<'a> {
+    digest: &'a str,
+    servers: Vec<&'a str>,
+}
+
+#[derive(Debug, Serialize)]
+struct Parameters<'a> {
+    parameter_size: Option<&'a str>,
+    context_length: Option<u32>,
+    capabilities: &'a [String],
+    /// Those that it sets by itself.
+    own: Option<&'a RawValue>,
+}
+
+#[derive(Debug, Serialize)]
+struct Quantization<'a> {
+    level: Option<&'a str>,
+    bits_per_weight: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Places<'a> {
+    installed: Vec<&'a str>,
+    loaded: Vec<&'a str>,
+    /// Those whose memory, as their agents tell it, has room for it at all; nothing is known of the others.
+    fits: Vec<&'a str>,
+}
+
+#[derive(Debug, Serialize)]
+struct Pull<'a> {
+    server: &'a str,
+    /// A share of 1.
+    done: f64,
+}
+
+/// What servers say of one model.
+#[derive(Default)]
+struct Said<'a> {
+    by_digest: BTreeMap<&'a str, (&'a Model, Vec<&'a str>)>,
+}
+
+/// Who has room for what.
+struct Machine<'a> {
+    name: &'a str,
+    vitals: Arc<Vitals>,
+    room: u64,
+}
+
+/// The models of a page, by name, and whether there are more; or what is wrong with the cursor.
+pub(super) fn page<'a>(snapshot: &'a Snapshot, wanted: &Wanted) -> Result<(Vec<Entry<'a>>, bool), String> {
+    let cursor = match &wanted.after {
+        None => None,
+        Some(text) => Some(ModelName::parse(text).ok_or_else(|| {
+            format!("after must be the `next` of the page before, and '{text}' is no name of a model")
+        })?),
+    };
+    let all: Vec<&Known> = snapshot.models.values().map(AsRef::as_ref).collect();
+    let is_after = |known: &&Known, _: &str| cursor.as_ref().is_none_or(|cursor| known.name > *cursor);
+    let (chosen, has_more) = wanted.cut(all, |one, other| one.name.cmp(&other.name), is_after);
+    let mut said: HashMap<&ModelName, Said<'a>> = chosen.iter().map(|known| (&known.name, Said::default())).collect();
+    for server in &snapshot.servers {
+        for model in &server.report.models {
+            let Some(name) = ModelName::parse(&model.name) else { continue };
+            let Some(said) = said.get_mut(&name) else { continue };
+            said.by_digest.entry(&model.digest).or_insert((model, Vec::new())).1.push(server.id.as_str());
+        }
+    }
+    let machines: Vec<Machine<'_>> = snapshot.servers.iter().filter_map(|server| machine(server)).collect();
+    let entries = chosen.into_iter().map(|known| {
+        let said = said.remove(&known.name).unwrap_or_default();
+        entry(known, said, snapshot, &machines)
+    });
+    Ok((entries.collect(), has_more))
+}
+
+fn machine(server: &olol_middleware::Server) -> Option<Machine<'_>> {
+    let vitals = server.vitals.load_full()?;
+    let gpus: u64 = vitals.gpus.iter().map(|gpu| gpu.memory.total).sum();
+    let room = gpus.max(vitals.memory.map_or(0, |memory| memory.total));
+    Some(Machine { name: server.id.as_str(), vitals, room })
+}
+
+fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines: &[Machine<'a>]) -> Entry<'a> {
+    let mut variants: Vec<(&str, &Model, Vec<&str>)> =
+        said.by_digest.into_iter().map(|(digest, (model, servers))| (digest, model, servers)).collect();
+    // What most servers have stands first.
+    variants.sort_by_key(|(_, _, servers)| std::cmp::Reverse(servers.len()));
+    let model = variants.first().map(|(_, model, _)| *model);
+    let names = |bits: &Bits| -> Vec<&'a str> {
+        bits.iter().filter_map(|index| Some(snapshot.servers.get(index)?.id.as_str())).collect()
+    };
+    let runners = known.runners.all();
+    let place = |index: usize| snapshot.servers.get(index).map(|server| server.id.as_str());
+    let is_it = |name: &str| ModelName::parse(name).as_ref() == Some(&known.name);
+    let pulls = machines.iter().filter(|machine| !machine.vitals.pending_pulls.is_empty()).flat_map(|machine| {
+        let pulls = machine.vitals.pending_pulls.iter().filter(|(name, _)| is_it(name));
+        pulls.map(|(_, done)| Pull { server: machine.name, done: share(*done) })
+    });
+    let text = |of: fn(&Model) -> &str| model.and_then(|model| some(of(model)));
+    Entry {
+        name: known.name.as_str(),
+        tag: known.name.tag(),
+        family: text(|model| &model.family),
+        architecture: text(Model::architecture),
+        size: known.size,
+        size_mb: known.size / 1_000_000,
+        digest: text(|model| &model.digest),
+        agrees: variants.len() < 2,
+        modified_at: text(|model| &model.modified_at),
+        parameters: Parameters {
+            parameter_size: text(|model| &model.parameter_size),
+            context_length: model.map(|model| model.context_length).filter(|length| *length > 0),
+            capabilities: model.map(|model| model.capabilities.as_slice()).unwrap_or_default(),
+            own: text(|model| &model.parameters).and_then(|own| serde_json::from_str(own).ok()),
+        },
+        quantization: Quantization {
+            level: text(|model| &model.quantization),
+            bits_per_weight: model.and_then(Model::bits_per_weight).map(share),
+        },
+        compatible_servers: Places {
+            installed: names(&known.installed),
+            loaded: names(&known.loaded),
+            fits: machines.iter().filter(|machine| machine.room >= known.size).map(|machine| machine.name).collect(),
+        },
+        waiting: known.runners.line().len(),
+        runners: runners.iter().map(|runner| Running::of(runner, None, place(runner.server))).collect(),
+        pending_pulls: pulls.collect(),
+        stats: known.meters.stats().map(|stats| Figures::of(stats)),
+        digests: variants.into_iter().map(|(digest, _, servers)| Variant { digest, servers }).collect(),
+    }
+}
