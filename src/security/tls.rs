@@ -287,11 +287,12 @@ async fn follow<T: Send + Sync + 'static>(
 ) {
     loop {
         let any = changes.iter_mut().map(|change| Box::pin(change.changed()));
-        let changed = tokio::time::timeout(DAY, futures_util::future::select_all(any)).await;
-        let changed = changed.map(|(first, ..)| first);
-        if matches!(changed, Ok(Err(_))) {
+        let first = tokio::time::timeout(DAY, futures_util::future::select_all(any)).await;
+        if matches!(first, Ok((Err(_), ..))) {
             return;
         }
+        let is_told = first.is_ok();
+        drop(first);
         let once = || {
             let read = read.clone();
             async move { tokio::task::spawn_blocking(move || read()).await }
@@ -305,7 +306,7 @@ async fn follow<T: Send + Sync + 'static>(
         match made {
             Ok(Ok(made)) => {
                 current.store(Arc::new(made));
-                if changed.is_ok() {
+                if is_told {
                     tracing::info!("certificates were read again: new connections have the new ones");
                 }
             }
