@@ -1,5 +1,6 @@
 //! The command line.
 
+mod at;
 mod certs;
 mod check;
 mod client;

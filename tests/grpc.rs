@@ -6,20 +6,16 @@ mod harness;
 
 use std::net::SocketAddr;
 
-use harness::cluster::{agent, token};
+use harness::cluster::agent;
+use harness::grpc::{Client, client};
 use harness::{Cluster, Olol, Request, Server, Way, patiently, until};
 use olol::ollama::Endpoint;
-use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
     ChatRequest, DescribeRequest, EmbedRequest, GenerateRequest, Header, ListModelsRequest, Message, PullModelRequest,
     RelayHead, RelayRequest, RelayResponse, ShowModelRequest, WatchRequest,
 };
 use serde_json::json;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
-
-type Client = ServerClient<InterceptedService<Channel, fn(tonic::Request<()>) -> Result<tonic::Request<()>, Status>>>;
 
 #[tokio::test]
 async fn generate_streams_what_the_model_says() {
@@ -328,19 +324,6 @@ impl Places {
     async fn clients(&self) -> [Client; 2] {
         [client(self.agent()).await, client(self.olol.address()).await]
     }
-}
-
-async fn client(address: SocketAddr) -> Client {
-    let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
-    let channel = patiently("a gRPC connection", endpoint.connect()).await.unwrap();
-    ServerClient::with_interceptor(channel, shows_token)
-}
-
-/// Agents serve nobody who does not show it.
-#[expect(clippy::unnecessary_wraps, reason = "as tonic wants it")]
-fn shows_token(mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
-    request.metadata_mut().insert("olol-token", token().reveal().parse().unwrap());
-    Ok(request)
 }
 
 fn chat_request(model: &str) -> ChatRequest {

@@ -7,20 +7,15 @@ mod harness;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use harness::cluster::token;
+use harness::grpc::{Client, client};
 use harness::olol::{chat, chat_at_once};
 use harness::{Answer, Cluster, Connection, Ending, Olol, Process, Request, Way, patiently, until};
-use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::session::Status as Is;
 use olol_proto::v1::{
     ChatMessageRequest, CreateSessionRequest, EndSessionRequest, GetSessionRequest, Message, Session,
 };
 use serde_json::{Value, json};
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
-
-type Client = ServerClient<InterceptedService<Channel, fn(tonic::Request<()>) -> Result<tonic::Request<()>, Status>>>;
 
 const PAGE: &str = "/api/status/sessions";
 
@@ -34,19 +29,6 @@ async fn start() -> (Cluster, Olol) {
 
 async fn clients(olol: &Olol) -> [Client; 2] {
     [client(olol.agents()[0].address()).await, client(olol.address()).await]
-}
-
-async fn client(address: SocketAddr) -> Client {
-    let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
-    let channel = patiently("a gRPC connection", endpoint.connect()).await.unwrap();
-    ServerClient::with_interceptor(channel, shows_token)
-}
-
-/// Agents serve nobody who does not show it.
-#[expect(clippy::unnecessary_wraps, reason = "as tonic wants it")]
-fn shows_token(mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
-    request.metadata_mut().insert("olol-token", token().reveal().parse().unwrap());
-    Ok(request)
 }
 
 fn message(role: &str, content: &str) -> Message {

@@ -511,6 +511,11 @@ impl Book {
     fn member(&mut self, index: usize) -> Option<&mut Entry> {
         self.entries.get_mut(index).filter(|entry| !entry.has_left)
     }
+
+    /// The member of a name.
+    fn named(&mut self, server: &ServerId) -> Option<&mut Entry> {
+        self.entries.iter_mut().find(|entry| entry.member.id == *server && !entry.has_left)
+    }
 }
 
 #[derive(Debug)]
@@ -688,7 +693,7 @@ impl Cluster {
     /// A server gets more or less from now on.
     pub fn weigh(&self, server: &ServerId, weight: NonZeroU32) {
         let mut book = self.book();
-        if let Some(entry) = book.entries.iter_mut().find(|entry| entry.member.id == *server) {
+        if let Some(entry) = book.named(server) {
             entry.member.weight = weight;
             self.rebuild(&mut book);
         }
@@ -697,8 +702,7 @@ impl Cluster {
     /// From now on a server finishes what it has and gets nothing new, or takes calls again. Returns whether it is a member.
     pub fn drain(&self, server: &ServerId, draining: bool) -> bool {
         let mut book = self.book();
-        let is_it = |entry: &&mut Entry| entry.member.id == *server && !entry.has_left;
-        let Some(entry) = book.entries.iter_mut().find(is_it) else { return false };
+        let Some(entry) = book.named(server) else { return false };
         if entry.draining != draining {
             entry.draining = draining;
             tracing::info!(%server, draining, "the operator says whether a server takes calls");
@@ -826,8 +830,7 @@ impl Cluster {
 
     fn amend(&self, server: &ServerId, change: impl FnOnce(&mut Report)) {
         let mut book = self.book();
-        let is_it = |entry: &&mut Entry| entry.member.id == *server && !entry.has_left;
-        let Some(entry) = book.entries.iter_mut().find(is_it) else { return };
+        let Some(entry) = book.named(server) else { return };
         let mut report = Report::clone(&entry.report);
         change(&mut report);
         if report != *entry.report {

@@ -125,6 +125,18 @@ pub(super) fn arrived(
     Ok(Arrived::Partly(Partly { pieces, incoming, taken }))
 }
 
+/// Takes a body to its end; as a stream, where there is no room for all of it.
+pub(super) async fn whole(
+    incoming: Incoming,
+    headers: &HeaderMap,
+    room: &Arc<Room>,
+) -> Result<(Payload, Taken), Error> {
+    match arrived(incoming, headers, false, room)? {
+        Arrived::Whole(payload, taken) => Ok((payload, taken)),
+        Arrived::Partly(partly) => partly.rest(headers).await,
+    }
+}
+
 impl Partly {
     /// Reads the rest: to the end while there is room for it, else as a stream.
     pub(super) async fn rest(self, headers: &HeaderMap) -> Result<(Payload, Taken), Error> {

@@ -15,7 +15,7 @@ use olol_middleware::{Error, Head, Payload, Reply, Route, Scope, ServerId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::body::{Arrived, HttpBody};
+use super::body::HttpBody;
 use super::{Api, body, request, response};
 
 /// Where it is asked.
@@ -52,12 +52,7 @@ impl Api {
             Err(why) => return answer(StatusCode::BAD_REQUEST, &json!({"error": why})),
         };
         let (mut parts, incoming) = request.into_parts();
-        let arrived = match body::arrived(incoming, &parts.headers, false, &self.room) {
-            Ok(Arrived::Whole(payload, taken)) => Ok((payload, taken)),
-            Ok(Arrived::Partly(partly)) => partly.rest(&parts.headers).await,
-            Err(error) => Err(error),
-        };
-        let (payload, _taken) = match arrived {
+        let (payload, _taken) = match body::whole(incoming, &parts.headers, &self.room).await {
             Ok(arrived) => arrived,
             Err(error) => return response::refused(target.route, &error),
         };

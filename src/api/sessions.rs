@@ -17,7 +17,7 @@ use olol_middleware::{Error, Head, Payload, Reply, Route};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::body::{Arrived, HttpBody, Taken};
+use super::body::{HttpBody, Taken};
 use super::{Api, body, request, response};
 use crate::sessions::{self, HEADER, Turn, Visitor, Wanted};
 
@@ -125,12 +125,7 @@ impl Api {
         client: Option<SocketAddr>,
     ) -> Result<Response<HttpBody>, sessions::Error> {
         let (parts, incoming) = request.into_parts();
-        let arrived = match body::arrived(incoming, &parts.headers, false, &self.room) {
-            Ok(Arrived::Whole(payload, taken)) => Ok((payload, taken)),
-            Ok(Arrived::Partly(partly)) => partly.rest(&parts.headers).await,
-            Err(error) => Err(error),
-        };
-        let (payload, _taken) = match arrived {
+        let (payload, _taken) = match body::whole(incoming, &parts.headers, &self.room).await {
             Ok(arrived) => arrived,
             Err(error) => return Ok(response::refused(Route::Status, &error)),
         };

@@ -72,9 +72,7 @@ struct Asked {
 
 /// The header that shows a key.
 fn bearer(key: &str) -> Result<HeaderValue, &'static str> {
-    let mut header = HeaderValue::from_str(&format!("Bearer {}", key.trim())).map_err(|_| "this is no key")?;
-    header.set_sensitive(true);
-    Ok(header)
+    super::at::bearer(key).map_err(|_| "this is no key")
 }
 
 /// The model that the server lists first.

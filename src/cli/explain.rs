@@ -4,16 +4,13 @@ use std::fmt::{self, Write};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use http::Uri;
-use http::header::{self, HeaderValue};
 use serde_json::{Value, json};
 
+use super::at::At;
 use crate::ollama::Ask;
-
-/// The longest answer, bytes.
-const LONGEST: usize = 16 << 20;
 
 /// Ask a running proxy what it would do with a request, or what it did with one.
 #[derive(Debug, Args)]
@@ -33,15 +30,8 @@ pub(super) struct Arguments {
     /// Id of a request that is over: the X-Olol-Request of its answer
     #[arg(long, value_name = "ID", conflicts_with = "model")]
     request: Option<String>,
-    /// Key to ask with, if the proxy wants one
-    #[arg(long, env = "OLOL_KEY", hide_env_values = true)]
-    key: Option<String>,
-    /// Host of the proxy
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Its port
-    #[arg(long, default_value_t = 8000)]
-    port: u16,
+    #[command(flatten)]
+    at: At,
     /// Print JSON, as the proxy says it
     #[arg(long)]
     json: bool,
@@ -50,32 +40,18 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let proxy = super::ollama_at(&self.host, self.port)?;
-            let reply = super::send(&proxy, self.ask()?).await?;
-            let status = reply.status;
-            let body = reply.body.collect(LONGEST).await?;
-            let told: Value = serde_json::from_slice(&body).unwrap_or_default();
-            if !status.is_success() {
-                let error = told["error"].as_str().or(told["error"]["message"].as_str());
-                bail!("{} (status {})", error.unwrap_or("this is no OLOL proxy, or an older one"), status.as_u16());
-            }
+            let told = self.at.told(&self.at.proxy()?, self.ask()?).await?;
             let text = if self.json { format!("{told:#}\n") } else { shown(&told)? };
             super::print(&text)
         })
     }
 
     fn ask(&self) -> anyhow::Result<Ask> {
-        let mut ask = if let Some(id) = &self.request {
-            Ask { path: format!("/api/status/requests/{}", escaped(id)).parse()?, ..Ask::get("/") }
-        } else {
-            let path: Uri = format!("/api/status/explain?route={}", escaped(&self.route)).parse()?;
-            Ask { path, infers: false, ..Ask::post("/", self.content()?) }
-        };
-        if let Some(key) = &self.key {
-            let value = HeaderValue::from_str(&format!("Bearer {key}"));
-            ask.headers.insert(header::AUTHORIZATION, value.context("the key has characters that no key has")?);
+        if let Some(id) = &self.request {
+            return Ok(Ask { path: format!("/api/status/requests/{}", escaped(id)).parse()?, ..Ask::get("/") });
         }
-        Ok(ask)
+        let path: Uri = format!("/api/status/explain?route={}", escaped(&self.route)).parse()?;
+        Ok(Ask { path, infers: false, ..Ask::post("/", self.content()?) })
     }
 
     /// The body of the request in question.

@@ -14,6 +14,7 @@ use olol_middleware::ServerId;
 use serde_json::Value;
 
 use super::Stop;
+use super::at::{bearer, error_in};
 use crate::ollama::{Ask, Endpoint, Ollama};
 use table::Look;
 
@@ -119,10 +120,7 @@ impl Arguments {
             }
             (None, None) => return Ok(None),
         };
-        let header = HeaderValue::from_str(&format!("Bearer {}", key.trim()));
-        let mut header = header.context("the key has characters that no key has")?;
-        header.set_sensitive(true);
-        Ok(Some(header))
+        Ok(Some(bearer(&key).context("the key has characters that no key has")?))
     }
 }
 
@@ -210,8 +208,7 @@ impl Proxy {
         if status.is_success() && told.is_object() {
             return Ok(told);
         }
-        let error = told["error"].as_str().or(told["error"]["message"].as_str());
-        let error = error.unwrap_or("what answers there is no OLOL proxy, or an older one");
+        let error = error_in(&told).unwrap_or("what answers there is no OLOL proxy, or an older one");
         let hint = match status.as_u16() {
             401 | 403 => "; give the key as --key, --key-file or OLOL_KEY",
             _ => "",

@@ -21,6 +21,7 @@
 //! | [`process`] | the built program, where its process is what matters |
 //! | [`answers`], [`store`] | what it answers by itself, and from what |
 //! | [`client`] | a client that sees every byte: chunks, header case, how a connection ended |
+//! | [`grpc`] | a client that speaks gRPC |
 //! | [`wire`] | HTTP/1.1 as bytes, for both sides |
 //!
 //! Nothing sleeps to let something happen: tests wait for events, and every wait ends in a failure after [`PATIENCE`].
@@ -32,6 +33,7 @@
 pub mod answers;
 pub mod client;
 pub mod cluster;
+pub mod grpc;
 pub mod olol;
 pub mod process;
 pub mod script;

@@ -1,0 +1,59 @@
+//! A running proxy that a command asks, and the key that it shows there.
+
+use anyhow::{Context, bail};
+use clap::Args;
+use http::header::{self, HeaderValue, InvalidHeaderValue};
+use serde_json::Value;
+
+use crate::ollama::{Ask, Ollama};
+
+/// The longest answer, bytes.
+const LONGEST: usize = 16 << 20;
+
+/// Where the proxy is.
+#[derive(Debug, Args)]
+pub(super) struct At {
+    /// Key to ask with, if the proxy wants one
+    #[arg(long, env = "OLOL_KEY", hide_env_values = true)]
+    key: Option<String>,
+    /// Host of the proxy
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Its port
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+}
+
+impl At {
+    /// The proxy.
+    pub(super) fn proxy(&self) -> anyhow::Result<Ollama> {
+        super::ollama_at(&self.host, self.port)
+    }
+
+    /// Asks it, and returns what it tells; that it refuses is an error.
+    pub(super) async fn told(&self, proxy: &Ollama, mut ask: Ask) -> anyhow::Result<Value> {
+        if let Some(key) = &self.key {
+            ask.headers.insert(header::AUTHORIZATION, bearer(key).context("the key has characters that no key has")?);
+        }
+        let reply = super::send(proxy, ask).await?;
+        let status = reply.status;
+        let told: Value = serde_json::from_slice(&reply.body.collect(LONGEST).await?).unwrap_or_default();
+        if !status.is_success() {
+            let error = error_in(&told).unwrap_or("this is no OLOL proxy, or an older one");
+            bail!("{error} (status {})", status.as_u16());
+        }
+        Ok(told)
+    }
+}
+
+/// The header that shows a key.
+pub(super) fn bearer(key: &str) -> Result<HeaderValue, InvalidHeaderValue> {
+    let mut header = HeaderValue::from_str(&format!("Bearer {}", key.trim()))?;
+    header.set_sensitive(true);
+    Ok(header)
+}
+
+/// What a refusal says, in whichever dialect.
+pub(super) fn error_in(told: &Value) -> Option<&str> {
+    told["error"].as_str().or(told["error"]["message"].as_str())
+}
