@@ -121,7 +121,6 @@ impl Agent {
 }
 
 fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     DescribeResponse {
         name: name.to_owned(),
         instance_id: format!("{:016x}", fastrand::u64(..)),
@@ -132,7 +131,7 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
         os: std::env::consts::OS.to_owned(),
         arch: std::env::consts::ARCH.to_owned(),
         cpu_count: std::thread::available_parallelism().map_or(0, |count| u32::try_from(count.get()).unwrap_or(0)),
-        started_at_ms: u64::try_from(since.as_millis()).unwrap_or(0),
+        started_at_ms: olol_middleware::time::unix_ms_now(),
         ..DescribeResponse::default()
     }
 }

@@ -34,7 +34,7 @@ use crate::ollama::Ask;
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
 
-pub use watching::{Callers, Calling, Told, now_ms};
+pub use watching::{Callers, Calling, Told};
 
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
 const LARGEST_HELD: u64 = 64 << 10;

@@ -17,12 +17,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::{HeaderMap, HeaderName, StatusCode};
 use olol_middleware::keys::{Key, Keys, Rights};
+use olol_middleware::time::unix_ms_now;
 use olol_middleware::units::{SomeSeconds, Whole};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::sync::OnceCell;
 
-pub(crate) use record::ms_now;
 pub use record::{Entry, Page, Session, Status};
 use store::{Running, Store};
 pub use turn::Turn;
@@ -242,7 +242,7 @@ impl Sessions {
         }
         let id = if wanted.id.is_empty() { record::random_id()? } else { wanted.id.clone() };
         record::check_id(&id)?;
-        let now = ms_now();
+        let now = unix_ms_now();
         #[expect(clippy::cast_precision_loss, reason = "at most ten years")]
         let usual = self.0.config.ttl_s.get() as f64;
         Ok(Session {
@@ -370,5 +370,5 @@ fn resolve(store: &Store, visitor: &Visitor, id: &str) -> Result<(Arc<Session>, 
         }
         found => found,
     };
-    found.filter(|(session, running)| running.is_busy() || !session.has_expired(ms_now())).ok_or_else(not_found)
+    found.filter(|(session, running)| running.is_busy() || !session.has_expired(unix_ms_now())).ok_or_else(not_found)
 }

@@ -17,6 +17,7 @@ use std::time::SystemTime;
 
 use http::StatusCode;
 use olol_middleware::cluster::{Condition, State};
+use olol_middleware::time::unix_ms;
 use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -24,7 +25,7 @@ use serde_json::{Value, json};
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
 use crate::sessions::Sessions;
-use time::{ms, rfc3339};
+use time::rfc3339;
 
 pub use page::{Detail, Page, Wanted};
 
@@ -137,10 +138,10 @@ fn in_order(version: &str) -> (Vec<u64>, bool) {
 fn config(running: &Config, about: &About) -> Value {
     json!({
         "file": about.file,
-        "since_ms": ms(running.since),
+        "since_ms": unix_ms(running.since),
         "needs_restart": running.needs_restart,
         "last_reload": running.last.as_ref().map(|Attempt { at, trigger, error }| json!({
-            "at_ms": ms(*at),
+            "at_ms": unix_ms(*at),
             "trigger": trigger.as_str(),
             "error": error,
         })),

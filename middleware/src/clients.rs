@@ -19,6 +19,7 @@ use smallvec::SmallVec;
 
 use crate::call::{Counters, Head};
 use crate::route::Dialect;
+use crate::time::unix_ms_now;
 
 /// Parts of the table, each with a lock of its own.
 const SHARDS: usize = 16;
@@ -226,7 +227,7 @@ impl Visit {
 impl Drop for Visit {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.0.last_seen.fetch_max(now(), Ordering::Relaxed);
+        self.0.last_seen.fetch_max(unix_ms_now(), Ordering::Relaxed);
     }
 }
 
@@ -237,7 +238,7 @@ impl Clients {
         let agent = head.headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
         let agent = agent.filter(|text| !text.is_empty());
         let agent = agent.map(|text| (rapidhash::v3::rapidhash_v3(text.as_bytes()), text));
-        let now = now();
+        let now = unix_ms_now();
         let shard = usize::try_from(self.secret.hash_one(&who) % SHARDS as u64).unwrap_or(0);
         let mut shard = lock(&self.shards[shard]);
         let client = if let Some(client) = shard.get(&who) {
@@ -289,12 +290,6 @@ fn make_room(shard: &mut HashMap<Who, Arc<Client>>) {
     if let Some(who) = oldest.map(|client| client.who.clone()) {
         shard.remove(&who);
     }
-}
-
-/// Milliseconds since 1970.
-fn now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -62,6 +62,7 @@ pub mod slots;
 pub mod stack;
 pub mod stats;
 pub mod tiers;
+pub mod time;
 pub mod timeout;
 pub mod trace;
 pub mod trail;

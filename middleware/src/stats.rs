@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::call::Counters;
 use crate::runner::Average;
+use crate::time::{unix_ms, unix_ms_now};
 
 /// Slots of the sliding window.
 const SLOTS: u32 = 12;
@@ -157,7 +158,7 @@ impl Health {
     pub(crate) fn good(&self) {
         self.checks.fetch_add(1, Ordering::Relaxed);
         self.failures.store(0, Ordering::Relaxed);
-        let now = ms(SystemTime::now());
+        let now = unix_ms_now();
         self.last_check.store(now, Ordering::Relaxed);
         self.last_good.store(now, Ordering::Relaxed);
     }
@@ -167,7 +168,7 @@ impl Health {
         self.checks.fetch_add(1, Ordering::Relaxed);
         self.failures.fetch_add(1, Ordering::Relaxed);
         let at = SystemTime::now();
-        self.last_check.store(ms(at), Ordering::Relaxed);
+        self.last_check.store(unix_ms(at), Ordering::Relaxed);
         self.last_error.store(Some(Failed { at, reason: reason.to_owned() }.into()));
     }
 
@@ -195,11 +196,6 @@ impl Health {
     pub fn last_error(&self) -> Option<std::sync::Arc<Failed>> {
         self.last_error.load_full()
     }
-}
-
-fn ms(time: SystemTime) -> u64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn time(ms: u64) -> Option<SystemTime> {

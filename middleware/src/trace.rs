@@ -8,7 +8,6 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::SystemTime;
 
 use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize, Serializer};
@@ -18,6 +17,7 @@ use tower::{Layer, Service};
 use crate::call::{Answer, Call, End, Head, Outcome, Reply, RequestId, Watcher};
 use crate::error::Error;
 use crate::names::ServerId;
+use crate::time::unix_ms_now;
 use crate::trail::Note;
 
 /// The target of the lines of the access log: what a filter names, and what a formatter may treat apart.
@@ -197,11 +197,10 @@ pub struct Record {
 impl Record {
     fn new(head: &Head, status: StatusCode, end: &'static str, outcome: &Outcome) -> Self {
         let ms = u64::try_from(head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let counters = outcome.counters.unwrap_or_default();
         Self {
             id: head.id.as_str().to_owned(),
-            at_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX).saturating_sub(ms),
+            at_ms: unix_ms_now().saturating_sub(ms),
             method: head.method.clone(),
             path: begin_of(head.path.path()),
             model: head.peek.model.as_deref().map(begin_of),

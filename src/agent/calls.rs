@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use olol_middleware::call::{Outcome, Watcher};
+use olol_middleware::time::unix_ms_now;
 use olol_middleware::{Chunk, End};
 use olol_proto::v1::ServerMetrics;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::rpc::{Calling, now_ms};
+use crate::rpc::Calling;
 
 /// Seconds that figures look back.
 const WINDOW: u64 = 60;
@@ -75,7 +76,7 @@ impl Figures {
             response_time_seconds: micros as f32 / 1e6 / all,
             requests_per_second: calls as f32 / age.as_secs_f32().clamp(1.0, WINDOW as f32),
             error_rate: failed as f32 / all,
-            collected_at_ms: now_ms(),
+            collected_at_ms: unix_ms_now(),
         }
     }
 }

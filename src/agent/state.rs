@@ -13,10 +13,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use olol_middleware::cluster::{Loaded, Model};
-use olol_middleware::{Error, ModelName, Reply, Route};
+use olol_middleware::time::unix_ms_now;
+use olol_middleware::{Error, ModelName, Payload, Peek, Reply, Route};
 use olol_proto::v1::health_check::Status;
 use olol_proto::v1::{self, HealthCheck, ServerState};
-use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -26,7 +26,7 @@ use super::machine::{Machine, Reading};
 use super::processes::{self, Processes};
 use super::{folder, runners};
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
-use crate::rpc::{Callers, Told, now_ms};
+use crate::rpc::{Callers, Told};
 
 /// Time between two looks while nobody watches, and between two readings of the machine.
 const EVERY: Duration = Duration::from_secs(1);
@@ -153,7 +153,9 @@ impl Watch {
         let changes = self.may_change(route).then(|| Looking(self.shared.clone()));
         let calling = self.shared.callers.enter(ask.headers.get(HOP).map(http::HeaderValue::as_bytes));
         let mut running = Running::begin(calling, &self.shared.figures);
-        if let (Some(Route::Pull), Some(model)) = (route, model_of(&ask)) {
+        if route == Some(Route::Pull)
+            && let Some(model) = model_of(&ask)
+        {
             running.pulls(&self.shared.pulls, model);
         }
         let spare = ask.again();
@@ -191,10 +193,8 @@ impl Watch {
 
 /// The model that a call names, if its body is at hand.
 fn model_of(ask: &Ask) -> Option<String> {
-    let olol_middleware::Payload::Whole(pieces) = &ask.payload else { return None };
-    let body: Value = serde_json::from_slice(&pieces.concat()).ok()?;
-    let name = ["model", "name"].iter().find_map(|key| body[key].as_str().filter(|name| !name.is_empty()))?;
-    Some(ModelName::parse(name)?.to_string())
+    let Payload::Whole(pieces) = &ask.payload else { return None };
+    Some(ModelName::parse(&Peek::json(pieces).model?)?.to_string())
 }
 
 /// Looks again when it is dropped: a call that may have changed something is over.
@@ -241,7 +241,7 @@ impl Shared {
             }
             .into(),
             interval_ms: u32::try_from(interval.as_millis()).unwrap_or(0),
-            last_check_ms: now_ms(),
+            last_check_ms: unix_ms_now(),
             error: probe.error.clone(),
             consecutive_failures: probe.failures,
         };
@@ -257,7 +257,7 @@ impl Shared {
             gpus,
             disk_free_bytes: disk_free,
             ollama_version: book.version.clone(),
-            heartbeat_ms: now_ms(),
+            heartbeat_ms: unix_ms_now(),
             generation: book.generation,
             checks: vec![check(&book.memory, "memory", EVERY), check(&book.disk, "disk", EVERY)],
             metrics: Some(self.figures.last_minute()),

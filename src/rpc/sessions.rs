@@ -2,6 +2,7 @@
 
 use http::HeaderValue;
 use olol_middleware::Reply;
+use olol_middleware::time::unix_ms_now;
 use olol_proto::v1::{
     ChatHistory, ChatMessageRequest, CreateSessionRequest, EndSessionResponse, GetSessionRequest, Message, Session,
     session,
@@ -125,7 +126,7 @@ fn small(number: u64) -> u32 {
 }
 
 fn shown(of: &sessions::Session, is_busy: bool, messages: Vec<ChatHistory>) -> Session {
-    let status = match of.status(is_busy, sessions::ms_now()) {
+    let status = match of.status(is_busy, unix_ms_now()) {
         sessions::Status::Active => session::Status::Active,
         sessions::Status::Idle => session::Status::Idle,
         sessions::Status::Expired => session::Status::Expired,

@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures_util::Stream;
+use olol_middleware::time::unix_ms_now;
 use olol_proto::v1::{LoadedModel, Model, ServerState, WatchRequest};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -236,18 +237,12 @@ impl Watcher {
             loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
             same_models,
             same_loaded,
-            heartbeat_ms: now_ms(),
+            heartbeat_ms: unix_ms_now(),
             ..told.state.clone()
         };
         self.last = Some((told, Instant::now()));
         state
     }
-}
-
-/// Milliseconds since 1970.
-pub fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{Error, LONGEST_ID};
+use olol_middleware::time::unix_ms_now;
 
 /// Milliseconds after its last turn during which a session counts as active.
 const ACTIVE: u64 = 60_000;
@@ -107,7 +107,7 @@ impl Session {
             "moved_from": self.moved_from,
             "model_parameters": self.model_parameters,
             "timeout": self.timeout,
-            "status": self.status(is_busy, ms_now()).as_str(),
+            "status": self.status(is_busy, unix_ms_now()).as_str(),
             "turns": self.turns,
             "message_count": self.messages,
             "bytes": self.bytes,
@@ -141,7 +141,7 @@ impl Entry {
     pub(super) fn sent(message: Value) -> Self {
         Self {
             message,
-            timestamp: ms_now(),
+            timestamp: unix_ms_now(),
             temperature: None,
             tokens_used: 0,
             completion_time: 0.0,
@@ -200,12 +200,6 @@ pub(super) fn check_messages(messages: &[Value]) -> Result<(), Error> {
         None => Ok(()),
         Some(at) => Err(Error::Bad(format!("messages[{at}] has no role: it is an object with a role and a content"))),
     }
-}
-
-/// Milliseconds since 1970.
-pub(crate) fn ms_now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A time as RFC 3339.

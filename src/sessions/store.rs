@@ -14,10 +14,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use olol_middleware::instruments;
+use olol_middleware::time::unix_ms_now;
 use redb::{Database, ReadableTable, Table, TableDefinition, TableError, WriteTransaction};
 use tokio::sync::oneshot;
 
-use super::record::{Entry, Page, Session, ms_now};
+use super::record::{Entry, Page, Session};
 use super::{Config, Error};
 
 /// Sessions by their names, as JSON.
@@ -466,7 +467,7 @@ impl Writer {
 
     /// Removes the sessions whose time is over.
     fn sweep(&mut self, book: &mut Book) {
-        let now = ms_now();
+        let now = unix_ms_now();
         if book.sessions.values().any(|session| session.has_expired(now)) {
             self.carry_out(Vec::new(), book);
         }
@@ -544,7 +545,7 @@ impl Writer {
     ) -> Result<(Arc<Session>, bool), Broken> {
         let key = session.key();
         if let Some(known) = book.sessions.get(&key) {
-            if self.index.is_busy(&key) || !known.has_expired(ms_now()) {
+            if self.index.is_busy(&key) || !known.has_expired(unix_ms_now()) {
                 return Ok((known.clone(), false));
             }
             self.remove(&key, tables, book)?;
@@ -572,7 +573,7 @@ impl Writer {
         session.turns += 1;
         session.messages += turn.entries.len() as u64;
         session.bytes += bytes.len() as u64;
-        session.last_active = ms_now().max(session.last_active);
+        session.last_active = unix_ms_now().max(session.last_active);
         if !turn.server.is_empty() {
             let has_moved = !session.server_host.is_empty() && session.server_host != turn.server;
             let before = std::mem::replace(&mut session.server_host, turn.server.clone());
@@ -616,7 +617,7 @@ impl Writer {
 
     /// Removes the sessions whose time is over.
     fn expire(&mut self, tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
-        let now = ms_now();
+        let now = unix_ms_now();
         let expired =
             book.sessions.iter().filter(|(key, session)| session.has_expired(now) && !self.index.is_busy(key));
         let expired: Vec<String> = expired.map(|(key, _)| key.clone()).collect();

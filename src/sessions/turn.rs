@@ -13,6 +13,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
 use http::HeaderValue;
 use olol_middleware::call::{Chunks, Outcome, Source};
+use olol_middleware::time::unix_ms_now;
 use olol_middleware::{Chunk, Error, Reply, instruments};
 use serde_json::{Map, Value};
 
@@ -46,7 +47,7 @@ impl Turn {
         history: Vec<Entry>,
         sent: Vec<Value>,
     ) -> Self {
-        Self { store, session, history, sent, temperature: None, request: String::new(), begun: record::ms_now(), busy }
+        Self { store, session, history, sent, temperature: None, request: String::new(), begun: unix_ms_now(), busy }
     }
 
     /// Its session as it was when the turn began.

@@ -12,12 +12,6 @@ pub(super) fn rfc3339(time: SystemTime) -> String {
     format!("{time:.3}")
 }
 
-/// Milliseconds since 1970.
-pub(super) fn ms(time: SystemTime) -> u64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
 /// How a server or a model has done: times in seconds, decayed averages; rates over the last minute.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {

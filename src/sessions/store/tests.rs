@@ -14,8 +14,8 @@ fn session(id: &str) -> Session {
         session_id: id.to_owned(),
         owner: String::new(),
         model_name: "tiny".to_owned(),
-        created_at: ms_now(),
-        last_active: ms_now(),
+        created_at: unix_ms_now(),
+        last_active: unix_ms_now(),
         server_host: String::new(),
         moved_from: String::new(),
         model_parameters: Map::new(),
@@ -100,7 +100,7 @@ async fn the_one_that_was_idle_for_longest_leaves_when_there_are_too_many() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder, Bounds { sessions: 2, ..MANY });
     for (age, id) in [(3000, "a"), (2000, "b"), (1000, "c")] {
-        let last_active = ms_now() - age;
+        let last_active = unix_ms_now() - age;
         let busy = (id == "c").then(|| store.find("a").unwrap().1.begin());
         store.create(Session { last_active, ..session(id) }, vec![said("user", id)]).await.unwrap();
         drop(busy);
@@ -117,7 +117,7 @@ async fn histories_take_no_more_bytes_than_they_may() {
     let store = open(&folder, Bounds { bytes: 4000, ..MANY });
     let long = "x".repeat(700);
     for (age, id) in [(3000, "a"), (2000, "b"), (1000, "c")] {
-        store.create(Session { last_active: ms_now() - age, ..session(id) }, Vec::new()).await.unwrap();
+        store.create(Session { last_active: unix_ms_now() - age, ..session(id) }, Vec::new()).await.unwrap();
         store.append(turn(id, &long, "s")).await.unwrap();
     }
     assert_eq!(ids(&store), ["b", "c"]);
@@ -148,7 +148,7 @@ async fn what_was_idle_for_too_long_is_gone_when_the_file_is_opened() {
     let folder = tempfile::tempdir().unwrap();
     {
         let store = open(&folder, MANY);
-        let old = Session { last_active: ms_now() - 5000, timeout: 1.0, ..session("old") };
+        let old = Session { last_active: unix_ms_now() - 5000, timeout: 1.0, ..session("old") };
         store.create(old, vec![said("user", "hi")]).await.unwrap();
         store.create(session("new"), Vec::new()).await.unwrap();
     }
