@@ -9,7 +9,7 @@ use olol_middleware::vitals::Vitals;
 use tokio::time::Instant;
 
 use super::{Backend, Config, grpc, told};
-use crate::ollama::Ollama;
+use crate::ollama::{Heard, Ollama};
 
 /// Shortest time between two rounds that somebody asked for.
 const SHORTEST: Duration = Duration::from_millis(20);
@@ -34,11 +34,14 @@ async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) 
     let limit = config.check_timeout_ms.time();
     let longest = config.check_interval_ms.time();
     let mut pause = longest / 10;
+    let aside = ollama.aside();
+    let mut heard = Heard::default();
     loop {
         let round = cluster.round_begins(index);
-        let is_still = look(cluster, index, ollama, limit, config.check_failures.get()).await;
+        let is_still = look(cluster, index, &aside, &mut heard, limit, config.check_failures.get()).await;
         cluster.round_ends(index, round);
         ollama.sweep();
+        aside.sweep();
         let is_idle = cluster.snapshot().servers.get(index).is_none_or(|server| server.load.in_flight() == 0);
         pause = next_pause(pause, is_still && is_idle, longest);
         tokio::time::sleep(SHORTEST).await;
@@ -55,13 +58,20 @@ fn next_pause(last: Duration, is_quiet: bool, longest: Duration) -> Duration {
 }
 
 /// Asks once. True if it says what it said before.
-async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration, failures: u32) -> bool {
+async fn look(
+    cluster: &Cluster,
+    index: usize,
+    ollama: &Ollama,
+    heard: &mut Heard,
+    limit: Duration,
+    failures: u32,
+) -> bool {
     let last = cluster.snapshot().servers.get(index).map(|server| server.report.clone()).unwrap_or_default();
     let begun = Instant::now();
-    match tokio::time::timeout(limit, ollama.report(&last.loaded, limit / 2)).await {
-        Ok(Ok(report)) => {
-            let is_still = report == *last;
-            cluster.report_since(index, report, begun);
+    match tokio::time::timeout(limit, ollama.hear(heard, cluster, &last.loaded, limit / 2)).await {
+        Ok(Ok(kept)) => {
+            let is_still = Arc::ptr_eq(&kept, &last) || kept == last;
+            cluster.keep_since(index, &kept, begun);
             return is_still;
         }
         Ok(Err(error)) => cluster.check_failed(index, error.to_string(), failures),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::Cluster;
-use olol_middleware::cluster::{Loaded, Model, Report, State};
+use olol_middleware::cluster::{Kept, Loaded, Model};
 use olol_middleware::vitals::{Figures, Gpu, Space, Vitals};
 use olol_proto::v1::{self, DescribeResponse, ServerState};
 use tokio::time::Instant;
@@ -14,40 +14,32 @@ const MOST_GPUS: usize = 64;
 
 /// What an agent has told so far, on one stream.
 #[derive(Debug, Default)]
-pub(super) struct Told {
-    report: Report,
-    /// The report as the cluster has it, once it has it.
-    known: Option<Arc<Report>>,
-}
+pub(super) struct Told(Arc<Kept>);
 
 impl Told {
     /// Tells the cluster what a state says; what it leaves out is as it was. An agent without its engine is no server.
     pub(super) fn take(&mut self, state: ServerState, cluster: &Cluster, index: usize, since: Instant, failures: u32) {
-        let same = state.same_models && state.same_loaded && state.ollama_version == self.report.version;
-        if let Err(reason) = self.read(state) {
-            cluster.check_failed(index, reason, failures);
-            return;
+        match self.read(state, cluster) {
+            Err(reason) => cluster.check_failed(index, reason, failures),
+            // Mostly nothing has changed, neither there nor, by what calls have shown, here.
+            Ok(()) => cluster.keep_since(index, &self.0, since),
         }
-        let snapshot = cluster.snapshot();
-        let Some(server) = snapshot.servers.get(index) else { return };
-        // Mostly nothing has changed, neither there nor, by what calls have shown, here.
-        let is_known = self.known.as_ref().is_some_and(|known| Arc::ptr_eq(known, &server.report));
-        if same && is_known && server.state == State::Up {
-            cluster.still_since(index, since);
-            return;
-        }
-        self.known = (*server.report == self.report).then(|| server.report.clone());
-        cluster.report_since(index, self.report.clone(), since);
     }
 
-    fn read(&mut self, state: ServerState) -> Result<(), String> {
-        if !state.same_models {
-            self.report.models = state.models.into_iter().map(model).collect();
+    fn read(&mut self, state: ServerState, cluster: &Cluster) -> Result<(), String> {
+        if !(state.same_models && state.same_loaded && state.ollama_version == self.0.version) {
+            let models = if state.same_models {
+                self.0.models.clone()
+            } else {
+                cluster.hold(state.models.into_iter().map(model).collect())
+            };
+            let loaded = if state.same_loaded {
+                self.0.loaded.clone()
+            } else {
+                state.loaded.into_iter().map(loaded).collect()
+            };
+            self.0 = Arc::new(Kept { version: state.ollama_version, models, loaded });
         }
-        if !state.same_loaded {
-            self.report.loaded = state.loaded.into_iter().map(loaded).collect();
-        }
-        self.report.version = state.ollama_version;
         if state.online {
             return Ok(());
         }
@@ -141,17 +133,17 @@ mod tests {
 
     #[test]
     fn what_a_state_leaves_out_is_as_it_was() {
-        let mut told = Told::default();
+        let (mut told, cluster) = (Told::default(), Cluster::new(Vec::new()));
         let models = vec![v1::Model { name: "tiny".into(), ..v1::Model::default() }];
         let first = ServerState { online: true, models, ..ServerState::default() };
-        told.read(first).unwrap();
+        told.read(first, &cluster).unwrap();
         let same = || ServerState { online: true, same_models: true, same_loaded: true, ..ServerState::default() };
-        told.read(same()).unwrap();
-        assert_eq!(told.report.models[0].name, "tiny");
-        let gone = told.read(ServerState { online: false, ..same() });
+        told.read(same(), &cluster).unwrap();
+        assert_eq!(told.0.models[0].name, "tiny");
+        let gone = told.read(ServerState { online: false, ..same() }, &cluster);
         assert_eq!(gone.unwrap_err(), "the agent's engine does not answer");
-        told.read(ServerState { same_models: false, ..same() }).unwrap();
-        assert!(told.report.models.is_empty());
+        told.read(ServerState { same_models: false, ..same() }, &cluster).unwrap();
+        assert!(told.0.models.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
