@@ -230,6 +230,7 @@ struct Inner {
     trust: Trust,
     /// What the bare servers have told about models.
     lore: Lore,
+    turns: Arc<health::Turns>,
 }
 
 /// Who is a member, and who watches it.
@@ -280,6 +281,7 @@ impl Pool {
             hop: hop.clone(),
             trust: trust.clone(),
             lore: Lore::default(),
+            turns: Arc::default(),
         }));
         pool.set(Source::Static, servers);
         pool
@@ -378,11 +380,11 @@ impl Pool {
 
     /// Keeps true what is known of one server.
     fn keep_true(&self, index: usize) -> AbortOnDropHandle<()> {
-        let (cluster, config) = (self.0.cluster.clone(), self.0.config.clone());
+        let (cluster, config, turns) = (self.0.cluster.clone(), self.0.config.clone(), self.0.turns.clone());
         let backend = self.0.backend(index);
         AbortOnDropHandle::new(tokio::spawn(async move {
             if let Some(backend) = backend {
-                health::keep_true(cluster, index, backend, config).await;
+                health::keep_true(cluster, index, backend, config, turns).await;
             }
         }))
     }

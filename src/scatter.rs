@@ -70,7 +70,8 @@ impl<F: Fleet> Scatter<F> {
     pub fn new(fleet: F, shared: &olol_middleware::Shared, config: &Config, about: About) -> Self {
         let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
         let status = status::Status::new(shared.clone(), about);
-        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), status, needed: needed::Needed::default() });
+        let shared =
+            Arc::new(Common { cluster, spool: blobs::Spool::new(config), status, needed: needed::Needed::default() });
         Self { pick: Pick::new(fleet, picking), shared }
     }
 }

@@ -124,19 +124,16 @@ impl Ollama {
             heard.version = Some((self.0.links.made(), Instant::now()));
             heard.changes(|kept| kept.version = version);
         }
-        match tokio::time::timeout(patience, self.told(IN_MEMORY)).await {
-            Ok(memory) => {
-                let memory = memory?;
-                if heard.memory != Some(print(&memory)) {
-                    let loaded = in_memory(&memory)?;
-                    heard.memory = Some(print(&memory));
-                    heard.changes(|kept| kept.loaded = loaded);
-                }
+        if let Ok(memory) = tokio::time::timeout(patience, self.told(IN_MEMORY)).await {
+            let memory = memory?;
+            if heard.memory != Some(print(&memory)) {
+                let loaded = in_memory(&memory)?;
+                heard.memory = Some(print(&memory));
+                heard.changes(|kept| kept.loaded = loaded);
             }
-            Err(_) => {
-                heard.memory = None;
-                heard.changes(|kept| kept.loaded = last.to_vec());
-            }
+        } else {
+            heard.memory = None;
+            heard.changes(|kept| kept.loaded = last.to_vec());
         }
         Ok(heard.kept.clone())
     }

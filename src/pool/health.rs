@@ -6,6 +6,7 @@ use std::time::Duration;
 use olol_middleware::Cluster;
 use olol_middleware::cluster::State;
 use olol_middleware::vitals::Vitals;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::{Backend, Config, grpc, told};
@@ -20,17 +21,46 @@ const AGENT_LAG: Duration = Duration::from_secs(3);
 /// The shortest time, and the usual one, until a server that has refused us is asked again: nothing but a person mends that.
 const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
+/// Looks at bare servers that should be under way at the same time: a thousand answers at once would take up more room and
+/// time than one after the other.
+const AT_ONCE: usize = 64;
+/// The longest that a look waits for others: some may be at servers that do not answer.
+const TURN: Duration = Duration::from_millis(100);
+
+/// Lets not all look at once.
+#[derive(Debug)]
+pub(super) struct Turns(Semaphore);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Semaphore::new(AT_ONCE))
+    }
+}
+
+impl Turns {
+    /// A turn, as soon as there is one; none, if that takes long: then without.
+    async fn take(&self) -> Option<SemaphorePermit<'_>> {
+        tokio::time::timeout(TURN, self.0.acquire()).await.ok()?.ok()
+    }
+}
+
 /// Runs until it is dropped.
-pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<Backend>, config: Config) {
+pub(super) async fn keep_true(
+    cluster: Arc<Cluster>,
+    index: usize,
+    backend: Arc<Backend>,
+    config: Config,
+    turns: Arc<Turns>,
+) {
     match &*backend {
-        Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config).await,
+        Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config, &turns).await,
         Backend::Agent(agent) => listen(&cluster, index, agent, &config).await,
     }
 }
 
 /// Asks a bare Ollama, at intervals and whenever somebody wants news: often after a change and while it works for us, ever
 /// less often while nothing happens.
-async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) {
+async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config, turns: &Turns) {
     let limit = config.check_timeout_ms.time();
     let longest = config.check_interval_ms.time();
     let mut pause = longest / 10;
@@ -38,7 +68,9 @@ async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) 
     let mut heard = Heard::default();
     loop {
         let round = cluster.round_begins(index);
+        let turn = turns.take().await;
         let is_still = look(cluster, index, &aside, &mut heard, limit, config.check_failures.get()).await;
+        drop(turn);
         cluster.round_ends(index, round);
         ollama.sweep();
         aside.sweep();
@@ -114,8 +146,8 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                         let is_online = state.online;
                         let now = Instant::now();
                         let since = now.checked_sub(AGENT_LAG).unwrap_or(now);
-                        known.take(state, cluster, index, since, config.check_failures.get());
-                        if let Some(round) = told.take_if(|_| is_online) {
+                        let is_whole = known.take(state, cluster, index, since, config.check_failures.get());
+                        if let Some(round) = told.take_if(|_| is_online && is_whole) {
                             cluster.round_ends(index, round);
                         }
                     }
@@ -175,5 +207,19 @@ mod tests {
             pauses.push(pause.as_millis());
         }
         assert_eq!(pauses, [500, 1000, 2000, 4000, 5000, 5000]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_long_for_looks_that_are_not_answered() {
+        let turns = Turns::default();
+        let begun = Instant::now();
+        let mut held = Vec::new();
+        for _ in 0..AT_ONCE {
+            held.push(turns.take().await.unwrap());
+        }
+        assert!(begun.elapsed().is_zero());
+        assert!(turns.take().await.is_none() && begun.elapsed() >= TURN);
+        held.pop();
+        assert!(turns.take().await.is_some());
     }
 }

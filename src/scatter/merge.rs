@@ -49,12 +49,11 @@ impl<F: Fleet> Scatter<F> {
             let mut is_whole = true;
             for (index, answer) in answers.await {
                 left_out.insert(index);
-                match answer {
-                    Some(body) => bodies.push((index, body)),
-                    None => {
-                        absent.insert(index);
-                        is_whole = false;
-                    }
+                if let Some(body) = answer {
+                    bodies.push((index, body));
+                } else {
+                    absent.insert(index);
+                    is_whole = false;
                 }
             }
             // What somebody was to tell who is silent, others may have.

@@ -5,14 +5,13 @@
 //! together everything that there is; and bare servers, which tell nothing by themselves, are looked at soon by those who watch
 //! them, so that what has come to one of them is in the next list.
 
-use std::collections::HashMap;
-use std::sync::Weak;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use olol_middleware::cluster::{Bits, Held, State};
 use olol_middleware::{Cluster, ModelName, Route, Server, Snapshot};
+use rapidhash::{RapidHashMap, RapidHashSet};
 use tokio::time::Instant;
 
 use crate::status::in_order;
@@ -35,7 +34,7 @@ pub(super) struct Needed {
 pub(super) struct Cover {
     of: Weak<Snapshot>,
     servers: Bits,
-    digests: HashMap<ModelName, String>,
+    digests: RapidHashMap<ModelName, String>,
 }
 
 impl Cover {
@@ -81,9 +80,9 @@ impl Cover {
 #[derive(Default)]
 struct Variants<'a> {
     list: Vec<Variant<'a>>,
-    places: HashMap<(&'a ModelName, &'a str), usize>,
+    places: RapidHashMap<(&'a ModelName, &'a str), usize>,
     /// The same by what is shared of models.
-    seen: HashMap<*const olol_middleware::cluster::Model, usize>,
+    seen: RapidHashMap<*const olol_middleware::cluster::Model, usize>,
 }
 
 struct Variant<'a> {
@@ -113,8 +112,8 @@ impl<'a> Variants<'a> {
     }
 
     /// Of each name the one that most servers have; of equals the first.
-    fn best(&self) -> std::collections::HashSet<usize> {
-        let mut best: HashMap<&ModelName, usize> = HashMap::new();
+    fn best(&self) -> RapidHashSet<usize> {
+        let mut best: RapidHashMap<&ModelName, usize> = RapidHashMap::default();
         for (at, variant) in self.list.iter().enumerate() {
             let known = best.entry(variant.name).or_insert(at);
             if variant.count > self.list[*known].count {
@@ -195,11 +194,8 @@ mod tests {
 
     /// So many servers that are up, each with what is said of it: models as `name=digest`.
     async fn cluster(count: usize, models: impl Fn(usize) -> Vec<String>) -> Arc<Cluster> {
-        let member = |at: usize| Member {
-            id: ServerId::new(&at.to_string()),
-            weight: NonZeroU32::MIN,
-            source: Source::Static,
-        };
+        let member =
+            |at: usize| Member { id: ServerId::new(&at.to_string()), weight: NonZeroU32::MIN, source: Source::Static };
         let cluster = Cluster::new((0..count).map(member).collect());
         for at in 0..count {
             let models = models(at).into_iter().map(|text| {
@@ -217,7 +213,9 @@ mod tests {
 
     fn asked(needed: &Needed, route: Route, snapshot: &Arc<Snapshot>, left_out: &[usize]) -> Vec<usize> {
         let mut bits = Bits::default();
-        left_out.iter().for_each(|index| bits.insert(*index));
+        for index in left_out {
+            bits.insert(*index);
+        }
         needed.of(route, snapshot, &bits).0.iter().collect()
     }
 
@@ -248,7 +246,11 @@ mod tests {
         assert_eq!(asked(&needed, Route::Ps, &snapshot, &[]), [7]);
         assert_eq!(asked(&needed, Route::Version, &snapshot, &[]), [9]);
         cluster.join(vec![Member { id: ServerId::new("new"), weight: NonZeroU32::MIN, source: Source::Static }]);
-        assert_eq!(asked(&needed, Route::Ps, &cluster.snapshot(), &[]), [7, 100], "who has not spoken yet may have any");
+        assert_eq!(
+            asked(&needed, Route::Ps, &cluster.snapshot(), &[]),
+            [7, 100],
+            "who has not spoken yet may have any"
+        );
     }
 
     #[tokio::test(start_paused = true)]

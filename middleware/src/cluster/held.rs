@@ -30,9 +30,8 @@ pub struct Kept {
 impl Kept {
     /// Whether it is the same but for the times at which models go when they stay idle.
     pub(crate) fn is_alike(&self, other: &Self) -> bool {
-        let is_alike = |(one, other): (&Loaded, &Loaded)| {
-            *one == Loaded { expires_at: one.expires_at.clone(), ..other.clone() }
-        };
+        let is_alike =
+            |(one, other): (&Loaded, &Loaded)| *one == Loaded { expires_at: one.expires_at.clone(), ..other.clone() };
         self.version == other.version
             && self.models == other.models
             && self.loaded.len() == other.loaded.len()
