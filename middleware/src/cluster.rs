@@ -1005,7 +1005,7 @@ mod tests {
         assert_eq!(tiny.installed.iter().collect::<Vec<_>>(), [0, 1]);
         assert!(tiny.loaded.is_empty());
         cluster.note_loaded(&ServerId::new("1"), &tiny.name, true);
-        tokio::time::sleep(REBUILD_PAUSE).await;
+        cluster.catch_up().await;
         let loaded = cluster.snapshot().known(&tiny.name).unwrap().loaded.clone();
         assert_eq!(loaded.iter().collect::<Vec<_>>(), [1]);
     }
@@ -1094,6 +1094,47 @@ mod tests {
         let index = cluster.join(vec![member("new")])[0].unwrap();
         cluster.want_news_of(&ServerId::new("new"));
         cluster.news_wanted(index).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn servers_that_say_the_same_share_it() {
+        let cluster = Cluster::new(vec![member("0"), member("1")]);
+        let said = |modified_at: &str| {
+            let model = Model { name: "tiny".into(), modified_at: modified_at.to_owned(), ..Model::default() };
+            Report { models: vec![model], ..Report::default() }
+        };
+        cluster.report(0, said("2026-01-01"));
+        cluster.report(1, said("2026-01-02"));
+        cluster.catch_up().await;
+        let snapshot = cluster.snapshot();
+        let [one, other] = [0, 1].map(|index| &snapshot.servers[index].report.models[0]);
+        assert!(std::ptr::eq::<Model>(&**one, &**other));
+        assert_eq!((&*one.modified_at, &*other.modified_at), ("2026-01-01", "2026-01-02"));
+        assert_eq!(snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap().makes.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_a_model_goes_is_shown_later_than_what_decides_something() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let said = |expires_at: &str| {
+            let loaded = Loaded { name: "tiny".into(), expires_at: expires_at.to_owned(), ..Loaded::default() };
+            let tiny = Model { name: "tiny".into(), ..Model::default() };
+            Report { models: vec![tiny], loaded: vec![loaded], ..Report::default() }
+        };
+        let shown = || cluster.snapshot().servers[0].report.loaded.first().map(|loaded| loaded.expires_at.clone());
+        cluster.report(0, said("1"));
+        cluster.catch_up().await;
+        tokio::time::sleep(REBUILD_PAUSE * 2).await;
+        cluster.report(0, said("2"));
+        tokio::time::sleep(REBUILD_PAUSE * 2).await;
+        assert_eq!(shown().as_deref(), Some("1"));
+        tokio::time::sleep(REBUILD_LATER).await;
+        assert_eq!(shown().as_deref(), Some("2"));
+        // Whatever decides something takes it along.
+        cluster.report(0, said("3"));
+        cluster.report(0, Report { version: "1".into(), ..said("4") });
+        tokio::time::sleep(REBUILD_PAUSE * 2).await;
+        assert_eq!(shown().as_deref(), Some("4"));
     }
 
     #[tokio::test(start_paused = true)]
