@@ -167,6 +167,7 @@ fn cpu(process: u32) -> Option<f64> {
 /// Plays servers until somebody ends this process. Says where they are in one line.
 fn play(role: &str, servers: usize, models: usize) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    olol::telemetry::raise_open_files();
     runtime.block_on(async {
         let mut addresses = Vec::new();
         for number in 0..servers {
