@@ -6,7 +6,7 @@ use std::time::Duration;
 use olol_middleware::Cluster;
 use olol_middleware::cluster::State;
 use olol_middleware::vitals::Vitals;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::{Backend, Config, grpc, told};
@@ -24,8 +24,10 @@ const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 /// Looks at bare servers that should be under way at the same time: a thousand answers at once would take up more room and
 /// time than one after the other.
 const AT_ONCE: usize = 64;
-/// The longest that a look waits for others: some may be at servers that do not answer.
-const TURN: Duration = Duration::from_millis(100);
+/// The longest that a look waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest that a turn lasts: a server that does not answer is waited for beside the others.
+const TURN: Duration = Duration::from_millis(250);
 
 /// Lets not all look at once.
 #[derive(Debug)]
@@ -38,9 +40,15 @@ impl Default for Turns {
 }
 
 impl Turns {
-    /// A turn, as soon as there is one; none, if that takes long: then without.
-    async fn take(&self) -> Option<SemaphorePermit<'_>> {
-        tokio::time::timeout(TURN, self.0.acquire()).await.ok()?.ok()
+    /// Looks when it is its turn.
+    async fn run<T>(&self, looking: impl Future<Output = T>) -> T {
+        let turn = tokio::time::timeout(PATIENCE, self.0.acquire()).await;
+        tokio::pin!(looking);
+        if let Ok(seen) = tokio::time::timeout(TURN, &mut looking).await {
+            return seen;
+        }
+        drop(turn);
+        looking.await
     }
 }
 
@@ -68,9 +76,8 @@ async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config, 
     let mut heard = Heard::default();
     loop {
         let round = cluster.round_begins(index);
-        let turn = turns.take().await;
-        let is_still = look(cluster, index, &aside, &mut heard, limit, config.check_failures.get()).await;
-        drop(turn);
+        let looking = look(cluster, index, &aside, &mut heard, limit, config.check_failures.get());
+        let is_still = turns.run(looking).await;
         cluster.round_ends(index, round);
         ollama.sweep();
         aside.sweep();
@@ -210,16 +217,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_long_for_looks_that_are_not_answered() {
-        let turns = Turns::default();
+    async fn who_does_not_answer_is_waited_for_beside_the_others() {
+        let turns = Arc::new(Turns::default());
         let begun = Instant::now();
-        let mut held = Vec::new();
         for _ in 0..AT_ONCE {
-            held.push(turns.take().await.unwrap());
+            let turns = turns.clone();
+            tokio::spawn(async move { turns.run(std::future::pending::<()>()).await });
         }
-        assert!(begun.elapsed().is_zero());
-        assert!(turns.take().await.is_none() && begun.elapsed() >= TURN);
-        held.pop();
-        assert!(turns.take().await.is_some());
+        tokio::task::yield_now().await;
+        assert_eq!(turns.0.available_permits(), 0);
+        turns.run(std::future::ready(())).await;
+        assert!((TURN..PATIENCE).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     }
 }
