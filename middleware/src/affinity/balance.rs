@@ -104,7 +104,7 @@ impl Balance {
         for server in candidates.iter().filter(|server| server.is_usable()) {
             servers += 1;
             weight += u64::from(server.weight.get());
-            calls += u64::from(server.load.in_flight());
+            calls += u64::from(server.load.total());
             turns += server.share.turns(half_life);
         }
         let weight = weight.max(1) as f64;
@@ -149,7 +149,7 @@ impl Balance {
     /// Remembers how much of the calls a server had when another one came for it.
     pub(super) fn find(&self, server: &Server) {
         if self.calls_before > 0.0 {
-            let share = f64::from(server.load.in_flight()) / (self.calls_before * weight(server));
+            let share = f64::from(server.load.total()) / (self.calls_before * weight(server));
             server.share.find(share);
         }
     }
@@ -157,7 +157,7 @@ impl Balance {
 
 /// Calls at a server, this one included.
 fn calls(server: &Server) -> f64 {
-    f64::from(server.load.in_flight()) + 1.0
+    f64::from(server.load.total()) + 1.0
 }
 
 fn weight(server: &Server) -> f64 {
