@@ -82,14 +82,16 @@ impl Proxy {
         let hop = HeaderValue::from_str(&instance)?;
         let listed = config.listed()?;
         let trust = trust(config, &listed)?;
-        let key = trust.turn_key();
+        let state = State::of(&config.state)?;
+        // Without agents nobody needs to have the same token, and what is told goes by the store.
+        let has_no_token = state.is_some() && !listed.has_agents();
+        let key = trust.turn_key().filter(|_| !has_no_token).unwrap_or_default();
         let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
         let started = SystemTime::now();
-        let state = State::of(&config.state)?;
         let sessions = Sessions::shared(config.sessions.clone(), SESSIONS, state.clone());
         let about = About {
             instance,
@@ -102,7 +104,7 @@ impl Proxy {
             state: state.clone(),
         };
         let shared = Shared::new(cluster.clone());
-        shared.affinity.set_key(key.unwrap_or_default());
+        shared.affinity.set_key(key);
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
             Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {

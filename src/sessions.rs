@@ -348,8 +348,14 @@ impl Sessions {
         };
         let (bare, owner) = id.split_once('@').map_or((id, &*visitor.owner), |(bare, owner)| (bare, owner));
         record::check_id(bare)?;
-        let store = self.store().await?;
-        shared.refresh(&store, &record::key(bare, owner)).await;
+        let key = record::key(bare, owner);
+        let store = match self.opened().await? {
+            Some(store) => store,
+            // Nobody needs a file for what is nowhere.
+            None if shared.knows(&key).await => self.store().await?,
+            None => return Err(not_found()),
+        };
+        shared.refresh(&store, &key).await;
         Ok(store)
     }
 

@@ -6,6 +6,7 @@
 
 mod drains;
 mod limits;
+mod turns;
 mod url;
 
 use std::path::PathBuf;
@@ -20,18 +21,23 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, RedisResult, TlsCertificates};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use drains::Drains;
 pub use url::{Url, masked};
 
+/// The variable of the environment that may hold the address of the store, since that may hold a password.
+pub const VARIABLE: &str = "OLOL_STATE_URL";
 /// Time between two looks into the store.
 const EVERY: Duration = Duration::from_millis(500);
 /// The shortest and the longest time until a store that is away is tried again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
 /// How long it may take to reach it: nobody waits for that.
 const CONNECT: Duration = Duration::from_secs(2);
+/// Time between two lines of the log about a store that refuses things.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
 /// The `[state]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -87,6 +93,10 @@ struct Inner {
 struct Health {
     since: SystemTime,
     error: String,
+    /// Whether the log says that it is away.
+    is_told: bool,
+    /// When the log was told last of something that it has refused.
+    refused: Option<Instant>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -109,7 +119,12 @@ impl State {
                 .map_err(|error| anyhow::anyhow!("state.ca: cannot read {}: {error}", config.ca.display()))?;
             Client::build_with_tls(info, TlsCertificates { client_tls: None, root_cert: Some(root) })?
         };
-        let health = Mutex::new(Health { since: SystemTime::now(), error: "it was not reached yet".to_owned() });
+        let health = Mutex::new(Health {
+            since: SystemTime::now(),
+            error: "it was not reached yet".to_owned(),
+            is_told: false,
+            refused: None,
+        });
         Ok(Some(Self(Arc::new(Inner {
             config: config.clone(),
             client,
@@ -125,6 +140,11 @@ impl State {
     pub fn start(&self, shared: &Shared) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         tasks.spawn(keep(self.clone(), shared.cluster.clone(), shared.limits.clone()));
+        let me = format!("{:016x}", fastrand::u64(..));
+        let (tell, told) = mpsc::channel(turns::WAITING);
+        shared.affinity.tell_others_by(tell);
+        tasks.spawn(turns::tell(self.clone(), told, me.clone()));
+        tasks.spawn(turns::hear(self.clone(), shared.cluster.clone(), me));
         tasks
     }
 
@@ -170,6 +190,11 @@ impl State {
         let asked = tokio::time::timeout(limit, what(MultiplexedConnection::clone(&connection))).await;
         let gone = match asked {
             Ok(Ok(answer)) => return Ok(answer),
+            // It answers, and does not want to.
+            Ok(Err(error)) if !is_loss(&error) => {
+                self.refused(&error);
+                return Err(Gone::Failed(error));
+            }
             Ok(Err(error)) => Gone::Failed(error),
             Err(_) => Gone::Late(limit.as_millis()),
         };
@@ -183,13 +208,13 @@ impl State {
         instruments::state_failed();
         let was_up = self.0.is_up.send_replace(false);
         let mut health = self.0.health();
-        let is_first = health.error.is_empty() || health.error.starts_with("it was not reached");
         if was_up {
             health.since = SystemTime::now();
         }
         health.error = gone.to_string();
+        let is_told = std::mem::replace(&mut health.is_told, true);
         drop(health);
-        if was_up || is_first {
+        if !is_told {
             tracing::warn!(
                 store = %self.0.config.url, error = %gone,
                 "the store that proxies share is away: each goes by what it has itself until that is back"
@@ -198,11 +223,25 @@ impl State {
         self.0.news.notify_one();
     }
 
+    /// The store has refused something: its memory is full, or what is there is not ours.
+    fn refused(&self, error: &redis::RedisError) {
+        instruments::state_failed();
+        let mut health = self.0.health();
+        health.error = error.to_string();
+        if health.refused.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
+            health.refused = Some(Instant::now());
+            tracing::warn!(store = %self.0.config.url, %error, "the store that proxies share refuses something");
+        }
+    }
+
     fn found(&self) {
+        self.0.health().error.clear();
         if self.0.is_up.send_replace(true) {
             return;
         }
-        *self.0.health() = Health { since: SystemTime::now(), error: String::new() };
+        let mut health = self.0.health();
+        (health.since, health.is_told) = (SystemTime::now(), false);
+        drop(health);
         tracing::info!(store = %self.0.config.url, "the store that proxies share is there");
     }
 
@@ -210,8 +249,8 @@ impl State {
         if self.0.connection.load().is_some() {
             return Ok(());
         }
-        let config =
-            AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(CONNECT));
+        // Who asks has a limit of his own.
+        let config = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(None);
         let connecting = self.0.client.get_multiplexed_async_connection_with_config(&config);
         let connected =
             tokio::time::timeout(2 * CONNECT, connecting).await.map_err(|_| Gone::Late(CONNECT.as_millis()));
@@ -232,7 +271,10 @@ async fn keep(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger>) {
     let me = format!("{:016x}", fastrand::u64(..));
     loop {
         let round = async {
-            state.connect().await?;
+            if let Err(gone) = state.connect().await {
+                state.lost(&gone);
+                return Err(gone);
+            }
             drains::share(&state, &state.0.drains, &cluster).await?;
             limits::share(&state, &mut reading, &ledger, &me).await
         };
@@ -243,8 +285,8 @@ async fn keep(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger>) {
                 let _ = tokio::time::timeout(EVERY, state.0.news.notified()).await;
             }
             Err(gone) => {
-                // Who has asked has said so already.
-                if state.0.connection.load().is_some() || !matches!(gone, Gone::Late(_) | Gone::Away) {
+                // It answers, but not as it should.
+                if state.0.connection.load().is_some() {
                     state.lost(&gone);
                 }
                 tokio::time::sleep(pause.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
@@ -252,4 +294,9 @@ async fn keep(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger>) {
             }
         }
     }
+}
+
+/// Whether an error is the loss of a connection, and no answer.
+fn is_loss(error: &redis::RedisError) -> bool {
+    error.is_io_error() || error.is_connection_dropped() || error.is_timeout()
 }

@@ -2,6 +2,7 @@
 
 mod harness;
 
+use harness::redis::Store;
 use harness::{Cluster, Olol, Request, Way, until};
 use serde_json::{Value, json};
 
@@ -27,6 +28,18 @@ async fn a_proxy_that_starts_anew_knows_of_the_conversations_that_were_before() 
     let second = beside(&first, &cluster, "").await;
     until("it was told", || second.links() >= 8).await;
     assert_eq!(turn(&second, &mut talks, "affinity-hit").await, homes);
+}
+
+#[tokio::test]
+async fn at_bare_servers_proxies_that_share_a_store_tell_each_other() {
+    let (cluster, store) = (Cluster::of(3).await.over(Way::Http).all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    until("both share", || one.shares() && other.shares()).await;
+    store.has_listeners(2).await;
+    let mut talks: Vec<Vec<Value>> = (0..8).map(|number| vec![user(&format!("talk {number}"))]).collect();
+    let homes = turn(&one, &mut talks, "affinity-miss").await;
+    until("the other proxy knows of them", || other.links() == 8).await;
+    assert_eq!(turn(&other, &mut talks, "affinity-hit").await, homes);
 }
 
 /// Another proxy over the agents of one.

@@ -81,6 +81,23 @@ async fn say(olol: &Olol, what: &str) {
 }
 
 #[tokio::test]
+async fn a_store_that_does_not_answer_holds_nobody_up() {
+    let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let olol = Olol::start(&cluster, &store.toml().replace("5000", "300")).await;
+    until("it shares", || olol.shares()).await;
+    make(&olol, "a").await;
+    store.freezes(true).await;
+    assert_eq!(turn(&olol, "a").await, 1, "by the copy here");
+    until("it has noticed", || !olol.shares()).await;
+    let begun = tokio::time::Instant::now();
+    assert_eq!(turn(&olol, "a").await, 2);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(2), "nobody waits any more: {:?}", begun.elapsed());
+    store.freezes(false).await;
+    until("it shares again", || olol.shares()).await;
+    assert_eq!(turn(&olol, "a").await, 3);
+}
+
+#[tokio::test]
 async fn a_session_goes_on_at_any_proxy() {
     let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
     let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];

@@ -285,6 +285,7 @@ impl Rules {
             return;
         }
         self.table.answered(&course.turn, server, course.snapshot.servers.len());
+        self.table.tell_others(&course.turn, server);
     }
 }
 

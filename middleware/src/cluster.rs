@@ -773,7 +773,9 @@ impl Cluster {
         if forgets {
             table.forget(server);
         }
-        turns.iter().for_each(|turn| table.told(turn, server, snapshot.servers.len()));
+        for turn in turns {
+            table.told(turn, server, snapshot.servers.len());
+        }
     }
 
     /// A check of a server failed; after `threshold` in a row it is down.

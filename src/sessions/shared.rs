@@ -27,21 +27,28 @@ const UNSAID: usize = 10_000;
 /// How often a turn is put behind those of others before it is left to the copy here.
 const TRIES: usize = 4;
 
+// Each time two of the names are looked at: those whose sessions have left by themselves go, however few ask for the list.
+
 /// Puts a turn, if the store has all that was before it. KEYS: the session, all names, its tombstone. ARGV: the number of the turn,
 /// when it ended, the record, how long it stays, its name, the first turn that is kept, the turn.
 static APPEND: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
         local has = redis.call('HGET', KEYS[1], 'next')
-        if has == false or tonumber(has) ~= tonumber(ARGV[1]) then
-            if has == false then return -1 end
-            return tonumber(has)
+        if has == false then
+            if redis.call('EXISTS', KEYS[3]) == 1 then return -2 end
+            return -1
         end
+        if tonumber(has) ~= tonumber(ARGV[1]) then return tonumber(has) end
         redis.call('HSET', KEYS[1], 'next', ARGV[1] + 1, 'at', ARGV[2], 'session', ARGV[3], 't' .. ARGV[1], ARGV[7])
         local first = tonumber(ARGV[6]) - 1
         while first > 0 and redis.call('HDEL', KEYS[1], 't' .. first) == 1 do first = first - 1 end
         redis.call('PEXPIRE', KEYS[1], ARGV[4])
         redis.call('ZADD', KEYS[2], 0, ARGV[5])
+        local before = string.sub(KEYS[1], 1, #KEYS[1] - #ARGV[5])
+        for _, name in ipairs(redis.call('ZRANDMEMBER', KEYS[2], 2)) do
+            if redis.call('EXISTS', before .. name) == 0 then redis.call('ZREM', KEYS[2], name) end
+        end
         return 0
         ",
     )
@@ -63,6 +70,10 @@ static PUT: LazyLock<Script> = LazyLock::new(|| {
         for at = 6, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1]) end
         redis.call('PEXPIRE', KEYS[1], ARGV[4])
         redis.call('ZADD', KEYS[2], 0, ARGV[5])
+        local before = string.sub(KEYS[1], 1, #KEYS[1] - #ARGV[5])
+        for _, name in ipairs(redis.call('ZRANDMEMBER', KEYS[2], 2)) do
+            if redis.call('EXISTS', before .. name) == 0 then redis.call('ZREM', KEYS[2], name) end
+        end
         return 1
         ",
     )
@@ -85,6 +96,17 @@ enum There {
     Ended,
     /// Nothing.
     Nothing,
+}
+
+/// What became of a turn there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// It is there.
+    Stored,
+    /// It has another one of that number.
+    Behind,
+    /// Its session has ended there.
+    Ended,
 }
 
 impl Shared {
@@ -124,16 +146,24 @@ impl Shared {
         }
     }
 
+    /// Whether the store has a session.
+    pub(super) async fn knows(&self, key: &str) -> bool {
+        matches!(self.look(key).await, Ok(There::Version(..)))
+    }
+
     /// Adds a turn here and there. If others have added some in the meantime, it comes after those.
     pub(super) async fn append(&self, store: &Store, turn: Append) -> Result<Option<Arc<Session>>, Error> {
         let mut stored = store.append(turn.clone()).await?;
         for _ in 0..TRIES {
             let Some(session) = &stored else { return Ok(None) };
             match self.tell(store, session).await {
-                Ok(true) => break,
-                Ok(false) => {}
-                // The store is told of it when it is back.
-                Err(_) => break,
+                // If it is away it is told of it when it is back.
+                Ok(Told::Stored) | Err(_) => break,
+                Ok(Told::Behind) => {}
+                Ok(Told::Ended) => {
+                    store.end(turn.key.clone()).await?;
+                    return Ok(None);
+                }
             }
             // Without our turn, which is then added once more.
             if self.fetch(store, &turn.key).await.is_err() {
@@ -144,12 +174,12 @@ impl Shared {
         Ok(stored)
     }
 
-    /// Tells the store of the last turn of a session; false if it has another one of that number.
-    async fn tell(&self, store: &Store, session: &Session) -> Result<bool, Gone> {
+    /// Tells the store of the last turn of a session.
+    async fn tell(&self, store: &Store, session: &Session) -> Result<Told, Gone> {
         let number = session.next.saturating_sub(1);
         let key = session.key();
-        let Ok(turns) = store.turns(key.clone(), number).await else { return Ok(true) };
-        let Some((_, turn)) = turns.last() else { return Ok(true) };
+        let Ok(turns) = store.turns(key.clone(), number).await else { return Ok(Told::Stored) };
+        let Some((_, turn)) = turns.last() else { return Ok(Told::Stored) };
         let [hash, names, tombstone] = self.keys(&key);
         let record = record(session);
         let (at, stays) = (session.last_active, stays(session));
@@ -162,11 +192,12 @@ impl Shared {
                 script.invoke_async(&mut there).await
             })
             .await?;
-        match u64::try_from(answer) {
-            Ok(0) => Ok(true),
-            Ok(next) if next > number => Ok(false),
+        match answer {
+            0 => Ok(Told::Stored),
+            -2 => Ok(Told::Ended),
+            next if u64::try_from(next).is_ok_and(|next| next > number) => Ok(Told::Behind),
             // It has less than we have: turns that were said while it was away.
-            _ => self.put(store, &key).await.map(|()| true),
+            _ => self.put(store, &key).await.map(|()| Told::Stored),
         }
     }
 

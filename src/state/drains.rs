@@ -28,18 +28,9 @@ impl Drains {
 /// Tells the store what was said here, and does what it says.
 pub(super) async fn share(state: &State, drains: &Drains, cluster: &Cluster) -> Result<(), Gone> {
     let (names, mark) = (state.key("drains"), state.key("mark"));
-    let is_new: bool = state
-        .ask(async |mut store| {
-            redis::cmd("SET")
-                .arg(&mark)
-                .arg(1)
-                .arg("NX")
-                .query_async::<Option<String>>(&mut store)
-                .await
-                .map(|set| set.is_some())
-        })
-        .await?;
-    if is_new {
+    let is_known: bool =
+        state.ask(async |mut store| redis::cmd("EXISTS").arg(&mark).query_async(&mut store).await).await?;
+    if !is_known {
         let snapshot = cluster.snapshot();
         let mut unsaid = drains.unsaid();
         for server in snapshot.servers.iter().filter(|server| server.draining) {
@@ -49,7 +40,9 @@ pub(super) async fn share(state: &State, drains: &Drains, cluster: &Cluster) -> 
     let said = drains.unsaid().clone();
     let drained: HashSet<String> = state
         .ask(async |mut store| {
+            // All at once: who sees the mark sees what belongs to it.
             let mut pipe = redis::pipe();
+            pipe.atomic().cmd("SET").arg(&mark).arg(1).ignore();
             for (server, draining) in &said {
                 pipe.cmd(if *draining { "SADD" } else { "SREM" }).arg(&names).arg(server.as_str()).ignore();
             }
@@ -63,7 +56,7 @@ pub(super) async fn share(state: &State, drains: &Drains, cluster: &Cluster) -> 
         unsaid.retain(|server, draining| said.get(server) != Some(draining));
         unsaid.clone()
     };
-    for server in cluster.snapshot().servers.iter() {
+    for server in &cluster.snapshot().servers {
         let is_drained = drained.contains(server.id.as_str());
         if server.draining != is_drained && !unsaid.contains_key(&server.id) {
             cluster.drain(&server.id, is_drained);

@@ -11,9 +11,11 @@ use redis::streams::{StreamRangeReply, StreamReadOptions, StreamReadReply};
 use super::{Gone, State};
 
 /// Entries that are kept, about: one for each time that a proxy has something to tell.
-const KEPT: usize = 10_000;
+const KEPT: usize = 5_000;
 /// Accounts in one entry.
-const MOST: usize = 1000;
+const MOST: usize = 200;
+/// Entries that are written at once.
+const WRITTEN: usize = 20;
 /// Entries that are read at once.
 const AT_ONCE: usize = 200;
 
@@ -27,8 +29,11 @@ pub(super) struct Reading {
 /// Tells what was used here, and reckons with what was used elsewhere. `me`: how this proxy signs.
 pub(super) async fn share(state: &State, reading: &mut Reading, ledger: &Ledger, me: &str) -> Result<(), Gone> {
     let name = state.key("used");
-    let spent = ledger.untold(MOST);
-    if !spent.is_empty() {
+    for _ in 0..WRITTEN {
+        let spent = ledger.untold(MOST);
+        if spent.is_empty() {
+            break;
+        }
         let text = serde_json::to_string(&spent).unwrap_or_default();
         let told = state
             .ask(async |mut store| {

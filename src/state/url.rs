@@ -33,9 +33,8 @@ impl Url {
         }
         // What the library says may repeat what it was given.
         let info = self.0.as_str().into_connection_info().map_err(|_| format!("that cannot be read: {HINT}"))?;
-        let host = match info.addr() {
-            ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. } => host,
-            _ => return Err(format!("that is no host: {HINT}")),
+        let (ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. }) = info.addr() else {
+            return Err(format!("that is no host: {HINT}"));
         };
         if host.is_empty() { Err(format!("there is no host in it: {HINT}")) } else { Ok(info) }
     }
@@ -57,8 +56,8 @@ pub fn masked(text: &str) -> String {
             .map_or(out.len(), |at| start + at);
         if let Some(at) = out[start..end].rfind('@') {
             let secret = out[start..start + at].find(':').map_or(start, |colon| start + colon + 1);
-            let stars = "*".repeat(out[secret..start + at].chars().count());
-            out.replace_range(secret..start + at, &stars);
+            let hidden = "*".repeat(out[secret..start + at].chars().count());
+            out.replace_range(secret..start + at, &hidden);
         }
         from = start;
     }

@@ -39,10 +39,34 @@ impl Store {
         format!("[state]\nurl = \"redis://127.0.0.1:{}\"\ntimeout-ms = 5000\n", self.port)
     }
 
+    /// Waits until so many listen to what is told in it.
+    pub async fn has_listeners(&self, count: i64) {
+        let client = redis::Client::open(format!("redis://127.0.0.1:{}", self.port)).unwrap();
+        let mut store = client.get_multiplexed_async_connection().await.unwrap();
+        patiently("somebody listens", async {
+            loop {
+                let asked = redis::cmd("PUBSUB").arg("NUMSUB").arg("olol:turns").query_async(&mut store).await;
+                let (_, listeners): (String, i64) = asked.unwrap();
+                if listeners >= count {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+    }
+
     /// It is killed, with all that it has in memory.
     pub async fn dies(&mut self) {
         let mut child = self.child.take().unwrap();
         child.kill().await.unwrap();
+    }
+
+    /// It takes connections and answers nothing any more, or goes on.
+    pub async fn freezes(&self, is_frozen: bool) {
+        let id = self.child.as_ref().and_then(Child::id).unwrap().to_string();
+        let signal = if is_frozen { "-STOP" } else { "-CONT" };
+        assert!(Command::new("kill").args([signal, &id]).status().await.unwrap().success());
     }
 
     /// It runs again at the same address.

@@ -1,11 +1,13 @@
 //! Which servers have what of which conversations: what `affinity` remembers.
 
 use std::num::NonZeroU32;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction, EntryResult};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, UnitWeighter};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Turn;
@@ -27,6 +29,8 @@ pub struct Table {
     links: Cache<u64, Seen>,
     born: Instant,
     key: AtomicU64,
+    /// Where turns go that no agent tells the other proxies of.
+    others: OnceLock<mpsc::Sender<(ServerId, Turn)>>,
     /// Turns that were answered so far.
     turns: AtomicU64,
 }
@@ -48,7 +52,7 @@ impl Default for Table {
                 Cache::with_options(options, UnitWeighter, DefaultHashBuilder::default(), DefaultLifecycle::default())
             },
         );
-        Self { links, born: Instant::now(), key: AtomicU64::new(0), turns: AtomicU64::new(0) }
+        Self { links, born: Instant::now(), key: AtomicU64::new(0), others: OnceLock::new(), turns: AtomicU64::new(0) }
     }
 }
 
@@ -125,6 +129,22 @@ impl Table {
         }
         turn.news.iter().for_each(|link| self.insert(*link, &server.id));
         server.share.count_turn(half_life(self.count_turn(), servers));
+    }
+
+    /// From now on turns of servers without an agent go there. What finds no room is dropped.
+    pub fn tell_others_by(&self, others: mpsc::Sender<(ServerId, Turn)>) {
+        // A second one would be another proxy's: there is one for a table.
+        let _ = self.others.set(others);
+    }
+
+    /// Tells the other proxies of a turn, unless the agent of its server does that.
+    pub(super) fn tell_others(&self, turn: &Turn, server: &Server) {
+        if let Some(others) = self.others.get()
+            && server.vitals.load().is_none()
+            && !turn.is_empty()
+        {
+            let _ = others.try_send((server.id.clone(), turn.clone()));
+        }
     }
 
     /// A server, one of so many, has answered a turn that another proxy has sent there. What that proxy took for new may be

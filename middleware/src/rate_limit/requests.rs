@@ -104,9 +104,11 @@ impl Requests {
         let _ = self.cost.compare_exchange(0, amount.cost, Ordering::Relaxed, Ordering::Relaxed);
         let cost = self.cost.load(Ordering::Relaxed).min(MINUTE);
         let time = cost.saturating_mul(amount.requests.unsigned_abs()).min(LONGEST_DEBT);
-        let spent = |full_at: u64| match amount.requests > 0 {
-            true => full_at.max(now).saturating_add(time).min(now.saturating_add(LONGEST_DEBT)),
-            false => full_at.saturating_sub(time),
+        let spent = |full_at: u64| {
+            if amount.requests < 0 {
+                return full_at.saturating_sub(time);
+            }
+            full_at.max(now).saturating_add(time).min(now.saturating_add(LONGEST_DEBT))
         };
         let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| Some(spent(full_at)));
     }

@@ -90,7 +90,9 @@ impl Ledger {
 
     /// It could not be told: the next time, then.
     pub fn told_in_vain(&self, spent: &[Spent]) {
-        spent.iter().for_each(|spent| self.account(&spent.who).untell(&spent.amount));
+        for spent in spent {
+            self.account(&spent.who).untell(&spent.amount);
+        }
     }
 
     /// Reckons with what was used at another proxy so long ago.
