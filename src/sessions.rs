@@ -346,16 +346,26 @@ impl Sessions {
         let Some(shared) = self.0.shared.as_ref().filter(|shared| shared.is_up()) else {
             return self.opened().await?.ok_or_else(not_found);
         };
-        let (bare, owner) = id.split_once('@').map_or((id, &*visitor.owner), |(bare, owner)| (bare, owner));
+        let (bare, owner) = id.split_once('@').map_or((id, None), |(bare, owner)| (bare, Some(owner)));
         record::check_id(bare)?;
-        let key = record::key(bare, owner);
-        let store = match self.opened().await? {
+        let mut key = record::key(bare, owner.unwrap_or(&visitor.owner));
+        let opened = self.opened().await?;
+        let is_here = opened.as_ref().is_some_and(|store| store.find(&key).is_some());
+        let mut others = Vec::new();
+        // Who sees all may mean that of another.
+        if owner.is_none() && visitor.sees_all && !is_here && !shared.knows(&key).await {
+            others = shared.of_anybody(bare).await;
+            key = others.pop().unwrap_or(key);
+        }
+        let store = match opened {
             Some(store) => store,
             // Nobody needs a file for what is nowhere.
             None if shared.knows(&key).await => self.store().await?,
             None => return Err(not_found()),
         };
-        shared.refresh(&store, &key).await;
+        for key in others.iter().chain([&key]) {
+            shared.refresh(&store, key).await;
+        }
         Ok(store)
     }
 

@@ -369,7 +369,7 @@ pub fn begin() {
     for (name, label, values) in AT_ZERO {
         values.iter().for_each(|value| counter!(*name, *label => *value).increment(0));
     }
-    for name in [FAILOVERS, NO_BUDGET] {
+    for name in [FAILOVERS, NO_BUDGET, STATE_FAILURES] {
         counter!(name).increment(0);
     }
 }

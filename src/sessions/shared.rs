@@ -6,6 +6,7 @@
 //! as long.
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use olol_middleware::time::unix_ms_now;
@@ -24,12 +25,14 @@ const GRACE: u64 = 60_000;
 const ENDED: u64 = 7 * 24 * 3600 * 1000;
 /// Ends of sessions that wait for the store to come back.
 const UNSAID: usize = 10_000;
+/// Sessions that share a line.
+const LINES: usize = 64;
 /// How often a turn is put behind those of others before it is left to the copy here.
 const TRIES: usize = 4;
 
 // Each time two of the names are looked at: those whose sessions have left by themselves go, however few ask for the list.
 
-/// Puts a turn, if the store has all that was before it. KEYS: the session, all names, its tombstone. ARGV: the number of the turn,
+/// Puts a turn, if the store has all that was before it and not the turn itself. KEYS: the session, all names, its tombstone. ARGV: the number of the turn,
 /// when it ended, the record, how long it stays, its name, the first turn that is kept, the turn.
 static APPEND: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
@@ -39,7 +42,10 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
             if redis.call('EXISTS', KEYS[3]) == 1 then return -2 end
             return -1
         end
-        if tonumber(has) ~= tonumber(ARGV[1]) then return tonumber(has) end
+        if tonumber(has) ~= tonumber(ARGV[1]) then
+            if redis.call('HGET', KEYS[1], 't' .. ARGV[1]) == ARGV[7] then return 0 end
+            return tonumber(has)
+        end
         redis.call('HSET', KEYS[1], 'next', ARGV[1] + 1, 'at', ARGV[2], 'session', ARGV[3], 't' .. ARGV[1], ARGV[7])
         local first = tonumber(ARGV[6]) - 1
         while first > 0 and redis.call('HDEL', KEYS[1], 't' .. first) == 1 do first = first - 1 end
@@ -85,7 +91,14 @@ pub(super) struct Shared {
     state: State,
     /// The names of sessions that have ended here while the store was away.
     ended: Mutex<HashSet<String>>,
+    /// What is written here and there goes one after the other, as far as it is of one session: else what comes from there could
+    /// take the place of a turn that is not there yet.
+    turns: [Line; LINES],
+    hasher: RandomState,
 }
+
+/// Those who write one of some sessions, one after the other.
+type Line = tokio::sync::Mutex<()>;
 
 /// What the store has of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +124,13 @@ enum Told {
 
 impl Shared {
     pub(super) fn new(state: State) -> Self {
-        Self { state, ended: Mutex::default() }
+        let turns = std::array::from_fn(|_| Line::default());
+        Self { state, ended: Mutex::default(), turns, hasher: RandomState::new() }
+    }
+
+    fn line(&self, key: &str) -> &Line {
+        let hash = usize::try_from(self.hasher.hash_one(key) % LINES as u64).unwrap_or(0);
+        &self.turns[hash]
     }
 
     /// Whether the store answers.
@@ -130,6 +149,7 @@ impl Shared {
         if self.ended().contains(key) {
             return Ok(());
         }
+        let _in_turn = self.line(key).lock().await;
         let here = store.find(key).map(|(session, _)| version(&session));
         match (self.look(key).await?, here) {
             (There::Version(next, at), here) if here.is_none_or(|here| here < (next, at)) => {
@@ -146,6 +166,17 @@ impl Shared {
         }
     }
 
+    /// The names of sessions of one id, whosever they are: one or two of them.
+    pub(super) async fn of_anybody(&self, id: &str) -> Vec<String> {
+        let [_, names, _] = self.keys("");
+        let (from, to) = (format!("[{id}@"), format!("({id}A"));
+        let look = async |mut there| {
+            let mut look = redis::cmd("ZRANGEBYLEX");
+            look.arg(&names).arg(&from).arg(&to).arg("LIMIT").arg(0).arg(2).query_async(&mut there).await
+        };
+        self.state.ask(look).await.unwrap_or_default()
+    }
+
     /// Whether the store has a session.
     pub(super) async fn knows(&self, key: &str) -> bool {
         matches!(self.look(key).await, Ok(There::Version(..)))
@@ -153,10 +184,12 @@ impl Shared {
 
     /// Adds a turn here and there. If others have added some in the meantime, it comes after those.
     pub(super) async fn append(&self, store: &Store, turn: Append) -> Result<Option<Arc<Session>>, Error> {
+        let bytes = serde_json::to_vec(&turn.entries).map_err(|error| Error::Storage(error.to_string()))?;
+        let _in_turn = self.line(&turn.key).lock().await;
         let mut stored = store.append(turn.clone()).await?;
         for _ in 0..TRIES {
             let Some(session) = &stored else { return Ok(None) };
-            match self.tell(store, session).await {
+            match self.tell(store, session, &bytes).await {
                 // If it is away it is told of it when it is back.
                 Ok(Told::Stored) | Err(_) => break,
                 Ok(Told::Behind) => {}
@@ -175,11 +208,9 @@ impl Shared {
     }
 
     /// Tells the store of the last turn of a session.
-    async fn tell(&self, store: &Store, session: &Session) -> Result<Told, Gone> {
+    async fn tell(&self, store: &Store, session: &Session, turn: &[u8]) -> Result<Told, Gone> {
         let number = session.next.saturating_sub(1);
         let key = session.key();
-        let Ok(turns) = store.turns(key.clone(), number).await else { return Ok(Told::Stored) };
-        let Some((_, turn)) = turns.last() else { return Ok(Told::Stored) };
         let [hash, names, tombstone] = self.keys(&key);
         let record = record(session);
         let (at, stays) = (session.last_active, stays(session));
@@ -188,7 +219,7 @@ impl Shared {
             .ask(async |mut there| {
                 let mut script = APPEND.prepare_invoke();
                 script.key(&hash).key(&names).key(&tombstone);
-                script.arg(number).arg(at).arg(&record).arg(stays).arg(&key).arg(session.first).arg(turn.as_slice());
+                script.arg(number).arg(at).arg(&record).arg(stays).arg(&key).arg(session.first).arg(turn);
                 script.invoke_async(&mut there).await
             })
             .await?;
@@ -317,7 +348,7 @@ impl Shared {
     /// Brings a session from here to there.
     async fn put(&self, store: &Store, key: &str) -> Result<(), Gone> {
         let Some((session, _)) = store.find(key) else { return Ok(()) };
-        let Ok(turns) = store.turns(key.to_owned(), 0).await else { return Ok(()) };
+        let Ok(turns) = store.turns(key.to_owned()).await else { return Ok(()) };
         if session.has_expired(unix_ms_now()) {
             return Ok(());
         }

@@ -170,10 +170,10 @@ impl Store {
         self.order(|told| Order::Adopt(Box::new(session), turns, told)).await
     }
 
-    /// The turns of a session from one on, as they are written.
-    pub(super) async fn turns(&self, key: String, from: u64) -> Result<Vec<Numbered>, Error> {
+    /// The turns of a session, as they are written.
+    pub(super) async fn turns(&self, key: String) -> Result<Vec<Numbered>, Error> {
         let file = self.file.clone();
-        let read = move || file.with(|database| read_turns(database, &key, from)).map_err(|error| broken(&error));
+        let read = move || file.with(|database| read_turns(database, &key)).map_err(|error| broken(&error));
         let reading = tokio::task::spawn_blocking(read);
         reading.await.map_err(|error| Error::Storage(error.to_string()))?
     }
@@ -324,13 +324,13 @@ fn read_history(database: &Database, key: &str) -> Result<Vec<Entry>, Broken> {
     Ok(entries)
 }
 
-fn read_turns(database: &Database, key: &str, from: u64) -> Result<Vec<Numbered>, Broken> {
+fn read_turns(database: &Database, key: &str) -> Result<Vec<Numbered>, Broken> {
     let turns = match database.begin_read()?.open_table(TURNS) {
         Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
         turns => turns?,
     };
     let mut found = Vec::new();
-    for turn in turns.range((key, from)..=(key, u64::MAX))? {
+    for turn in turns.range((key, 0)..=(key, u64::MAX))? {
         let (at, bytes) = turn?;
         found.push((at.value().1, bytes.value().to_vec()));
     }
