@@ -49,6 +49,8 @@ pub struct About {
     pub pool: Pool,
     /// The sessions.
     pub sessions: Sessions,
+    /// What is shared with other proxies, if anything is.
+    pub state: Option<crate::state::State>,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -87,6 +89,9 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "collected_at": rfc3339(SystemTime::now()),
         }),
     );
+    if let Some(state) = &about.state {
+        summary["state"] = state.shown();
+    }
     summary
 }
 
@@ -247,6 +252,7 @@ mod tests {
             running: Running::new(config),
             pool: pool.clone(),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
+            state: None,
         };
         (Shared::new(pool.cluster().clone()), about)
     }
