@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
+use crate::models::{desired, wake};
 use crate::{pool, scatter, security, sessions};
 
 pub use document::Complaint;
@@ -100,6 +101,12 @@ pub struct Config {
     pub spool: scatter::Config,
     /// Where histories of sessions are kept, and how many.
     pub sessions: sessions::Config,
+    /// Which models should be where.
+    pub models: Vec<desired::Wanted>,
+    /// How that is kept true.
+    pub desired: desired::Config,
+    /// How servers that sleep are woken.
+    pub wake: wake::Config,
     /// Which layers are on.
     pub stack: stack::Table,
     /// How one of the candidates is picked.
@@ -198,6 +205,7 @@ impl Config {
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
+        self.checked_models()?;
         self.checked_rules()
     }
 
@@ -215,6 +223,16 @@ impl Config {
             Wrong { key, what: what.to_owned() }
         };
         self.distribute.check().map_err(distribute)
+    }
+
+    fn checked_models(&self) -> Result<(), Wrong> {
+        if let Some((at, what)) = desired::fault(&self.models) {
+            return Err(Wrong { key: Key::of(["models"]).at(at).child("name"), what });
+        }
+        let wake = self.wake.fault();
+        wake.map_or(Ok(()), |(server, what)| {
+            Err(Wrong { key: Key::of(["wake", "servers", server]), what: what.to_owned() })
+        })
     }
 
     /// Rules name servers that there are.

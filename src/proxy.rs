@@ -27,6 +27,8 @@ use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::discovery::{Listed, Names};
 use crate::keys;
+use crate::models::desired::{self, Desired, Driver};
+use crate::models::wake::{Waker, Waking};
 use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
@@ -42,6 +44,8 @@ const UPKEEP: Duration = Duration::from_secs(5);
 
 /// The file of a proxy's sessions.
 const SESSIONS: &str = "proxy-sessions.redb";
+/// The file of a proxy's pins, beside it.
+const PINS: &str = "proxy-models.toml";
 
 /// A proxy that listens.
 #[derive(Debug)]
@@ -87,6 +91,8 @@ impl Proxy {
         let running = Running::new(config.clone());
         let started = SystemTime::now();
         let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let pins = config.sessions.folder().map(|folder| folder.join(PINS));
+        let desired = Desired::open(running.clone(), pins)?;
         let about = About {
             instance,
             address,
@@ -95,6 +101,7 @@ impl Proxy {
             running: running.clone(),
             pool: pool.clone(),
             sessions: sessions.clone(),
+            desired: desired.clone(),
         };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.
@@ -110,6 +117,11 @@ impl Proxy {
         let settled = names.settled();
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let first_status = leaf.clone();
+        let waker = Waker::new(running.clone(), cluster.clone());
+        let mut tasks = JoinSet::new();
+        let bring = desired::by_pull(leaf.clone(), cluster.clone());
+        tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
+        let leaf = Waking::new(desired::Leaf::new(leaf, desired), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let reloader =
             Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
@@ -134,7 +146,7 @@ impl Proxy {
             first_status.first_status().await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
+        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys, tasks] })
     }
 
     /// Reads its configuration again.

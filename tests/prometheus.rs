@@ -37,6 +37,10 @@ check-interval-ms = 200
 [sessions]
 max-sessions = 1
 
+[[models]]
+name = "tiny"
+replicas = 2
+
 [pick]
 slots = [{ slots = 1, models = ["solo"] }]
 

@@ -32,6 +32,7 @@ pub use self::balance::Share;
 use self::chain::{Chain, Clues, Link};
 pub use self::config::{Config, HeaderNames, LoadFactor};
 pub use self::placed::{Placed, Source};
+pub use self::rendezvous::suits;
 pub use self::table::Table;
 use self::table::{Seen, mark};
 use crate::call::{Answer, Call, Preferred, Reply};
