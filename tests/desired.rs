@@ -46,8 +46,8 @@ async fn a_lost_replica_is_made_again_elsewhere() {
         cluster.server(1).has("tiny");
         let wanted = format!("{QUICK}[[models]]\nname = \"tiny\"\nreplicas = 2\n");
         let olol = Olol::start(&cluster, &wanted).await;
-        let there = told(&olol, "tiny:latest", "it is known what is wanted", |told| told["desired"].is_object()).await;
-        assert_eq!(there["desired"]["held"], json!(["0", "1"]), "{way:?}: {there:#}");
+        let are_there = |told: &Value| told["desired"]["held"] == json!(["0", "1"]);
+        told(&olol, "tiny:latest", "it is known who has it", are_there).await;
         cluster.server(1).dies();
         until("it is brought to another server", || cluster.server(2).still_has("tiny")).await;
         let mended = told(&olol, "tiny:latest", "both are there", |told| told["desired"]["held"] == json!(["0", "2"])).await;
@@ -137,12 +137,12 @@ async fn what_went_everywhere_at_once_was_deleted_elsewhere() {
     let olol = Olol::start(&cluster, &format!("{QUICK}[[models]]\nname = \"tiny\"\nreplicas = 2\n")).await;
     told(&olol, "tiny:latest", "it is wanted", |told| told["desired"]["held"] == json!(["0", "1"])).await;
     // As another proxy does it.
-    cluster.servers().iter().for_each(|server| drop(server.lost("tiny")));
-    let says_so = |told: &Value| told["desired"]["why"].as_str().is_some_and(|why| why.contains("it was deleted"));
-    let gone = told(&olol, "tiny:latest", "that is noticed", |told| told["desired"]["held"] == json!([])).await;
-    if !says_so(&gone) {
-        told(&olol, "tiny:latest", "it is said", says_so).await;
+    for server in cluster.servers() {
+        server.lost("tiny");
     }
+    let says_so = |told: &Value| told["desired"]["why"].as_str().is_some_and(|why| why.contains("it was deleted"));
+    told(&olol, "tiny:latest", "that is noticed", says_so).await;
+    assert_eq!(cluster.servers().iter().map(pulls).sum::<usize>(), 0);
 }
 
 #[tokio::test]
@@ -150,7 +150,7 @@ async fn what_fails_is_left_alone_for_a_while_and_said() {
     let cluster = Cluster::of(1).await;
     cluster.server(0).fails("POST", "/api/pull", 500, "pull model manifest: file does not exist");
     let olol = Olol::start(&cluster, &format!("{QUICK}[[models]]\nname = \"nobodys\"\n")).await;
-    let has_failed = |told: &Value| told["desired"]["why"].is_string();
+    let has_failed = |told: &Value| told["desired"]["why"].as_str().is_some_and(|why| why.contains("failed"));
     let failed = told(&olol, "nobodys:latest", "it has failed", has_failed).await;
     let why = failed["desired"]["why"].as_str().unwrap();
     assert!(why.contains("file does not exist; it is tried again in"), "{why}");
@@ -229,7 +229,7 @@ async fn the_command_shows_and_changes_what_is_where() {
     told(&olol, "tiny:latest", "the digests differ", |told| told["agrees"] == false).await;
     let listed = good(&[]).await;
     assert_eq!(listed, good(&["ls"]).await);
-    assert!(listed.contains("tiny:latest") && listed.contains("differs") && listed.contains(" on 0, "), "{listed}");
+    assert!(listed.contains("tiny:latest") && listed.contains("differs") && listed.contains(" on 0"), "{listed}");
     assert_eq!(good(&["copy", "tiny", "mine"]).await, "mine is a copy of tiny on every server that has it\n");
     assert!(cluster.servers().iter().all(|server| server.still_has("mine")));
     let pulled = good(&["pull", "new", "--to", "1"]).await;

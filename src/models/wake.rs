@@ -132,10 +132,12 @@ struct Inner {
     waiting: Semaphore,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Woken {
     at: Instant,
     down_since: SystemTime,
+    /// Why what wakes it could not be sent.
+    failed: Option<String>,
 }
 
 impl Waker {
@@ -153,9 +155,12 @@ impl Waker {
 
     /// Whether a server only sleeps, as far as is known: it can be woken, and was not in vain a while ago.
     pub(crate) fn sleeps(&self, server: &Server) -> bool {
-        let wait = self.0.running.state().config.wake.wait_s.time();
+        let running = self.0.running.state();
+        let (wait, pause) = (running.config.wake.wait_s.time(), running.config.wake.pause_s.time());
         let is_vain = |woken: &Woken| {
-            woken.down_since == server.since && woken.at.elapsed() > wait && woken.at.elapsed() < wait + VAIN
+            let since = woken.at.elapsed();
+            let is_over = woken.down_since == server.since && since > wait && since < wait + VAIN;
+            is_over || (woken.failed.is_some() && since < pause)
         };
         self.can_wake(server) && !self.woken().get(&server.id).is_some_and(is_vain)
     }
@@ -170,10 +175,11 @@ impl Waker {
         {
             let mut woken = self.woken();
             woken.retain(|id, _| config.servers.contains_key(id.as_str()));
-            if woken.get(&server.id).is_some_and(|woken| woken.at.elapsed() < config.pause_s.time()) {
-                return Ok(());
+            if let Some(woken) = woken.get(&server.id).filter(|woken| woken.at.elapsed() < config.pause_s.time()) {
+                return woken.failed.clone().map_or(Ok(()), Err);
             }
-            woken.insert(server.id.clone(), Woken { at: Instant::now(), down_since: server.since });
+            let now = Woken { at: Instant::now(), down_since: server.since, failed: None };
+            woken.insert(server.id.clone(), now);
         }
         tracing::info!(server = %server.id, "a server is woken");
         let result = match way.mac {
@@ -183,6 +189,9 @@ impl Waker {
         instruments::woken(result.is_ok());
         if let Err(why) = &result {
             tracing::warn!(server = %server.id, why, "a server could not be woken");
+            if let Some(woken) = self.woken().get_mut(&server.id) {
+                woken.failed = Some(why.clone());
+            }
         }
         result
     }

@@ -180,7 +180,8 @@ pub struct Driver<S> {
 /// What was looked at last.
 #[derive(Debug)]
 struct Last {
-    at: Instant,
+    /// When time itself may have changed something.
+    due: Instant,
     seen: (Arc<Snapshot>, Arc<Configured>, Arc<Pins>),
 }
 
@@ -234,7 +235,7 @@ where
             let (snapshot, running, pins) = &last.seen;
             Arc::ptr_eq(snapshot, &seen.0) && Arc::ptr_eq(running, &seen.1) && Arc::ptr_eq(pins, &seen.2)
         };
-        if self.last.as_ref().is_some_and(|last| is_same(last) && last.at.elapsed() < ANYWAY) {
+        if self.last.as_ref().is_some_and(|last| is_same(last) && Instant::now() < last.due) {
             return;
         }
         let (snapshot, running, pins) = &seen;
@@ -256,7 +257,18 @@ where
             }
         }
         self.desired.0.standings.store(Arc::new(standings));
-        self.last = Some(Last { at: Instant::now(), seen });
+        self.last = Some(Last { due: self.due(&view, config), seen });
+    }
+
+    /// When it is to be planned anew though nothing has changed.
+    fn due(&self, view: &View, config: &Config) -> Instant {
+        let now = Instant::now();
+        let rests = self.rests.values().map(|rest| rest.until).filter(|until| *until > now);
+        let graces = view.places.iter().filter_map(|place| match place.presence {
+            Presence::Away(since) => config.grace_s.time().checked_sub(since).map(|left| now + left),
+            Presence::Here | Presence::Draining => None,
+        });
+        rests.chain(graces).min().map_or(now + ANYWAY, |due| due.min(now + ANYWAY))
     }
 
     /// Forgets, and ends, what is of no concern any more.
