@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
-use crate::{pool, scatter, security, sessions};
+use crate::{models, pool, scatter, security, sessions};
 
 pub use document::Complaint;
 use document::Document;
@@ -96,6 +96,8 @@ pub struct Config {
     pub security: security::Config,
     /// TLS with clients and agents.
     pub tls: security::tls::Config,
+    /// How models are pulled, and copied from server to server.
+    pub pull: models::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Where histories of sessions are kept, and how many.

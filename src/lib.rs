@@ -12,6 +12,7 @@
 //! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
+//! | [`models`] | where models are, and how they come there |
 //! | [`discovery`] | who the servers are |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
@@ -28,6 +29,7 @@ pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod keys;
+pub mod models;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;

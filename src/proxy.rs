@@ -27,6 +27,7 @@ use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::discovery::{Listed, Names};
 use crate::keys;
+use crate::models::Models;
 use crate::pool::{Pool, Watching};
 use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
@@ -95,6 +96,7 @@ impl Proxy {
             running: running.clone(),
             pool: pool.clone(),
             sessions: sessions.clone(),
+            models: Models::new(pool.clone(), running.clone()),
         };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.

@@ -22,6 +22,7 @@ use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::models::Models;
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
 use crate::sessions::Sessions;
@@ -49,6 +50,8 @@ pub struct About {
     pub pool: Pool,
     /// The sessions.
     pub sessions: Sessions,
+    /// What brings models to servers.
+    pub models: Models,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
