@@ -105,7 +105,7 @@ impl Agent {
             state: watch.state(),
             callers: watch.callers(),
             stop: stop.clone(),
-            models: Local::new(folder_of(ollama.clone()), copier.clone()),
+            models: Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone()),
         };
         let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch, copier) = (ollama.clone(), watch.clone(), copier.clone());
@@ -149,10 +149,13 @@ impl Agent {
 }
 
 /// Where an Ollama keeps its models, if that is on this machine and the Ollama says so.
-fn folder_of(ollama: Ollama) -> local::Folder {
+fn folder_of(ollama: Ollama, watch: state::Watch) -> local::Folder {
     Arc::new(move |model| {
-        let ollama = ollama.clone();
+        let (ollama, known) = (ollama.clone(), watch.folder());
         Box::pin(async move {
+            if known.is_some() {
+                return known;
+            }
             let found = folder::of(&ollama, Some(&model)).await;
             found.filter(|found| found.is_certain).map(|found| found.path)
         })

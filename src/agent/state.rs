@@ -181,6 +181,12 @@ impl Watch {
         })
     }
 
+    /// The folder of the models, if it is certain where that is.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        let book = self.shared.book();
+        book.folder.clone().filter(|_| book.shares)
+    }
+
     /// Looks at the Ollama again: something has changed there.
     pub(super) fn look(&self) {
         self.shared.look();
