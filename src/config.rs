@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
-use crate::models::{desired, wake};
+use crate::models::{self, desired, wake};
 use crate::{pool, scatter, security, sessions};
 
 pub use document::Complaint;
@@ -97,6 +97,8 @@ pub struct Config {
     pub security: security::Config,
     /// TLS with clients and agents.
     pub tls: security::tls::Config,
+    /// How models are pulled, and copied from server to server.
+    pub pull: models::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Where histories of sessions are kept, and how many.
@@ -276,7 +278,25 @@ impl Config {
 
     /// What is strange, but may be meant so.
     pub fn oddities(&self) -> Vec<String> {
-        self.strangers().into_iter().map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
+        let strangers = self.strangers().into_iter().chain(self.absent());
+        strangers.map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
+    }
+
+    /// The servers that models are wanted on, or that can be woken, and that nobody is. They may join later.
+    fn absent(&self) -> Vec<(Key, Pattern)> {
+        let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
+        if !names.is_empty() {
+            return Vec::new();
+        }
+        let mut named: Vec<(Key, Pattern)> = Vec::new();
+        for (at, wanted) in self.models.iter().enumerate() {
+            let key = |number| Key::of(["models"]).at(at).child("servers").at(number);
+            named.extend(wanted.servers.iter().enumerate().map(|(number, server)| (key(number), server.clone())));
+        }
+        let sleepers = self.wake.servers.keys().filter_map(|name| Some((name, Pattern::parse(name).ok()?)));
+        named.extend(sleepers.map(|(name, server)| (Key::of(["wake", "servers", name]), server)));
+        named.retain(|(_, server)| !servers.iter().any(|other| server.matches(other.id.as_str())));
+        named
     }
 
     /// Address to listen on.

@@ -12,6 +12,7 @@
 //! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
+//! | [`models`] | where models are, and how they come there |
 //! | [`discovery`] | who the servers are |
 //! | [`models`] | where models are, and where they should be |
 //! | [`ollama`] | how to talk to an Ollama |

@@ -27,6 +27,7 @@ use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::discovery::{Listed, Names};
 use crate::keys;
+use crate::models::Models;
 use crate::models::desired::{self, Desired, Driver};
 use crate::models::wake::{Waker, Waking};
 use crate::pool::{Pool, Watching};
@@ -102,6 +103,7 @@ impl Proxy {
             pool: pool.clone(),
             sessions: sessions.clone(),
             desired: desired.clone(),
+            models: Models::new(pool.clone(), running.clone()),
         };
         let shared = Shared::new(cluster.clone());
         // Also where nobody asks for them yet: a reload may bring `auth`.
@@ -119,9 +121,9 @@ impl Proxy {
         let first_status = leaf.clone();
         let waker = Waker::new(running.clone(), cluster.clone());
         let mut tasks = JoinSet::new();
-        let bring = desired::by_pull(leaf.clone(), cluster.clone());
+        let bring = desired::by(about.models.clone());
         tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
-        let leaf = Waking::new(desired::Leaf::new(leaf, desired), waker);
+        let leaf = Waking::new(desired::Leaf::new(leaf, desired, cluster.clone()), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let reloader =
             Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));

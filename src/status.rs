@@ -22,6 +22,7 @@ use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::models::Models;
 use crate::models::desired::Desired;
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
@@ -52,6 +53,8 @@ pub struct About {
     pub sessions: Sessions,
     /// Which models should be where.
     pub desired: Desired,
+    /// What brings models to servers.
+    pub models: Models,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -196,8 +199,8 @@ pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec
         Detail::Models => {
             let standings = about.desired.standings();
             let absent = models::absent(&snapshot, &standings);
-            let (entries, has_more) = models::page(&snapshot, wanted, &standings, &absent)
-                .map_err(|why| (StatusCode::BAD_REQUEST, why))?;
+            let (entries, has_more) =
+                models::page(&snapshot, wanted, &standings, &absent).map_err(|why| (StatusCode::BAD_REQUEST, why))?;
             let next = entries.last().filter(|_| has_more).map(|entry| entry.name);
             written(about, wanted, &entries, snapshot.models.len() + absent.len(), next)
         }
@@ -251,6 +254,7 @@ mod tests {
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
+            models: Models::new(pool.clone(), running.clone()),
             desired: Desired::open(running.clone(), None).unwrap(),
             running,
             pool: pool.clone(),

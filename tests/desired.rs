@@ -50,7 +50,8 @@ async fn a_lost_replica_is_made_again_elsewhere() {
         told(&olol, "tiny:latest", "it is known who has it", are_there).await;
         cluster.server(1).dies();
         until("it is brought to another server", || cluster.server(2).still_has("tiny")).await;
-        let mended = told(&olol, "tiny:latest", "both are there", |told| told["desired"]["held"] == json!(["0", "2"])).await;
+        let mended =
+            told(&olol, "tiny:latest", "both are there", |told| told["desired"]["held"] == json!(["0", "2"])).await;
         assert_eq!((&mended["desired"]["why"], &mended["desired"]["source"]), (&Value::Null, &json!("file")));
         let counts: Vec<usize> = cluster.servers().iter().map(pulls).collect();
         assert_eq!(counts, [0, 0, 1], "{way:?}");

@@ -37,6 +37,8 @@ pub struct Vitals {
     pub queued: u32,
     /// Those of both that are not of this proxy.
     pub others: u32,
+    /// Whether others of the cluster can copy its models from there.
+    pub shares: bool,
     /// How its calls went in the last minute; none: unknown.
     pub figures: Option<Figures>,
     /// Ids of the sessions whose last turn this server answered.

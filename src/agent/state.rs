@@ -81,6 +81,8 @@ struct Book {
     reading: Reading,
     /// The folder of the models, if it is on this machine.
     folder: Option<PathBuf>,
+    /// Whether others can copy models from that folder.
+    shares: bool,
     /// The processes of Ollamas, if this one's would be seen from here.
     servers: Vec<u32>,
 }
@@ -179,6 +181,17 @@ impl Watch {
         })
     }
 
+    /// The folder of the models, if it is certain where that is.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        let book = self.shared.book();
+        book.folder.clone().filter(|_| book.shares)
+    }
+
+    /// Looks at the Ollama again: something has changed there.
+    pub(super) fn look(&self) {
+        self.shared.look();
+    }
+
     fn may_change(&self, route: Option<Route>) -> bool {
         match route {
             Some(Route::Pull | Route::Push | Route::Create | Route::Copy | Route::Delete) => true,
@@ -262,6 +275,7 @@ impl Shared {
             checks: vec![check(&book.memory, "memory", EVERY), check(&book.disk, "disk", EVERY)],
             metrics: Some(self.figures.last_minute()),
             pending_pulls: self.pulls.shares(),
+            shares_models: book.shares,
             ..ServerState::default()
         }
     }
@@ -380,6 +394,7 @@ async fn keep_disk(shared: Arc<Shared>) {
                         let first = models.first().map(|model| model.name.as_str());
                         let found = folder::of(&shared.ollama, first).await;
                         manifests.follow(found.as_ref());
+                        shared.book().shares = found.as_ref().is_some_and(|found| found.is_certain);
                         shared.book().folder = found.map(|found| found.path);
                     }
                     if manifests.are_watched() && version_at.is_none() {

@@ -211,7 +211,8 @@ async fn pin(State(known): State<Known>, Path(model): Path<String>, body: Bytes)
     let Pin { replicas, servers, keep_loaded } = match said {
         Ok(pin) => pin,
         Err(error) => {
-            let hint = "a pin is {\"replicas\": 2 or \"all\", \"servers\": [names], \"keep_loaded\": true, false or a number}";
+            let hint =
+                "a pin is {\"replicas\": 2 or \"all\", \"servers\": [names], \"keep_loaded\": true, false or a number}";
             return refused(StatusCode::BAD_REQUEST, format!("{error}; {hint}"));
         }
     };
@@ -236,7 +237,8 @@ async fn unpin(State(known): State<Known>, Path(model): Path<String>) -> Respons
             axum::Json(json!({"model": name.model().as_str(), "pinned": false, "replicas": replicas})).into_response()
         }
         Ok(false) => {
-            let hint = if in_file.is_some() { "it stands in [[models]] of the configuration" } else { "nobody wants it" };
+            let hint =
+                if in_file.is_some() { "it stands in [[models]] of the configuration" } else { "nobody wants it" };
             refused(StatusCode::NOT_FOUND, format!("model '{}' is not pinned: {hint}", name.model()))
         }
         Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error.to_string()),

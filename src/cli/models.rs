@@ -114,7 +114,9 @@ impl Arguments {
                         format!("{destination} is a copy of {source} on every server that has it\n")
                     })
                 }
-                Command::Pull { model, replicas, to } => pull(&proxy, &model, replicas.as_deref(), &to, self.json).await,
+                Command::Pull { model, replicas, to } => {
+                    pull(&proxy, &model, replicas.as_deref(), &to, self.json).await
+                }
                 Command::Rm { models } => {
                     for model in models {
                         let body = json!({"model": model}).to_string();
@@ -184,13 +186,7 @@ async fn change(proxy: &Proxy, ask: Ask) -> anyhow::Result<()> {
 }
 
 /// Pulls a model, and shows how far it is.
-async fn pull(
-    proxy: &Proxy,
-    model: &str,
-    replicas: Option<&str>,
-    to: &[String],
-    is_json: bool,
-) -> anyhow::Result<()> {
+async fn pull(proxy: &Proxy, model: &str, replicas: Option<&str>, to: &[String], is_json: bool) -> anyhow::Result<()> {
     let mut ask = Ask { infers: false, ..Ask::post("/api/pull", json!({"model": model}).to_string()) };
     if let Some(replicas) = replicas {
         ask.headers.insert("x-olol-replicas", HeaderValue::from_str(replicas)?);
@@ -202,7 +198,8 @@ async fn pull(
     if !reply.status.is_success() {
         return Err(proxy.refusal(reply).await);
     }
-    let absent = reply.headers.get("x-olol-partial").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let absent =
+        reply.headers.get("x-olol-partial").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
     let mut bars = Bars::new(is_json);
     let mut body = reply.body;
     let mut rest = Vec::new();

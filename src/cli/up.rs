@@ -130,6 +130,7 @@ async fn start_agent(
             engine: behind.kind,
             token: token.clone(),
             tls: None,
+            connector: None,
             grace,
             sessions: config.sessions.clone(),
         })

@@ -19,7 +19,7 @@ use olol_middleware::{ModelName, Pattern, ServerId};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-pub use driver::{Bring, Desired, Driver, Leaf, SERVERS, by_pull};
+pub use driver::{Bring, Desired, Driver, Leaf, SERVERS, by};
 pub use pins::PinError;
 pub use plan::{Refusal, Standing};
 
@@ -204,7 +204,8 @@ impl<'de> Deserialize<'de> for KeepLoaded {
             }
 
             fn visit_u64<E: de::Error>(self, count: u64) -> Result<KeepLoaded, E> {
-                let count = u32::try_from(count).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(count), &self))?;
+                let count =
+                    u32::try_from(count).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(count), &self))?;
                 Ok(if count == 0 { KeepLoaded::No } else { KeepLoaded::Count(count) })
             }
 

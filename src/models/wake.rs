@@ -209,7 +209,8 @@ impl Waker {
         let answers = |server: &Arc<Server>| server.state != State::Down && !server.draining;
         let mut sleepers: Vec<Arc<Server>> = if call.candidates.snapshot().known(model).is_none() {
             // Who has never told what it has may have it.
-            let is_strange = |server: &&Arc<Server>| server.report.version.is_empty() && server.report.models.is_empty();
+            let is_strange =
+                |server: &&Arc<Server>| server.report.version.is_empty() && server.report.models.is_empty();
             call.candidates.iter().filter(is_strange).cloned().collect()
         } else if call.candidates.iter().any(answers) {
             return Vec::new();
@@ -338,8 +339,13 @@ mod tests {
         let packet = mac.packet();
         assert!(packet[..6].iter().all(|byte| *byte == 0xff));
         assert_eq!((&packet[6..12], &packet[96..]), (&mac.0[..], &mac.0[..]));
-        for wrong in ["", "aa:bb:cc:dd:ee", "aa:bb:cc:dd:ee:ff:00", "a:b:c:d:e:f", "gg:bb:cc:dd:ee:ff", "+1:bb:cc:dd:ee:ff"] {
-            assert!(Mac::try_from(wrong.to_owned()).unwrap_err().contains("is no address of a network card"), "{wrong}");
+        for wrong in
+            ["", "aa:bb:cc:dd:ee", "aa:bb:cc:dd:ee:ff:00", "a:b:c:d:e:f", "gg:bb:cc:dd:ee:ff", "+1:bb:cc:dd:ee:ff"]
+        {
+            assert!(
+                Mac::try_from(wrong.to_owned()).unwrap_err().contains("is no address of a network card"),
+                "{wrong}"
+            );
         }
     }
 
@@ -353,6 +359,8 @@ mod tests {
         assert_eq!(fault("servers = { a = { command = [\"wake\", \"a\"] } }"), "");
         assert!(fault("servers = { a = {} }").starts_with("a: say `command` or `mac`"));
         assert!(fault("servers = { a = { mac = \"aa:bb:cc:dd:ee:ff\", command = [\"x\"] } }").contains("not both"));
-        assert!(fault("servers = { a = { command = [\"x\"], address = \"10.0.0.255\" } }").contains("`address` is where"));
+        assert!(
+            fault("servers = { a = { command = [\"x\"], address = \"10.0.0.255\" } }").contains("`address` is where")
+        );
     }
 }

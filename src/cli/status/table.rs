@@ -238,7 +238,8 @@ pub(in crate::cli) fn inventory(page: &Value, look: Look) -> String {
         }
     }
     let sizes = added(entries.iter().filter_map(|entry| entry["size"].as_f64()));
-    let wanted = entries.iter().filter(|entry| entry["desired"].is_object()).count();
+    let is_wanted = |entry: &&Value| entry["desired"].is_object() && entry["desired"]["replicas"] != 0;
+    let wanted = entries.iter().filter(is_wanted).count();
     let wanted = if wanted > 0 { format!("{wanted} wanted") } else { String::new() };
     let all = format!("{} in all", entries.len());
     table.add_row(totals([all, bytes(sizes), String::new(), String::new(), String::new(), String::new(), wanted]));
@@ -538,7 +539,18 @@ mod tests {
              "digests": [{"digest": "sha256:1111111111111111", "servers": ["a"]}, {"digest": "sha256:2222222222222222", "servers": ["b"]}],
              "compatible_servers": {"installed": ["a", "b"], "loaded": []}, "pending_pulls": [], "desired": null},
         ]});
-        insta::assert_snapshot!(inventory(&page, PLAIN), @"");
+        insta::assert_snapshot!(inventory(&page, PLAIN), @r"
+        MODEL           SIZE  QUANT   DIGEST        SERVERS     LOADED  WANTED
+        llama3.2:3b  1.9 GiB  Q4_K_M  a80c4f17acd5  a, b, c +2  a       5 of 5 (all), 1 kept loaded
+        mistral:7b         -  -       -             -           -       0 of 2, 1 coming, 1 away
+        old:latest   4.9 KiB  -       1             a           -       no
+        tiny:latest   1000 B  Q4_0    differs       a, b        -       -
+        4 in all     1.9 GiB                                            2 wanted
+
+        mistral:7b: on its way to b (45%)
+        mistral:7b: one more is wanted, and no other server is there that could take it
+        tiny:latest: 111111111111 on a, 222222222222 on b
+        ");
     }
 
     #[test]

@@ -16,7 +16,6 @@ use olol_middleware::instruments::{self, Wish};
 use olol_middleware::{
     Call, Cluster, Error, Head, ModelName, Pattern, Payload, Peek, Reply, Route, Server, ServerId, Snapshot,
 };
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
@@ -27,6 +26,7 @@ use super::pins::{PinError, Pins, Store};
 use super::plan::{Action, Deed, Held, Making, Place, Plan, Presence, Standing, View, plan};
 use super::{Config, KeepLoaded, Name, Replicas, Wanted};
 use crate::models::wake::Waker;
+use crate::models::{Line, Models};
 use crate::reload::{Running, State as Configured};
 
 /// Time between two looks whether something has changed.
@@ -35,8 +35,6 @@ const TICK: Duration = Duration::from_secs(1);
 const ANYWAY: Duration = Duration::from_secs(5);
 /// Models that are loaded at the same time.
 const LOADS: usize = 8;
-/// The longest silence of a server that brings a model.
-const SILENCE: Duration = Duration::from_secs(600);
 /// The longest that a load may take.
 const LOADING: Duration = Duration::from_secs(1800);
 /// A model that leaves the memory sooner than this after it was loaded has had to.
@@ -116,14 +114,18 @@ impl Desired {
         let model = name.model().clone();
         let none = Wanted { name, replicas: Replicas::Count(0), servers: Vec::new(), keep_loaded: KeepLoaded::No };
         match self.pin(none).await {
-            Ok(()) => tracing::warn!(%model, "a wanted model was deleted: it is not wanted any more, until it is pinned again"),
+            Ok(()) => {
+                tracing::warn!(%model, "a wanted model was deleted: it is not wanted any more, until it is pinned again")
+            }
             Err(error) => tracing::error!(%model, %error, "a wanted model was deleted, and will be made again"),
         }
     }
 }
 
 /// Runs what touches the disk where that may take its time.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, PinError> + Send + 'static) -> Result<T, PinError> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, PinError> + Send + 'static,
+) -> Result<T, PinError> {
     let failed =
         |error: JoinError| PinError::File { path: PathBuf::new(), what: format!("it could not be written: {error}") };
     tokio::task::spawn_blocking(work).await.map_err(failed)?
@@ -273,10 +275,15 @@ where
 
     /// Forgets, and ends, what is of no concern any more.
     fn forget(&mut self, wanted: &[(Wanted, &'static str)], config: &Config) {
-        let models: HashMap<&ModelName, &Wanted> =
-            wanted.iter().filter(|(wanted, _)| wanted.is_wanted()).map(|(wanted, _)| (wanted.name.model(), wanted)).collect();
+        let models: HashMap<&ModelName, &Wanted> = wanted
+            .iter()
+            .filter(|(wanted, _)| wanted.is_wanted())
+            .map(|(wanted, _)| (wanted.name.model(), wanted))
+            .collect();
         for going in self.going.values() {
-            let (Action::Bring { name, server, .. } | Action::Load { name, server, .. }) = &going.action else { continue };
+            let (Action::Bring { name, server, .. } | Action::Load { name, server, .. }) = &going.action else {
+                continue;
+            };
             if models.get(name.model()).is_none_or(|wanted| !wanted.means(server)) {
                 going.abort.abort();
             }
@@ -463,8 +470,7 @@ where
                     (Ok(()), since) => {
                         let now = Instant::now();
                         let before = since.and_then(|since| self.loaded.insert(key, (now, since)));
-                        let had_to_leave =
-                            before.is_some_and(|(at, up)| now - at < SOON && Some(up) == since);
+                        let had_to_leave = before.is_some_and(|(at, up)| now - at < SOON && Some(up) == since);
                         if had_to_leave {
                             let why = "it left the memory soon after it was loaded: something else needs the room";
                             self.failed(deed, why.to_owned(), config, 1);
@@ -507,7 +513,12 @@ impl Action {
 }
 
 /// Bytes that are left of a model of which this share is done.
-#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, clippy::cast_sign_loss, reason = "a share of it")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "a share of it"
+)]
 fn left_of(size: u64, done: f32) -> u64 {
     (size as f64 * f64::from(1.0 - done.clamp(0.0, 1.0))) as u64
 }
@@ -515,7 +526,8 @@ fn left_of(size: u64, done: f32) -> u64 {
 /// Where a model is, by places in the view.
 fn held(known: &Known, wanted: &Wanted, snapshot: &Snapshot, position: &[usize]) -> Held {
     let at = |index: usize| position.get(index).copied().filter(|at| *at != usize::MAX);
-    let mut held = Held { installed: known.installed.iter().filter_map(at).collect(), size: known.size, ..Held::default() };
+    let mut held =
+        Held { installed: known.installed.iter().filter_map(at).collect(), size: known.size, ..Held::default() };
     if wanted.keep_loaded == KeepLoaded::No {
         return held;
     }
@@ -541,7 +553,14 @@ fn is_for_ever(expires_at: &str) -> bool {
 }
 
 /// A call of ours to one server.
-fn call(snapshot: &Arc<Snapshot>, server: &Server, route: Route, path: &'static str, name: &Name, body: &Value) -> Call {
+fn call(
+    snapshot: &Arc<Snapshot>,
+    server: &Server,
+    route: Route,
+    path: &'static str,
+    name: &Name,
+    body: &Value,
+) -> Call {
     let body = Bytes::from(body.to_string());
     let mut head = Head::new(route, Method::POST, PathAndQuery::from_static(path));
     head.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -552,57 +571,15 @@ fn call(snapshot: &Arc<Snapshot>, server: &Server, route: Route, path: &'static 
     Call::new(head, Payload::from_bytes(body), candidates)
 }
 
-/// A line of progress.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Line {
-    status: String,
-    error: Option<String>,
-}
-
-/// Brings models by having a server pull them.
-pub fn by_pull<S>(service: S, cluster: Arc<Cluster>) -> Bring
-where
-    S: Service<Call, Response = Reply, Error = Error> + Clone + Send + Sync + 'static,
-    S::Future: Send + 'static,
-{
-    Arc::new(move |name, server| Box::pin(pull(service.clone(), cluster.clone(), name, server)))
-}
-
-async fn pull<S>(service: S, cluster: Arc<Cluster>, name: Name, server: Arc<Server>) -> Result<(), String>
-where
-    S: Service<Call, Response = Reply, Error = Error>,
-{
-    let call = call(&cluster.snapshot(), &server, Route::Pull, "/api/pull", &name, &json!({"model": name.text()}));
-    let reply = timeout(SILENCE, service.oneshot(call)).await.map_err(|_| silent())?.map_err(|error| error.to_string())?;
-    if !reply.status.is_success() {
-        return Err(refusal(reply).await);
-    }
-    let (mut body, mut rest, mut is_done) = (reply.body, Vec::new(), false);
-    while let Some(chunk) = timeout(SILENCE, body.next()).await.map_err(|_| silent())? {
-        rest.extend_from_slice(&chunk.map_err(|error| error.to_string())?.bytes);
-        while let Some(end) = memchr::memchr(b'\n', &rest) {
-            let line: Line = serde_json::from_slice(&rest[..end]).unwrap_or_default();
-            rest.drain(..=end);
-            if let Some(error) = line.error {
-                return Err(error);
-            }
-            is_done |= line.status == "success";
-        }
-        if rest.len() > LONGEST {
-            return Err("the server sends no lines".to_owned());
-        }
-    }
-    if !is_done {
-        return Err("the server ended without success".to_owned());
-    }
-    cluster.note_installed(std::slice::from_ref(&server.id), name.model(), None);
-    cluster.want_news_of(&server.id);
-    Ok(())
-}
-
-fn silent() -> String {
-    format!("the server was silent for {} s", SILENCE.as_secs())
+/// Brings models as `models` does: by copies from other servers where it can, else from the registry.
+pub fn by(models: Models) -> Bring {
+    Arc::new(move |name, server| {
+        let models = models.clone();
+        Box::pin(async move {
+            let brought = models.bring(name.text(), &server.id, &mut |_| {}).await;
+            brought.map(drop).map_err(|error| error.to_string())
+        })
+    })
 }
 
 /// Has a model loaded, to stay.
@@ -645,7 +622,7 @@ where
 async fn refusal(reply: Reply) -> String {
     let status = reply.status.as_u16();
     let body = reply.body.collect(LONGEST).await.unwrap_or_default();
-    let line: Line = serde_json::from_slice(&body).unwrap_or_default();
+    let line = Line::all(&body).next().unwrap_or_default();
     line.error.unwrap_or_else(|| format!("status {status}"))
 }
 
@@ -679,13 +656,19 @@ fn narrow(call: &mut Call) -> Result<(), Error> {
 pub struct Leaf<S> {
     inner: S,
     desired: Desired,
+    cluster: Arc<Cluster>,
 }
 
 impl<S> Leaf<S> {
     /// In front of a leaf.
-    pub fn new(inner: S, desired: Desired) -> Self {
-        Self { inner, desired }
+    pub fn new(inner: S, desired: Desired, cluster: Arc<Cluster>) -> Self {
+        Self { inner, desired, cluster }
     }
+}
+
+/// How many servers have a model.
+fn count(snapshot: &Snapshot, model: &ModelName) -> usize {
+    snapshot.known(model).map_or(0, |known| known.installed.count())
 }
 
 impl<S> Service<Call> for Leaf<S>
@@ -707,15 +690,18 @@ where
             return Box::pin(std::future::ready(Err(error)));
         }
         let model = call.place.model.as_ref().filter(|_| call.route == Route::Delete && !call.dry).cloned();
+        let before = call.candidates.snapshot().clone();
         let answer = self.inner.call(call);
         let Some(model) = model else { return answer };
-        let desired = self.desired.clone();
+        let (desired, cluster) = (self.desired.clone(), self.cluster.clone());
         Box::pin(async move {
-            let reply = answer.await?;
-            if reply.status.is_success() {
+            let answer = answer.await;
+            // Also where one of the servers could not do it: who asked for that does not want the others to make it again.
+            let is_deleted = answer.as_ref().is_ok_and(|reply| reply.status.is_success());
+            if is_deleted || count(&cluster.snapshot(), &model) < count(&before, &model) {
                 desired.deleted(model.as_str()).await;
             }
-            Ok(reply)
+            answer
         })
     }
 }

@@ -386,7 +386,8 @@ impl Planner<'_> {
             self.wake(&sleepers, goal - kept, standing);
         } else if kept < goal && standing.why.is_none() {
             standing.why = why.or_else(|| {
-                let more = format!("it should stay in memory on {goal} servers, and {} that have it answer", here.len());
+                let more =
+                    format!("it should stay in memory on {goal} servers, and {} that have it answer", here.len());
                 (wanted.keep_loaded != KeepLoaded::All).then_some(more)
             });
         }
@@ -553,7 +554,8 @@ mod tests {
         assert_eq!(targets(&one), ["b"]);
         assert!(one.standings[1].why.as_deref().unwrap().contains("behind what is on its way"));
         view.making.insert(model("third"), vec![Making { server: id("b"), left: GIB }]);
-        let none = plan(&both[..1], &view, &Config { disk_reserve_mib: super::super::Whole::new(1025), ..Config::default() });
+        let none =
+            plan(&both[..1], &view, &Config { disk_reserve_mib: super::super::Whole::new(1025), ..Config::default() });
         assert!(none.actions.is_empty(), "what others bring takes room, too");
     }
 
@@ -584,7 +586,8 @@ mod tests {
         view.gone.insert(model("tiny"));
         let plan = planned(TWO, &view);
         assert!(plan.actions.is_empty() && why(&plan).contains("it was deleted"), "{}", why(&plan));
-        let unwanted = planned("name = \"tiny\"\nreplicas = 0\nkeep-loaded = true", &super::tests::view(vec![place("a")], &[]));
+        let unwanted =
+            planned("name = \"tiny\"\nreplicas = 0\nkeep-loaded = true", &super::tests::view(vec![place("a")], &[]));
         assert!(unwanted.actions.is_empty() && unwanted.standings[0].why.is_none());
     }
 
