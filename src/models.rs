@@ -347,9 +347,9 @@ fn held_by(server: &Server, model: &ModelName) -> Option<Held> {
     server.report.models.iter().find(is_it).map(Held::of)
 }
 
-/// Whether a server's agent gives models away, as far as one knows: one without models has not looked for its folder yet.
+/// Whether a server has an agent that gives models away, as far as one knows: one that has none yet does not know itself.
 fn shares(server: &Server) -> bool {
-    server.vitals.load().as_ref().is_some_and(|vitals| vitals.shares || server.report.models.is_empty())
+    server.vitals.load().as_ref().is_some_and(|vitals| !vitals.hides_models)
 }
 
 /// The model that most of them have, and those of them who give it away.

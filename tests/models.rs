@@ -219,6 +219,12 @@ async fn a_model_that_the_registry_lacks_is_refused_in_ollamas_words() {
 #[tokio::test]
 async fn a_full_disk_is_seen_before() {
     let lab = Lab::of(2, 0, "pull.margin-mib = 1073741824").await;
+    for (at, keeper) in lab.keepers.iter().enumerate() {
+        // An Ollama without models does not tell where it would have them.
+        keeper.has("other", &[b"others"]);
+        until("the room is known", || lab.olol.vitals(at).is_some_and(|vitals| vitals.disk_free.is_some())).await;
+    }
+    lab.hub.gives_half_until(&Gate::closed());
     let pulled = lab.olol.ask(&lab.pull()).await;
     assert!(pulled.error().starts_with("no room: it needs"), "{}", pulled.text());
     let fits = lab.olol.ask(&lab.pull().header("X-Olol-Replicas", "fits")).await;
