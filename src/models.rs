@@ -142,6 +142,9 @@ impl Held {
     }
 }
 
+/// A server, and what it has of a model.
+type Holder = (Arc<Server>, Held);
+
 /// How a model has come to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Brought {
@@ -216,7 +219,7 @@ impl Models {
     }
 
     /// Servers with an agent that gives models away, and what they have of one.
-    fn holders(&self, model: &ModelName) -> Vec<(Arc<Server>, Held)> {
+    fn holders(&self, model: &ModelName) -> Vec<Holder> {
         let snapshot = self.cluster().snapshot();
         let Some(known) = snapshot.known(model) else { return Vec::new() };
         let servers = known.installed.iter().filter_map(|index| snapshot.servers.get(index));
@@ -229,7 +232,7 @@ impl Models {
         model: &str,
         held: &Held,
         to: &Server,
-        sources: &[(Arc<Server>, Held)],
+        sources: &[Holder],
         tell: &mut (dyn FnMut(Line) + Send),
     ) -> Result<(), BringError> {
         let failed = |error: olol_middleware::BoxError| BringError::Copy(error.to_string());
@@ -353,7 +356,7 @@ fn shares(server: &Server) -> bool {
 }
 
 /// The model that most of them have, and those of them who give it away.
-fn most_held(holders: &[(Arc<Server>, Held)]) -> Option<(Held, Vec<(Arc<Server>, Held)>)> {
+fn most_held(holders: &[Holder]) -> Option<(Held, Vec<Holder>)> {
     let count = |digest: &str| holders.iter().filter(|(_, held)| held.digest == digest).count();
     let most = holders.iter().map(|(_, held)| held).max_by_key(|held| count(&held.digest))?;
     let same =

@@ -242,14 +242,16 @@ mod tests {
         for at in 0..servers {
             cluster.report(at, report.clone());
         }
+        let running = Running::new(config);
         let about = About {
             instance: "1".to_owned(),
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
-            running: Running::new(config),
+            running: running.clone(),
             pool: pool.clone(),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
+            models: Models::new(pool.clone(), running),
         };
         (Shared::new(pool.cluster().clone()), about)
     }

@@ -450,8 +450,8 @@ impl Reading {
                 match stream.message().await {
                     Ok(Some(message)) if message.data.is_empty() => {}
                     Ok(Some(message)) => return Some(Ok(self.took(message.data))),
-                    Ok(None) => self.failed("its file is shorter than the manifest says".to_owned()),
-                    Err(status) => self.failed(status.message().to_owned()),
+                    Ok(None) => self.failed("its file is shorter than the manifest says"),
+                    Err(status) => self.failed(status.message()),
                 }
                 continue;
             }
@@ -459,7 +459,7 @@ impl Reading {
             if let Some((peer, ..)) = self.sources.get(self.at) {
                 match peer.read_blob(&self.digest.to_string(), self.offset, self.left).await {
                     Ok(stream) => self.stream = Some(stream),
-                    Err(error) => self.failed(error.to_string()),
+                    Err(error) => self.failed(&error.to_string()),
                 }
                 continue;
             }
@@ -486,7 +486,7 @@ impl Reading {
     }
 
     /// Whoever is asked has failed: from now on the next is.
-    fn failed(&mut self, why: String) {
+    fn failed(&mut self, why: &str) {
         self.stream = None;
         if let Some((_, address, _)) = self.sources.get(self.at) {
             tracing::debug!(address, why, "a source of a copy has failed");

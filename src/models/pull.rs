@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::replicas::ranked;
 use super::told::{Board, Telling};
-use super::{BringError, Held, Line, Models, Replicas, Room, held_by, shares};
+use super::{BringError, Holder, Line, Models, Replicas, Room, held_by, shares};
 
 /// Copies that one server gives at a time.
 const PER_SOURCE: usize = 3;
@@ -215,7 +215,7 @@ struct Work {
     /// Those who take the place of one that fails.
     spares: VecDeque<Arc<Server>>,
     /// Who can be copied from, and the model as they have it.
-    sources: Vec<(Arc<Server>, Held)>,
+    sources: Vec<Holder>,
     copying: usize,
     /// Who asks the registry for all who wait.
     leader: Option<usize>,
@@ -280,7 +280,7 @@ impl Work {
                     self.success.get_or_insert(line);
                     self.pulled(part).await;
                 }
-                Ended::Pulled(Err(failure)) => self.failed(part, failure, &mut tasks),
+                Ended::Pulled(Err(failure)) => self.failed(&part, failure, &mut tasks),
                 Ended::Copied(Ok(())) => {
                     self.copying -= 1;
                     if let Some((_, held)) = self.sources.first().filter(|_| shares(&part.server)).cloned() {
@@ -351,15 +351,16 @@ impl Work {
         Box::pin(async move {
             let copied = match sources.first().cloned() {
                 None => Err(BringError::Copy("nobody has it".to_owned())),
-                Some((_, held)) => match models.room(&part.server, held.size) {
-                    Err(error) => Err(error),
-                    Ok(()) => {
+                Some((_, held)) => {
+                    if let Err(error) = models.room(&part.server, held.size) {
+                        Err(error)
+                    } else {
                         let name = held_by(&part.server, &model).map_or_else(|| held.name.clone(), |old| old.name);
                         let mut hears =
                             |line: Line| tell.send_modify(|state| state.board.hear(part.course, &line, None));
                         models.copy(&name, &held, &part.server, &sources, &mut hears).await
                     }
-                },
+                }
             };
             (part, Ended::Copied(copied))
         })
@@ -388,7 +389,7 @@ impl Work {
     fn not_copied(&mut self, part: Part, error: &BringError, tasks: &mut FuturesUnordered<Task>) {
         if matches!(error, BringError::Full { .. }) {
             let failure = Failure { why: error.to_string(), refusal: None, is_final: false, is_full: true };
-            self.failed(part, failure, tasks);
+            self.failed(&part, failure, tasks);
             return;
         }
         tracing::warn!(server = %part.server.id, model = %self.model, %error, "no copy: it asks the registry itself");
@@ -396,7 +397,7 @@ impl Work {
         tasks.push(self.asks(part));
     }
 
-    fn failed(&mut self, part: Part, failure: Failure, tasks: &mut FuturesUnordered<Task>) {
+    fn failed(&mut self, part: &Part, failure: Failure, tasks: &mut FuturesUnordered<Task>) {
         let Failure { why, refusal, is_final, is_full } = failure;
         let id = part.server.id.clone();
         self.leader = self.leader.filter(|leader| *leader != part.course);
