@@ -239,6 +239,7 @@ fn give(files: &Files, counts: &Arc<Counts>, request: &Request<Incoming>) -> Res
     let half = rest.slice(..rest.len() / 2);
     let other = rest.slice(half.len()..);
     let gate = counts.gate.lock().unwrap().clone();
+    let counts = counts.clone();
     let pieces = futures_util::stream::unfold(vec![other, half], move |mut left| {
         let (counts, gate) = (counts.clone(), gate.clone());
         async move {
@@ -269,6 +270,8 @@ struct State {
     /// Copies of names wait there.
     gate: Mutex<Option<Gate>>,
     pulls: AtomicU64,
+    /// Counted by those that go on.
+    pulling: Arc<()>,
 }
 
 impl Keeper {
@@ -341,6 +344,11 @@ impl Keeper {
     /// Copies no name before the gate lets it.
     pub fn copies_behind(&self, gate: &Gate) {
         *self.state.gate.lock().unwrap() = Some(gate.clone());
+    }
+
+    /// Whether it pulls.
+    pub fn is_pulling(&self) -> bool {
+        Arc::strong_count(&self.state.pulling) > 1
     }
 
     /// How many pulls it was asked for.
@@ -417,8 +425,9 @@ fn delete(files: &Files, name: &str) -> Response<Body> {
 fn pull(files: Files, state: &State, name: &str) -> Response<Body> {
     state.pulls.fetch_add(1, Ordering::Relaxed);
     let (tell, lines) = mpsc::channel::<Value>(1);
-    let name = name.to_owned();
+    let (name, counted) = (name.to_owned(), state.pulling.clone());
     let pulling = async move {
+        let _counted = counted;
         // Gone clients end it.
         let gone = tell.clone();
         tokio::select! {
