@@ -96,8 +96,8 @@ impl Agent {
         let description = describe(&name, address, options.engine);
         let trust = Trust { tls: options.connector, token: Some(options.token.clone()), ..Trust::default() };
         let copier = {
-            let watch = watch.clone();
-            Copier::new(ollama.clone(), trust, CONNECT, move || watch.look())
+            let (watch, pulling) = (watch.clone(), watch.clone());
+            Copier::new(ollama.clone(), trust, CONNECT, move || watch.look(), move |model| pulling.pulling(model))
         };
         watching.spawn(copier.clone().keep_clean());
         let about = SelfDescription {

@@ -146,6 +146,9 @@ impl Held {
     }
 }
 
+/// A server, and what it has of a model.
+type Holder = (Arc<Server>, Held);
+
 /// How a model has come to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Brought {
@@ -220,7 +223,7 @@ impl Models {
     }
 
     /// Servers with an agent that gives models away, and what they have of one.
-    fn holders(&self, model: &ModelName) -> Vec<(Arc<Server>, Held)> {
+    fn holders(&self, model: &ModelName) -> Vec<Holder> {
         let snapshot = self.cluster().snapshot();
         let Some(known) = snapshot.known(model) else { return Vec::new() };
         let servers = known.installed.iter().filter_map(|index| snapshot.servers.get(index));
@@ -233,7 +236,7 @@ impl Models {
         model: &str,
         held: &Held,
         to: &Server,
-        sources: &[(Arc<Server>, Held)],
+        sources: &[Holder],
         tell: &mut (dyn FnMut(Line) + Send),
     ) -> Result<(), BringError> {
         let failed = |error: olol_middleware::BoxError| BringError::Copy(error.to_string());
@@ -351,13 +354,13 @@ fn held_by(server: &Server, model: &ModelName) -> Option<Held> {
     server.report.models.iter().find(is_it).map(Held::of)
 }
 
-/// Whether a server's agent gives models away, as far as one knows: one without models has not looked for its folder yet.
+/// Whether a server has an agent that gives models away, as far as one knows: one that has none yet does not know itself.
 fn shares(server: &Server) -> bool {
-    server.vitals.load().as_ref().is_some_and(|vitals| vitals.shares || server.report.models.is_empty())
+    server.vitals.load().as_ref().is_some_and(|vitals| !vitals.hides_models)
 }
 
 /// The model that most of them have, and those of them who give it away.
-fn most_held(holders: &[(Arc<Server>, Held)]) -> Option<(Held, Vec<(Arc<Server>, Held)>)> {
+fn most_held(holders: &[Holder]) -> Option<(Held, Vec<Holder>)> {
     let count = |digest: &str| holders.iter().filter(|(_, held)| held.digest == digest).count();
     let most = holders.iter().map(|(_, held)| held).max_by_key(|held| count(&held.digest))?;
     let same =

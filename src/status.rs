@@ -254,11 +254,11 @@ mod tests {
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
-            models: Models::new(pool.clone(), running.clone()),
             desired: Desired::open(running.clone(), None).unwrap(),
-            running,
+            running: running.clone(),
             pool: pool.clone(),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
+            models: Models::new(pool.clone(), running),
         };
         (Shared::new(pool.cluster().clone()), about)
     }

@@ -91,6 +91,43 @@ async fn what_is_kept_loaded_is_loaded_and_again_after_a_restart() {
 }
 
 #[tokio::test]
+async fn what_is_not_kept_loaded_any_more_may_leave() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let olol = Olol::start(&cluster, QUICK).await;
+    pin(&olol, "tiny", &json!({"keep_loaded": true})).await;
+    cluster.server(0).has_in_memory("tiny").await;
+    told(&olol, "tiny:latest", "it is loaded", |told| told["desired"]["loaded"] == json!(["0"])).await;
+    pin(&olol, "tiny", &json!({"keep_loaded": false})).await;
+    let said = || cluster.server(0).seen("/api/generate").iter().any(|seen| seen.json()["keep_alive"] == "5m");
+    until("it is told that it may", said).await;
+}
+
+#[tokio::test]
+async fn two_proxies_over_the_same_servers_do_not_fight() {
+    let cluster = Cluster::of(5).await;
+    cluster.server(0).has("tiny");
+    let wanted = format!("{QUICK}[[models]]\nname = \"tiny\"\nreplicas = 3\n");
+    let (one, other) = tokio::join!(Olol::start(&cluster, &wanted), Olol::start(&cluster, &wanted));
+    for olol in [&one, &other] {
+        let are_there = |told: &Value| told["desired"]["held"].as_array().is_some_and(|held| held.len() >= 3);
+        told(olol, "tiny:latest", "it is where it is wanted", are_there).await;
+    }
+    assert_eq!(cluster.servers().iter().filter(|server| server.still_has("tiny")).count(), 3);
+}
+
+#[tokio::test]
+async fn a_create_leaves_out_who_has_the_base_and_does_not_answer() {
+    let cluster = Cluster::of(2).await.all_have("base");
+    let olol = Olol::start(&cluster, QUICK).await;
+    cluster.server(1).dies();
+    until("it is down", || !olol.is_server_up(1)).await;
+    let answer = olol.ask(&Request::post("/api/create", json!({"model": "new", "from": "base"}))).await;
+    assert_eq!((answer.status, answer.header("x-olol-partial")), (200, "1"), "{}", answer.text());
+    assert_eq!(answer.lines().last().unwrap()["status"], "success");
+    assert!(cluster.server(0).still_has("new"));
+}
+
+#[tokio::test]
 async fn a_pin_survives_a_restart_and_goes_before_the_file() {
     let state = tempfile::tempdir().unwrap();
     let with = |more: &str| format!("{QUICK}sessions.dir = {:?}\n{more}", state.path());

@@ -220,7 +220,7 @@ async fn pin(State(known): State<Known>, Path(model): Path<String>, body: Bytes)
         "servers": servers.iter().map(Pattern::as_str).collect::<Vec<_>>(), "keep_loaded": keep_loaded});
     match known.about.desired.pin(Wished { name, replicas, servers, keep_loaded }).await {
         Ok(()) => axum::Json(told).into_response(),
-        Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error.to_string()),
+        Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error),
     }
 }
 
@@ -241,12 +241,12 @@ async fn unpin(State(known): State<Known>, Path(model): Path<String>) -> Respons
                 if in_file.is_some() { "it stands in [[models]] of the configuration" } else { "nobody wants it" };
             refused(StatusCode::NOT_FOUND, format!("model '{}' is not pinned: {hint}", name.model()))
         }
-        Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error.to_string()),
+        Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error),
     }
 }
 
-fn refused(status: StatusCode, error: String) -> Response<axum::body::Body> {
-    (status, axum::Json(json!({"error": error}))).into_response()
+fn refused(status: StatusCode, error: impl std::fmt::Display) -> Response<axum::body::Body> {
+    (status, axum::Json(json!({"error": error.to_string()}))).into_response()
 }
 
 /// What was decided about a request that is over.

@@ -76,7 +76,12 @@ struct Inner {
     busy: AtomicU32,
     /// Called when names have changed.
     changed: Box<dyn Fn() + Send + Sync>,
+    /// Called when a copy begins.
+    begins: Box<dyn Fn(&str) -> Following + Send + Sync>,
 }
+
+/// What follows a copy.
+pub type Following = Box<dyn FnMut(&Line) + Send>;
 
 impl std::fmt::Debug for Copier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -88,11 +93,19 @@ impl std::fmt::Debug for Copier {
 type Tell = mpsc::Sender<Result<CopyModelResponse, Status>>;
 
 impl Copier {
-    /// Copies to this Ollama; other agents are shown `trust`, and `changed` is called when names have changed.
-    pub fn new(ollama: Ollama, trust: Trust, connect: Duration, changed: impl Fn() + Send + Sync + 'static) -> Self {
+    /// Copies to this Ollama; other agents are shown `trust`, `changed` is called when names have changed, and what `begins`
+    /// returns follows a copy of a model.
+    pub fn new(
+        ollama: Ollama,
+        trust: Trust,
+        connect: Duration,
+        changed: impl Fn() + Send + Sync + 'static,
+        begins: impl Fn(&str) -> Following + Send + Sync + 'static,
+    ) -> Self {
         let turn = tokio::sync::Mutex::new(());
         let busy = AtomicU32::new(0);
-        Self(Arc::new(Inner { ollama, trust, connect, turn, busy, changed: Box::new(changed) }))
+        let (changed, begins) = (Box::new(changed), Box::new(begins));
+        Self(Arc::new(Inner { ollama, trust, connect, turn, busy, changed, begins }))
     }
 
     /// Whether names of copies may be in the Ollama's lists.
@@ -138,8 +151,9 @@ impl Copier {
         let registry = Registry::open(manifest, sources, rate).await.map_err(failed)?;
         let name = registry.name(&order.model);
         let left = LeftOver::new(self, name.clone());
+        let mut following = (self.0.begins)(&order.model);
         tokio::select! {
-            pulled = pull(&self.0.ollama, &name, tell) => pulled?,
+            pulled = pull(&self.0.ollama, &name, tell, &mut following) => pulled?,
             why = registry.fails() => return Err(CopyError::Sources(why)),
         }
         // Nothing stops it half-way from here on.
@@ -258,17 +272,17 @@ async fn finish(copier: &Copier, pulled: &str, model: &str, wanted: &Digest) -> 
 }
 
 /// Pulls from our registry, and passes on what Ollama says.
-async fn pull(ollama: &Ollama, name: &str, tell: &Tell) -> Result<(), CopyError> {
+async fn pull(ollama: &Ollama, name: &str, tell: &Tell, following: &mut Following) -> Result<(), CopyError> {
     for _ in 0..BEGINNINGS {
-        match pull_once(ollama, name, tell).await {
+        match pull_once(ollama, name, tell, following).await {
             Err(CopyError::Ollama(why)) if why.contains("context canceled") => tokio::time::sleep(PAUSE).await,
             other => return other,
         }
     }
-    pull_once(ollama, name, tell).await
+    pull_once(ollama, name, tell, following).await
 }
 
-async fn pull_once(ollama: &Ollama, name: &str, tell: &Tell) -> Result<(), CopyError> {
+async fn pull_once(ollama: &Ollama, name: &str, tell: &Tell, following: &mut Following) -> Result<(), CopyError> {
     let body = json!({"model": name, "insecure": true, "stream": true}).to_string();
     let ask = Ask { infers: false, fresh: true, ..Ask::post("/api/pull", body) };
     let reply = ollama.send(ask).await.map_err(|error| CopyError::Ollama(error.to_string()))?;
@@ -281,6 +295,7 @@ async fn pull_once(ollama: &Ollama, name: &str, tell: &Tell) -> Result<(), CopyE
                 Line { error: Some(why), .. } => return Err(CopyError::Ollama(why)),
                 Line { status, .. } if status == "success" => is_done = true,
                 line => {
+                    following(&line);
                     let _ = tell.send(Ok(progress(line))).await;
                 }
             }
@@ -435,8 +450,8 @@ impl Reading {
                 match stream.message().await {
                     Ok(Some(message)) if message.data.is_empty() => {}
                     Ok(Some(message)) => return Some(Ok(self.took(message.data))),
-                    Ok(None) => self.failed("its file is shorter than the manifest says".to_owned()),
-                    Err(status) => self.failed(status.message().to_owned()),
+                    Ok(None) => self.failed("its file is shorter than the manifest says"),
+                    Err(status) => self.failed(status.message()),
                 }
                 continue;
             }
@@ -444,7 +459,7 @@ impl Reading {
             if let Some((peer, ..)) = self.sources.get(self.at) {
                 match peer.read_blob(&self.digest.to_string(), self.offset, self.left).await {
                     Ok(stream) => self.stream = Some(stream),
-                    Err(error) => self.failed(error.to_string()),
+                    Err(error) => self.failed(&error.to_string()),
                 }
                 continue;
             }
@@ -471,7 +486,7 @@ impl Reading {
     }
 
     /// Whoever is asked has failed: from now on the next is.
-    fn failed(&mut self, why: String) {
+    fn failed(&mut self, why: &str) {
         self.stream = None;
         if let Some((_, address, _)) = self.sources.get(self.at) {
             tracing::debug!(address, why, "a source of a copy has failed");

@@ -231,8 +231,6 @@ pub struct Config {
     pub retry_s: SomeSeconds,
     /// The longest that it becomes.
     pub retry_max_s: SomeSeconds,
-    /// Mebibytes that stay free on a disk to which a model is brought.
-    pub disk_reserve_mib: Whole<0, { 1 << 30 }>,
 }
 
 impl Default for Config {
@@ -242,7 +240,6 @@ impl Default for Config {
             at_once: Whole::new(2),
             retry_s: SomeSeconds::new(30),
             retry_max_s: SomeSeconds::new(3600),
-            disk_reserve_mib: Whole::new(1024),
         }
     }
 }

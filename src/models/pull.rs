@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::replicas::ranked;
 use super::told::{Board, Telling};
-use super::{BringError, Held, Line, Models, Replicas, Room, held_by, shares};
+use super::{BringError, Holder, Line, Models, Replicas, Room, held_by, shares};
 
 /// Copies that one server gives at a time.
 const PER_SOURCE: usize = 3;
@@ -215,10 +215,10 @@ struct Work {
     /// Those who take the place of one that fails.
     spares: VecDeque<Arc<Server>>,
     /// Who can be copied from, and the model as they have it.
-    sources: Vec<(Arc<Server>, Held)>,
+    sources: Vec<Holder>,
     copying: usize,
-    /// Whether somebody asks the registry for all who wait.
-    is_led: bool,
+    /// Who asks the registry for all who wait.
+    leader: Option<usize>,
     done: usize,
     wanted: usize,
     left_out: Vec<(ServerId, String)>,
@@ -231,13 +231,19 @@ impl Work {
     fn new(models: Models, order: Order, tell: watch::Sender<State>) -> Self {
         let Order { model, replicas, servers, ask } = order;
         let mut meant = ranked(&model, &servers);
+        if let Some(known) = models.cluster().snapshot().known(&model) {
+            // Who is known to have no room is asked last.
+            let is_tight =
+                |server: &Arc<Server>| held_by(server, &model).is_none() && models.room(server, known.size).is_err();
+            meant.sort_by_key(is_tight);
+        }
         let number = match replicas {
             Replicas::All | Replicas::Fits => meant.len(),
             Replicas::Some(number) => meant.len().min(usize::try_from(number.get()).unwrap_or(usize::MAX)),
         };
         let spares = meant.split_off(number).into();
-        let can_copy = |server: &Arc<Server>| models.pool.peer(server).is_some() && shares(server);
-        let (copiers, askers): (Vec<_>, Vec<_>) = meant.into_iter().partition(can_copy);
+        let has_agent = |server: &Arc<Server>| models.pool.peer(server).is_some();
+        let (copiers, askers): (Vec<_>, Vec<_>) = meant.into_iter().partition(has_agent);
         let tell = Arc::new(tell);
         let waiting = copiers.into_iter().map(|server| Part { course: add(&tell), server }).collect();
         Self {
@@ -251,7 +257,7 @@ impl Work {
             spares,
             sources: Vec::new(),
             copying: 0,
-            is_led: false,
+            leader: None,
             done: 0,
             wanted: number,
             left_out: Vec::new(),
@@ -274,10 +280,10 @@ impl Work {
                     self.success.get_or_insert(line);
                     self.pulled(part).await;
                 }
-                Ended::Pulled(Err(failure)) => self.failed(part, failure, &mut tasks),
+                Ended::Pulled(Err(failure)) => self.failed(&part, failure, &mut tasks),
                 Ended::Copied(Ok(())) => {
                     self.copying -= 1;
-                    if let Some((_, held)) = self.sources.first().cloned() {
+                    if let Some((_, held)) = self.sources.first().filter(|_| shares(&part.server)).cloned() {
                         self.sources.push((part.server.clone(), held));
                     }
                     self.has_it(&part);
@@ -293,15 +299,17 @@ impl Work {
         self.tell.send_modify(|state| state.end = Some(end));
     }
 
-    /// Lets those who wait go on: the first asks the registry, if nobody does, and others copy when there is somebody.
+    /// Lets those who wait go on: the first who can give it to others asks the registry, if nobody does, and the others copy
+    /// when there is somebody. Where nobody could give it all ask.
     fn send_on(&mut self, tasks: &mut FuturesUnordered<Task>) {
         while !self.waiting.is_empty() {
             if self.sources.is_empty() {
-                if self.is_led {
+                if self.leader.is_some() {
                     return;
                 }
-                let Some(part) = self.waiting.pop_front() else { return };
-                self.is_led = true;
+                let first = self.waiting.iter().position(|part| shares(&part.server));
+                let Some(part) = self.waiting.remove(first.unwrap_or(0)) else { return };
+                self.leader = first.map(|_| part.course);
                 tasks.push(self.asks(part));
                 continue;
             }
@@ -311,7 +319,9 @@ impl Work {
             let Some(part) = self.waiting.pop_front() else { return };
             let wanted = self.sources[0].1.digest.clone();
             if held_by(&part.server, &self.model).is_some_and(|held| held.digest == wanted) {
-                self.sources.push((part.server.clone(), self.sources[0].1.clone()));
+                if shares(&part.server) {
+                    self.sources.push((part.server.clone(), self.sources[0].1.clone()));
+                }
                 self.has_it(&part);
                 continue;
             }
@@ -341,15 +351,16 @@ impl Work {
         Box::pin(async move {
             let copied = match sources.first().cloned() {
                 None => Err(BringError::Copy("nobody has it".to_owned())),
-                Some((_, held)) => match models.room(&part.server, held.size) {
-                    Err(error) => Err(error),
-                    Ok(()) => {
+                Some((_, held)) => {
+                    if let Err(error) = models.room(&part.server, held.size) {
+                        Err(error)
+                    } else {
                         let name = held_by(&part.server, &model).map_or_else(|| held.name.clone(), |old| old.name);
                         let mut hears =
                             |line: Line| tell.send_modify(|state| state.board.hear(part.course, &line, None));
                         models.copy(&name, &held, &part.server, &sources, &mut hears).await
                     }
-                },
+                }
             };
             (part, Ended::Copied(copied))
         })
@@ -358,16 +369,14 @@ impl Work {
     /// A server has it from the registry.
     async fn pulled(&mut self, part: Part) {
         self.has_it(&part);
-        let gives = self.models.pool.peer(&part.server).is_some();
+        let gives = self.models.pool.peer(&part.server).is_some() && shares(&part.server);
+        self.leader = self.leader.filter(|leader| *leader != part.course);
         if gives && self.sources.is_empty() {
             match self.models.ask_for(&part.server, &self.model).await {
                 Ok(held) => self.sources.push((part.server, held)),
                 Err(error) => tracing::warn!(server = %part.server.id, %error, "nobody can copy from there"),
             }
-        } else if gives {
-            // It asked the registry itself; whether it has the same is not known.
         }
-        self.is_led = false;
     }
 
     fn has_it(&mut self, part: &Part) {
@@ -380,7 +389,7 @@ impl Work {
     fn not_copied(&mut self, part: Part, error: &BringError, tasks: &mut FuturesUnordered<Task>) {
         if matches!(error, BringError::Full { .. }) {
             let failure = Failure { why: error.to_string(), refusal: None, is_final: false, is_full: true };
-            self.failed(part, failure, tasks);
+            self.failed(&part, failure, tasks);
             return;
         }
         tracing::warn!(server = %part.server.id, model = %self.model, %error, "no copy: it asks the registry itself");
@@ -388,10 +397,10 @@ impl Work {
         tasks.push(self.asks(part));
     }
 
-    fn failed(&mut self, part: Part, failure: Failure, tasks: &mut FuturesUnordered<Task>) {
+    fn failed(&mut self, part: &Part, failure: Failure, tasks: &mut FuturesUnordered<Task>) {
         let Failure { why, refusal, is_final, is_full } = failure;
         let id = part.server.id.clone();
-        self.is_led = false;
+        self.leader = self.leader.filter(|leader| *leader != part.course);
         self.tell.send_modify(|state| {
             state.board.drop_out(part.course);
             if refusal.is_some() {
@@ -416,7 +425,7 @@ impl Work {
         let Some(server) = self.spares.pop_front() else { return };
         tracing::info!(failed = %part.server.id, server = %server.id, model = %self.model, "another server takes its place");
         let part = Part { course: add(&self.tell), server };
-        if self.models.pool.peer(&part.server).is_some() && shares(&part.server) {
+        if self.models.pool.peer(&part.server).is_some() {
             self.waiting.push_back(part);
         } else {
             tasks.push(self.asks(part));

@@ -29,7 +29,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::store::{Digest, Manifest};
+use super::store::{Digest, Manifest, hex};
 
 /// Connections at a time: Ollama takes a blob in up to 16 parts.
 const CONNECTIONS: usize = 64;
@@ -94,8 +94,7 @@ impl Registry {
 fn secret() -> io::Result<String> {
     let mut bytes = [0_u8; 16];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;
-    let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("{}{digits}", ModelName::COPYING))
+    Ok(format!("{}{}", ModelName::COPYING, hex(&bytes)))
 }
 
 async fn serve(listener: TcpListener, shop: Arc<Shop>) {

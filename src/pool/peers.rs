@@ -77,6 +77,7 @@ async fn within<T>(asking: impl Future<Output = Result<T, BoxError>>) -> Result<
 }
 
 /// What a refusal says.
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn said(status: Status) -> BoxError {
     match status.code() {
         tonic::Code::Unimplemented => "its agent is of a version that copies no models".into(),

@@ -38,7 +38,7 @@ struct Listening {
 }
 
 impl Listening {
-    async fn start<F, A>(at: SocketAddr, answer: F) -> Self
+    fn start<F, A>(at: SocketAddr, answer: F) -> Self
     where
         F: Fn(Request<Incoming>) -> A + Clone + Send + Sync + 'static,
         A: Future<Output = Response<Body>> + Send + 'static,
@@ -174,13 +174,13 @@ struct Counts {
 
 impl Hub {
     /// A registry without models.
-    pub async fn start() -> Self {
+    pub fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let counts =
             Arc::new(Counts { bytes: AtomicU64::new(0), manifests: AtomicU64::new(0), gate: Mutex::new(None) });
         let (files, given) = (Files(folder.path().to_owned()), counts.clone());
-        let answer = move |request| give(files.clone(), given.clone(), request);
-        Self { listening: Listening::start(anywhere(), answer).await, folder, counts }
+        let answer = move |request| std::future::ready(give(&files, &given, &request));
+        Self { listening: Listening::start(anywhere(), answer), folder, counts }
     }
 
     /// Has a model of these blobs; returns its digest.
@@ -209,7 +209,7 @@ impl Hub {
     }
 }
 
-async fn give(files: Files, counts: Arc<Counts>, request: Request<Incoming>) -> Response<Body> {
+fn give(files: &Files, counts: &Arc<Counts>, request: &Request<Incoming>) -> Response<Body> {
     let parts: Vec<&str> = request.uri().path().split('/').collect();
     let ["", "v2", "library", model, kind, last] = parts[..] else { return full(404, "") };
     if kind == "manifests" {
@@ -239,6 +239,7 @@ async fn give(files: Files, counts: Arc<Counts>, request: Request<Incoming>) -> 
     let half = rest.slice(..rest.len() / 2);
     let other = rest.slice(half.len()..);
     let gate = counts.gate.lock().unwrap().clone();
+    let counts = counts.clone();
     let pieces = futures_util::stream::unfold(vec![other, half], move |mut left| {
         let (counts, gate) = (counts.clone(), gate.clone());
         async move {
@@ -268,25 +269,25 @@ pub struct Keeper {
 struct State {
     /// Copies of names wait there.
     gate: Mutex<Option<Gate>>,
-    /// What is said instead of a pull from elsewhere than loopback's registries for copies.
-    refuses: Mutex<Option<String>>,
     pulls: AtomicU64,
+    /// Counted by those that go on.
+    pulling: Arc<()>,
 }
 
 impl Keeper {
     /// An Ollama without models.
-    pub async fn start() -> Self {
+    pub fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(folder.path().join("blobs")).unwrap();
         std::fs::create_dir_all(folder.path().join("manifests")).unwrap();
         let state = Arc::<State>::default();
-        let listening = Mutex::new(Self::listen(&folder, &state, anywhere()).await);
+        let listening = Mutex::new(Self::listen(&folder, &state, anywhere()));
         Self { folder, listening, state }
     }
 
-    async fn listen(folder: &TempDir, state: &Arc<State>, at: SocketAddr) -> Listening {
+    fn listen(folder: &TempDir, state: &Arc<State>, at: SocketAddr) -> Listening {
         let (files, state) = (Files(folder.path().to_owned()), state.clone());
-        Listening::start(at, move |request| keep(files.clone(), state.clone(), request)).await
+        Listening::start(at, move |request| keep(files.clone(), state.clone(), request))
     }
 
     /// Where it listens.
@@ -305,8 +306,8 @@ impl Keeper {
     }
 
     /// Is there again, at the same address, with what it had.
-    pub async fn comes_back(&self) {
-        let listening = Self::listen(&self.folder, &self.state, self.address()).await;
+    pub fn comes_back(&self) {
+        let listening = Self::listen(&self.folder, &self.state, self.address());
         *self.listening.lock().unwrap() = listening;
     }
 
@@ -345,9 +346,9 @@ impl Keeper {
         *self.state.gate.lock().unwrap() = Some(gate.clone());
     }
 
-    /// Refuses to pull what is not in this cluster.
-    pub fn refuses_to_pull(&self, why: &str) {
-        *self.state.refuses.lock().unwrap() = Some(why.to_owned());
+    /// Whether it pulls.
+    pub fn is_pulling(&self) -> bool {
+        Arc::strong_count(&self.state.pulling) > 1
     }
 
     /// How many pulls it was asked for.
@@ -423,14 +424,10 @@ fn delete(files: &Files, name: &str) -> Response<Body> {
 
 fn pull(files: Files, state: &State, name: &str) -> Response<Body> {
     state.pulls.fetch_add(1, Ordering::Relaxed);
-    let refuses = state.refuses.lock().unwrap().clone().filter(|_| !ModelName::is_unfinished(name));
     let (tell, lines) = mpsc::channel::<Value>(1);
-    let name = name.to_owned();
+    let (name, counted) = (name.to_owned(), state.pulling.clone());
     let pulling = async move {
-        if let Some(why) = refuses {
-            let _ = tell.send(json!({ "error": why })).await;
-            return;
-        }
+        let _counted = counted;
         // Gone clients end it.
         let gone = tell.clone();
         tokio::select! {

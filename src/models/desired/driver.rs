@@ -115,7 +115,7 @@ impl Desired {
         let none = Wanted { name, replicas: Replicas::Count(0), servers: Vec::new(), keep_loaded: KeepLoaded::No };
         match self.pin(none).await {
             Ok(()) => {
-                tracing::warn!(%model, "a wanted model was deleted: it is not wanted any more, until it is pinned again")
+                tracing::warn!(%model, "a wanted model was deleted: it is not wanted any more, until it is pinned again");
             }
             Err(error) => tracing::error!(%model, %error, "a wanted model was deleted, and will be made again"),
         }
@@ -151,6 +151,15 @@ struct Rest {
     why: String,
 }
 
+/// A model that was loaded to stay.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    at: Instant,
+    /// Since when its server had been up.
+    since: SystemTime,
+    embeds: bool,
+}
+
 /// Something that goes on.
 #[derive(Debug)]
 struct Going {
@@ -171,8 +180,8 @@ pub struct Driver<S> {
     tasks: JoinSet<Result<(), String>>,
     going: HashMap<Id, Going>,
     rests: HashMap<Deed, Rest>,
-    /// When models were loaded, and since when their servers had been up.
-    loaded: HashMap<(ModelName, ServerId), (Instant, SystemTime)>,
+    /// The models that were loaded to stay.
+    loaded: HashMap<(ModelName, ServerId), Kept>,
     /// The servers that had each model and answered, and since when they did.
     holders: HashMap<ModelName, Vec<(ServerId, SystemTime)>>,
     gone: HashSet<ModelName>,
@@ -243,10 +252,10 @@ where
         let (snapshot, running, pins) = &seen;
         let wanted = wanted(running, pins);
         let config = &running.config.desired;
-        self.forget(&wanted, config);
+        self.forget(&wanted, snapshot, config);
         self.notice(&wanted, snapshot);
         let view = self.view(&wanted, snapshot);
-        let Plan { actions, mut standings } = plan(&wanted, &view, config);
+        let Plan { actions, mut standings } = plan(&wanted, &view, config, running.config.pull.margin());
         for action in actions {
             let waiting = match &action {
                 Action::Bring { name, .. } => Some(name.model().clone()),
@@ -274,7 +283,7 @@ where
     }
 
     /// Forgets, and ends, what is of no concern any more.
-    fn forget(&mut self, wanted: &[(Wanted, &'static str)], config: &Config) {
+    fn forget(&mut self, wanted: &[(Wanted, &'static str)], snapshot: &Arc<Snapshot>, config: &Config) {
         let models: HashMap<&ModelName, &Wanted> = wanted
             .iter()
             .filter(|(wanted, _)| wanted.is_wanted())
@@ -301,7 +310,21 @@ where
         });
         self.gone.retain(|model| models.contains_key(model) && !asked.contains(model));
         self.holders.retain(|model, _| models.contains_key(model) && !asked.contains(model));
-        self.loaded.retain(|(model, _), _| models.contains_key(model));
+        let is_kept = |model: &ModelName, server: &ServerId| {
+            models.get(model).is_some_and(|wanted| wanted.keep_loaded != KeepLoaded::No && wanted.means(server))
+        };
+        let released: Vec<_> = self.loaded.extract_if(|(model, server), _| !is_kept(model, server)).collect();
+        for ((model, server), Kept { embeds, .. }) in released {
+            // It leaves as usual from now on, which it would not by itself.
+            if let (Some(name), Some(server)) = (Name::parse(model.as_str()), snapshot.server(&server).cloned())
+                && server.state == State::Up
+                && self.tasks.len() < LOADS * 2
+            {
+                tracing::info!(%model, server = %server.id, "a model is not kept in memory any more");
+                let (service, cluster) = (self.service.clone(), self.cluster.clone());
+                self.tasks.spawn(load(service, cluster, snapshot, name, server, embeds, &json!("5m")));
+            }
+        }
     }
 
     /// Finds out which models went from servers that stayed. A server that loses what it has was away; one that was not has
@@ -419,8 +442,8 @@ where
                 if !again {
                     tracing::info!(model = %name.model(), server = %server.id, "a wanted model is loaded");
                 }
-                let (service, cluster, snapshot) = (self.service.clone(), self.cluster.clone(), snapshot.clone());
-                self.tasks.spawn(async move { load(service, cluster, snapshot, name, server, embeds).await })
+                let (service, cluster) = (self.service.clone(), self.cluster.clone());
+                self.tasks.spawn(load(service, cluster, snapshot, name, server, embeds, &json!(-1)))
             }
             Action::Wake { .. } => {
                 let waker = self.waker.clone();
@@ -456,7 +479,7 @@ where
                     }
                 }
             }
-            Action::Load { name, server, again, .. } => {
+            Action::Load { name, server, embeds, again } => {
                 instruments::wish_action("load", result.is_ok());
                 let key = (name.model().clone(), server.clone());
                 let deed = Deed::Load(key.0.clone(), key.1.clone());
@@ -469,8 +492,8 @@ where
                     (Ok(()), _) if again => self.rest(deed, AGAIN, "it was told to stay".to_owned()),
                     (Ok(()), since) => {
                         let now = Instant::now();
-                        let before = since.and_then(|since| self.loaded.insert(key, (now, since)));
-                        let had_to_leave = before.is_some_and(|(at, up)| now - at < SOON && Some(up) == since);
+                        let before = since.and_then(|since| self.loaded.insert(key, Kept { at: now, since, embeds }));
+                        let had_to_leave = before.is_some_and(|kept| now - kept.at < SOON && Some(kept.since) == since);
                         if had_to_leave {
                             let why = "it left the memory soon after it was loaded: something else needs the room";
                             self.failed(deed, why.to_owned(), config, 1);
@@ -582,40 +605,44 @@ pub fn by(models: Models) -> Bring {
     })
 }
 
-/// Has a model loaded, to stay.
-async fn load<S>(
+/// Has a model loaded, to stay so long.
+fn load<S>(
     service: S,
     cluster: Arc<Cluster>,
-    snapshot: Arc<Snapshot>,
+    snapshot: &Arc<Snapshot>,
     name: Name,
     server: Arc<Server>,
     embeds: bool,
-) -> Result<(), String>
+    keep_alive: &Value,
+) -> impl Future<Output = Result<(), String>> + Send + 'static + use<S>
 where
-    S: Service<Call, Response = Reply, Error = Error>,
+    S: Service<Call, Response = Reply, Error = Error> + Send + 'static,
+    S::Future: Send + 'static,
 {
     // Without anything to answer, both only load.
     let (route, path, body) = if embeds {
-        (Route::Embed, "/api/embed", json!({"model": name.text(), "input": "", "keep_alive": -1}))
+        (Route::Embed, "/api/embed", json!({"model": name.text(), "input": "", "keep_alive": keep_alive}))
     } else {
-        (Route::Generate, "/api/generate", json!({"model": name.text(), "keep_alive": -1, "stream": false}))
+        (Route::Generate, "/api/generate", json!({"model": name.text(), "keep_alive": keep_alive, "stream": false}))
     };
-    let call = call(&snapshot, &server, route, path, &name, &body);
-    let asking = async {
-        let reply = service.oneshot(call).await.map_err(|error| match error {
-            Error::Busy { .. } => "all its slots are taken".to_owned(),
-            error => error.to_string(),
-        })?;
-        if !reply.status.is_success() {
-            return Err(refusal(reply).await);
-        }
-        reply.body.collect(LONGEST).await.map(drop).map_err(|error| error.to_string())
-    };
-    let too_long = || Err(format!("it did not load within {} s", LOADING.as_secs()));
-    timeout(LOADING, asking).await.unwrap_or_else(|_| too_long())?;
-    cluster.note_loaded(&server.id, name.model(), true);
-    cluster.want_news_of(&server.id);
-    Ok(())
+    let call = call(snapshot, &server, route, path, &name, &body);
+    async move {
+        let asking = async {
+            let reply = service.oneshot(call).await.map_err(|error| match error {
+                Error::Busy { .. } => "all its slots are taken".to_owned(),
+                error => error.to_string(),
+            })?;
+            if !reply.status.is_success() {
+                return Err(refusal(reply).await);
+            }
+            reply.body.collect(LONGEST).await.map(drop).map_err(|error| error.to_string())
+        };
+        let too_long = || Err(format!("it did not load within {} s", LOADING.as_secs()));
+        timeout(LOADING, asking).await.unwrap_or_else(|_| too_long())?;
+        cluster.note_loaded(&server.id, name.model(), true);
+        cluster.want_news_of(&server.id);
+        Ok(())
+    }
 }
 
 /// What a refusal says.

@@ -148,8 +148,8 @@ pub(super) struct Plan {
     pub(super) standings: Vec<Standing>,
 }
 
-/// Plans for all that is wanted, each with who wants it.
-pub(super) fn plan(wanted: &[(Wanted, &'static str)], view: &View, config: &Config) -> Plan {
+/// Plans for all that is wanted, each with who wants it; so many bytes stay free on each disk.
+pub(super) fn plan(wanted: &[(Wanted, &'static str)], view: &View, config: &Config, reserve: u64) -> Plan {
     let places: HashMap<&ServerId, usize> = view.places.iter().enumerate().map(|(at, place)| (&place.id, at)).collect();
     let mut promised = vec![0_u64; view.places.len()];
     for making in view.making.values().flatten() {
@@ -157,7 +157,7 @@ pub(super) fn plan(wanted: &[(Wanted, &'static str)], view: &View, config: &Conf
             promised[*at] = promised[*at].saturating_add(making.left);
         }
     }
-    let mut planner = Planner { view, config, places, promised, plan: Plan::default() };
+    let mut planner = Planner { view, config, reserve, places, promised, plan: Plan::default() };
     for (wanted, source) in wanted {
         planner.model(wanted, source);
     }
@@ -167,6 +167,7 @@ pub(super) fn plan(wanted: &[(Wanted, &'static str)], view: &View, config: &Conf
 struct Planner<'a> {
     view: &'a View,
     config: &'a Config,
+    reserve: u64,
     places: HashMap<&'a ServerId, usize>,
     /// Bytes that are on their way to each server.
     promised: Vec<u64>,
@@ -312,15 +313,14 @@ impl Planner<'_> {
     fn wake(&mut self, sleepers: &[usize], count: usize, standing: &mut Standing) {
         for at in sleepers.iter().take(count) {
             let server = self.view.places[*at].id.clone();
-            match self.view.rests.get(&Deed::Wake(server.clone())) {
-                Some(why) => standing.why = Some(format!("server {server} sleeps: {why}")),
-                None => {
-                    standing.why = Some(format!("server {server} sleeps, and is woken"));
-                    let action = Action::Wake { server };
-                    if !self.plan.actions.contains(&action) {
-                        self.plan.actions.push(action);
-                    }
-                }
+            if let Some(why) = self.view.rests.get(&Deed::Wake(server.clone())) {
+                standing.why = Some(format!("server {server} sleeps: {why}"));
+                continue;
+            }
+            standing.why = Some(format!("server {server} sleeps, and is woken"));
+            let action = Action::Wake { server };
+            if !self.plan.actions.contains(&action) {
+                self.plan.actions.push(action);
             }
         }
     }
@@ -332,17 +332,16 @@ impl Planner<'_> {
             return Some(why.clone());
         }
         let free = place.disk_free?.saturating_sub(self.promised[at]);
-        let reserve = self.config.disk_reserve_mib.get().saturating_mul(MIB);
-        if free >= size.saturating_add(reserve) {
+        if free >= size.saturating_add(self.reserve) {
             return None;
         }
         let is_promised = if self.promised[at] > 0 { " behind what is on its way there" } else { "" };
         Some(format!(
-            "the disk is too small: {} MiB are free{is_promised}, the model takes {} MiB, and {} MiB stay free ([desired] \
-             disk-reserve-mib)",
+            "the disk is too small: {} MiB are free{is_promised}, the model takes {} MiB, and {} MiB stay free ([pull] \
+             margin-mib)",
             free / MIB,
             size.div_ceil(MIB),
-            reserve / MIB
+            self.reserve / MIB
         ))
     }
 
@@ -449,7 +448,7 @@ mod tests {
     }
 
     fn planned(text: &str, view: &View) -> Plan {
-        plan(&[(wanted(text), "file")], view, &Config::default())
+        plan(&[(wanted(text), "file")], view, &Config::default(), GIB)
     }
 
     /// Where it would be brought.
@@ -550,12 +549,11 @@ mod tests {
         let mut view = view(vec![place("a"), b], &[0]);
         view.models.insert(model("other"), Held { installed: vec![0], size: GIB, ..Held::default() });
         let both = [(wanted(TWO), "file"), (wanted("name = \"other\"\nreplicas = 2"), "file")];
-        let one = plan(&both, &view, &Config::default());
+        let one = plan(&both, &view, &Config::default(), GIB);
         assert_eq!(targets(&one), ["b"]);
         assert!(one.standings[1].why.as_deref().unwrap().contains("behind what is on its way"));
         view.making.insert(model("third"), vec![Making { server: id("b"), left: GIB }]);
-        let none =
-            plan(&both[..1], &view, &Config { disk_reserve_mib: super::super::Whole::new(1025), ..Config::default() });
+        let none = plan(&both[..1], &view, &Config::default(), GIB + MIB);
         assert!(none.actions.is_empty(), "what others bring takes room, too");
     }
 
