@@ -21,7 +21,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use olol_middleware::ServerId;
+use olol_middleware::{Route, ServerId};
 use olol_proto::v1::DescribeResponse;
 use olol_proto::v1::server_server::ServerServer;
 use tokio::task::JoinSet;
@@ -30,15 +30,20 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::Service;
 
+use crate::models::copy::Copier;
+use crate::models::local::{self, Local};
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
-use crate::security::tls::Acceptor;
-use crate::security::{Token, token};
+use crate::security::tls::{Acceptor, Connector};
+use crate::security::{Token, Trust, token};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
 
 /// The file of an agent's sessions.
 const FILE: &str = "agent-sessions.redb";
+
+/// The longest that a connection may take, to the Ollama and to other agents.
+const CONNECT: Duration = Duration::from_secs(3);
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -55,6 +60,8 @@ pub struct Options {
     pub token: Token,
     /// TLS, if callers are met with it. A machine with a certificate of the cluster's CA needs no token.
     pub tls: Option<Acceptor>,
+    /// TLS with other agents, when models are copied from them.
+    pub connector: Option<Connector>,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
     /// Where the sessions of those lie who talk with it over gRPC.
@@ -82,15 +89,36 @@ impl Agent {
         } else {
             options.name
         };
-        let ollama = Ollama::new(ServerId::new(&name), options.ollama, Duration::from_secs(3));
+        let ollama = Ollama::new(ServerId::new(&name), options.ollama, CONNECT);
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
         let description = describe(&name, address, options.engine);
-        let about = SelfDescription { description, state: watch.state(), callers: watch.callers(), stop: stop.clone() };
+        let trust = Trust { tls: options.connector, token: Some(options.token.clone()), ..Trust::default() };
+        let copier = {
+            let (watch, pulling) = (watch.clone(), watch.clone());
+            Copier::new(ollama.clone(), trust, CONNECT, move || watch.look(), move |model| pulling.pulling(model))
+        };
+        watching.spawn(copier.clone().keep_clean());
+        let about = SelfDescription {
+            description,
+            state: watch.state(),
+            callers: watch.callers(),
+            stop: stop.clone(),
+            models: Some(Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone())),
+        };
         let send: rpc::Send = Arc::new(move |ask| {
-            let (ollama, watch) = (ollama.clone(), watch.clone());
-            Box::pin(async move { watch.follow(ask, &ollama).await })
+            let (ollama, watch, copier) = (ollama.clone(), watch.clone(), copier.clone());
+            Box::pin(async move {
+                let route = Route::find(ask.path.path());
+                let reply = watch.follow(ask, &ollama).await?;
+                match route {
+                    Some(Route::Tags | Route::Ps | Route::V1Models) if copier.is_busy() => {
+                        local::without_copies(reply).await
+                    }
+                    _ => Ok(reply),
+                }
+            })
         });
         if !address.ip().is_loopback() && options.tls.is_none() {
             tracing::warn!(
@@ -118,6 +146,20 @@ impl Agent {
         self.stop.cancel();
         self.running.await.unwrap_or(false)
     }
+}
+
+/// Where an Ollama keeps its models, if that is on this machine and the Ollama says so.
+fn folder_of(ollama: Ollama, watch: state::Watch) -> local::Folder {
+    Arc::new(move |model| {
+        let (ollama, known) = (ollama.clone(), watch.folder());
+        Box::pin(async move {
+            if known.is_some() {
+                return known;
+            }
+            let found = folder::of(&ollama, Some(&model)).await;
+            found.filter(|found| found.is_certain).map(|found| found.path)
+        })
+    })
 }
 
 fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {

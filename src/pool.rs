@@ -6,6 +6,7 @@
 mod grpc;
 mod health;
 mod linger;
+mod peers;
 mod told;
 
 use std::num::NonZeroU32;
@@ -34,6 +35,7 @@ use crate::security::{Trust, Wire, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
+pub use peers::Peer;
 
 /// Port of an agent when none is given.
 pub const AGENT_PORT: u16 = 50051;

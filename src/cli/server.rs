@@ -11,7 +11,7 @@ use crate::agent::{Agent, Options};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
-use crate::security::tls::{self, Acceptor, Clients};
+use crate::security::tls::{self, Acceptor, Clients, Connector};
 use crate::sessions;
 
 /// Run the agent beside an Ollama.
@@ -78,11 +78,12 @@ impl Arguments {
             engine: "ollama",
             token: self.token.token()?,
             tls: None,
+            connector: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
-            let options = Options { tls: Acceptor::start(&tls)?, ..options };
+            let options = Options { tls: Acceptor::start(&tls)?, connector: Connector::start(&tls)?, ..options };
             let (listen, ollama) = (options.listen, options.ollama.clone());
             let mut stop = Stop::listen()?;
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };

@@ -17,6 +17,7 @@ use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
 use crate::security::Token;
+use crate::security::tls::Connector;
 
 /// How long an Ollama is waited for.
 const PROBE: Duration = Duration::from_secs(2);
@@ -130,6 +131,7 @@ async fn start_agent(
             engine: behind.kind,
             token: token.clone(),
             tls: None,
+            connector: Connector::start(&config.tls)?,
             grace,
             sessions: config.sessions.clone(),
         })

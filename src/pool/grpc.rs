@@ -144,6 +144,11 @@ impl Agent {
         tokio::time::timeout(limit, asking).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
     }
 
+    /// A client over the connection for what is large.
+    pub(super) async fn bulk(&self) -> Result<ServerClient<Channel>, BoxError> {
+        Ok(client(self.bulk.get(false, None).await?.0))
+    }
+
     fn failed(&self, phase: Phase, reused: bool, source: BoxError) -> Error {
         Error::Server { server: self.id.clone(), phase, reused, source }
     }
@@ -177,7 +182,7 @@ pub(super) struct Refused(String);
 
 /// What a status says, with what it comes from where the connection has failed: a handshake is often refused only when the
 /// first answer is waited for.
-fn told(status: &Status) -> String {
+pub(super) fn told(status: &Status) -> String {
     let mut text = status.message().to_owned();
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
@@ -421,7 +426,7 @@ impl std::fmt::Debug for Line {
 
 /// A connection as tonic's client takes it: without the queue and the task that its own channel would add.
 #[derive(Clone)]
-struct Channel {
+pub(super) struct Channel {
     sender: Sender,
     /// What every call shows.
     token: Option<HeaderValue>,

@@ -125,6 +125,7 @@ pub fn options(ollama: Endpoint) -> Options {
         engine: "ollama",
         token: token(),
         tls: None,
+        connector: None,
         grace: Duration::from_secs(5),
         sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
     }
