@@ -22,6 +22,9 @@ const LOAD_EVERY: Duration = Duration::from_millis(50);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
 
+/// Models in one message to who keeps what it was told.
+const PART: usize = 32;
+
 /// The last state, whole.
 #[derive(Clone, Debug, Default)]
 pub struct Told {
@@ -181,6 +184,8 @@ struct Watcher {
     deltas: bool,
     /// What it was told last, and when.
     last: Option<(Arc<Told>, Instant)>,
+    /// The models from here on it is still to be told.
+    rest: Option<usize>,
     others: u32,
     /// How far it was told of the turns of others, if it wants that.
     turns: Option<Followed>,
@@ -199,7 +204,8 @@ pub(super) fn states(
     states.mark_changed();
     let watching = callers.watch(request.caller.as_bytes());
     let turns = (request.deltas && request.turns).then(|| callers.turns.follow(request.caller.as_bytes()));
-    let watcher = Watcher { states, watching, interval, deltas: request.deltas, last: None, others: 0, turns };
+    let (deltas, last, rest) = (request.deltas, None, None);
+    let watcher = Watcher { states, watching, interval, deltas, last, rest, others: 0, turns };
     futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
@@ -208,6 +214,9 @@ pub(super) fn states(
 
 impl Watcher {
     async fn next(&mut self) -> Option<ServerState> {
+        if let Some((told, at)) = self.last.as_ref().map(|(told, _)| told.clone()).zip(self.rest) {
+            return Some(self.part(&told, at, true));
+        }
         loop {
             let all = self.watching.all.clone();
             let begins = all.begins.notified();
@@ -266,20 +275,29 @@ impl Watcher {
         let last = self.last.as_ref().map(|(last, _)| last).filter(|_| self.deltas);
         let same_models = last.is_some_and(|last| Arc::ptr_eq(&last.models, &told.models));
         let same_loaded = last.is_some_and(|last| Arc::ptr_eq(&last.loaded, &told.loaded));
-        let ServerState { in_flight, queued, others, heartbeat_ms, .. } = self.load(&told);
-        let state = ServerState {
+        let models = if same_models { told.models.len() } else { 0 };
+        let state = self.part(&told, models, same_loaded);
+        self.last = Some((told, Instant::now()));
+        ServerState { same_models, ..state }
+    }
+
+    /// A message with the models from there on, as many as are told at once.
+    fn part(&mut self, told: &Told, from: usize, same_loaded: bool) -> ServerState {
+        let left = told.models.get(from..).unwrap_or_default();
+        let models = if self.deltas { left.get(..PART).unwrap_or(left) } else { left };
+        self.rest = (models.len() < left.len()).then_some(from + models.len());
+        let ServerState { in_flight, queued, others, heartbeat_ms, .. } = self.load(told);
+        ServerState {
             in_flight,
             queued,
             others,
-            models: if same_models { Vec::new() } else { told.models.to_vec() },
+            models: models.to_vec(),
             loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
-            same_models,
             same_loaded,
+            more_models: self.rest.is_some(),
             heartbeat_ms,
             ..told.state.clone()
-        };
-        self.last = Some((told, Instant::now()));
-        state
+        }
     }
 }
 
@@ -310,6 +328,28 @@ mod tests {
         assert_eq!(keeps.next().await.unwrap().unwrap().models.len(), 2);
         drop((keeps, forgets));
         assert_eq!(*callers.watchers().borrow(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_list_is_told_in_parts_to_who_keeps_it() {
+        let names: Vec<String> = (0..=PART * 2).map(|number| number.to_string()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (_tell, receiver) = watch::channel(Some(told(&names)));
+        let callers = Arc::default();
+        let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
+        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
+        let mut forgets = Box::pin(states(receiver, &callers, &request(false)));
+        let begun = Instant::now();
+        let mut heard = Vec::new();
+        for more in [true, true, false] {
+            let state = keeps.next().await.unwrap().unwrap();
+            assert!(state.models.len() <= PART && !state.same_models && state.more_models == more);
+            heard.extend(state.models.into_iter().map(|model| model.name));
+        }
+        assert!(heard == names && begun.elapsed().is_zero());
+        let next = keeps.next().await.unwrap().unwrap();
+        assert!(next.same_models && next.models.is_empty() && !next.more_models);
+        assert_eq!(forgets.next().await.unwrap().unwrap().models.len(), names.len());
     }
 
     #[tokio::test(start_paused = true)]
