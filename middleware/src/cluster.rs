@@ -502,10 +502,10 @@ impl Candidates {
 pub struct Cluster {
     snapshot: ArcSwap<Snapshot>,
     book: Mutex<Book>,
-    /// Who has which conversations, where that is remembered.
-    conversations: OnceLock<Arc<Table>>,
     /// Taken after the book, if both are.
     shelf: Mutex<held::Shelf>,
+    /// Who has which conversations, where that is remembered.
+    conversations: OnceLock<Arc<Table>>,
     /// To go on with from a task that must not keep the cluster alive.
     this: Weak<Self>,
 }
@@ -656,8 +656,8 @@ impl Cluster {
         let cluster = Arc::new_cyclic(|this| Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
-            conversations: OnceLock::new(),
             shelf: Mutex::default(),
+            conversations: OnceLock::new(),
             this: this.clone(),
         });
         cluster.rebuild(&mut cluster.book());

@@ -204,8 +204,8 @@ pub(super) fn states(
     states.mark_changed();
     let watching = callers.watch(request.caller.as_bytes());
     let turns = (request.deltas && request.turns).then(|| callers.turns.follow(request.caller.as_bytes()));
-    let (deltas, last, rest) = (request.deltas, None, None);
-    let watcher = Watcher { states, watching, interval, deltas, last, rest, others: 0, turns };
+    let deltas = request.deltas;
+    let watcher = Watcher { states, watching, interval, deltas, last: None, rest: None, others: 0, turns };
     futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
