@@ -18,6 +18,7 @@
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
 //! | [`sessions`] | conversations whose history is kept here |
+//! | [`state`] | what several proxies share in a Redis or a Valkey |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
 //! | [`reload`] | a new configuration without a restart |
 //! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
