@@ -55,14 +55,12 @@ const TIMES: usize = 5;
 
 fn main() {
     let (servers, models) = (setting("OLOL_BENCH_SERVERS", 1000), setting("OLOL_BENCH_MODELS", 200));
-    match std::env::var(ROLE).as_deref() {
-        Ok(role) => play(role, servers, models),
-        Err(_) => {
-            println!("{servers} servers with {models} models each");
-            for role in ["ollamas", "agents"] {
-                measure(role, servers);
-            }
-        }
+    if let Ok(role) = std::env::var(ROLE) {
+        return play(&role, servers, models);
+    }
+    println!("{servers} servers with {models} models each");
+    for role in ["ollamas", "agents"] {
+        measure(role, servers);
     }
 }
 
