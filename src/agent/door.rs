@@ -89,6 +89,11 @@ impl Door {
         MembershipServer::new(Proofs(self.clone())).max_decoding_message_size(LARGEST_HELLO)
     }
 
+    /// Whether who is at the other end belongs to the cluster, whatever a call shows.
+    pub(super) fn is_open(&self) -> bool {
+        self.is_open.load(Ordering::Relaxed)
+    }
+
     /// Why a call is refused, if it is.
     pub(super) fn refuses(&self, headers: &HeaderMap) -> Option<&'static str> {
         if self.is_open.load(Ordering::Acquire) || self.keeper.tokens.is_shown(headers) {

@@ -7,6 +7,7 @@
 //! When a call may have changed something it is asked at once, and in any case every second.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ struct Shared {
     callers: Arc<Callers>,
     figures: Arc<Figures>,
     pulls: Arc<Pulls>,
+    /// Whether the agent is about to end.
+    leaving: AtomicBool,
     /// Grows when a call may have changed something.
     look: watch::Sender<u64>,
     book: Mutex<Book>,
@@ -128,6 +131,7 @@ impl Watch {
             callers: Arc::default(),
             figures: Arc::default(),
             pulls: Arc::default(),
+            leaving: AtomicBool::new(false),
             look: watch::Sender::new(0),
             book: Mutex::default(),
         });
@@ -140,6 +144,13 @@ impl Watch {
     /// The state, to be watched.
     pub(super) fn state(&self) -> watch::Receiver<Option<Arc<Told>>> {
         self.shared.told.subscribe()
+    }
+
+    /// Tells those who watch that the agent goes: nothing new is to be sent. Returns whether anybody watches.
+    pub(super) fn says_goodbye(&self) -> bool {
+        self.shared.leaving.store(true, Ordering::Relaxed);
+        self.shared.write(|_| ((), true));
+        *self.shared.callers.watchers().borrow() > 0
     }
 
     /// Who has calls here, and who watches.
@@ -262,6 +273,7 @@ impl Shared {
             checks: vec![check(&book.memory, "memory", EVERY), check(&book.disk, "disk", EVERY)],
             metrics: Some(self.figures.last_minute()),
             pending_pulls: self.pulls.shares(),
+            draining: self.leaving.load(Ordering::Relaxed),
             ..ServerState::default()
         }
     }

@@ -76,6 +76,8 @@ async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration,
 /// Listens to an agent, which speaks whenever something changes, and at least every second.
 async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &Config) {
     let silence = config.check_interval_ms.time().max(Duration::from_secs(2));
+    // Whoever has dialled in is gone with its connection.
+    let failures = if agent.is_guest() { 1 } else { config.check_failures.get() };
     let mut about = None;
     loop {
         let round = cluster.round_begins(index);
@@ -133,7 +135,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
             let _ = tokio::time::timeout(usual, cluster.news_wanted(index)).await;
             continue;
         }
-        cluster.check_failed(index, error, config.check_failures.get());
+        cluster.check_failed(index, error, failures);
         tokio::select! {
             () = tokio::time::sleep(jittered(config.check_interval_ms.time()) / 5) => {}
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
