@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use super::Config;
 use crate::pool::{Arrival, Lobby, Pool, ServerSpec, Way, meet};
-use crate::security::proof::{Dialled, Purpose};
+use crate::security::proof::{Dialled, Purpose, Refused};
 use crate::security::{Tokens, Wire};
 
 /// Where agents dial in.
@@ -275,7 +275,8 @@ async fn receive(inner: Weak<Inner>, upgrade: OnUpgrade, visitor: Visitor, place
     let met = met.unwrap_or_else(|_| Err(format!("no proof within {} s", INTRODUCTION.as_secs()).into()));
     let Some(strong) = inner.upgrade() else { return };
     match met {
-        Err(error) => strong.refuse(&visitor, error.to_string()),
+        Err(error) if error.is::<Refused>() => strong.refuse(&visitor, error.to_string()),
+        Err(error) => strong.refuse(&visitor, Refused::Unproved(error.to_string()).to_string()),
         Ok(arrival) => {
             let Some((id, ends)) = strong.welcome(&visitor, arrival) else { return };
             drop(strong);
