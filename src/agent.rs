@@ -32,9 +32,9 @@ use tower::Service;
 
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
-use crate::security::tls::{Acceptor, Connector};
 use crate::security::Tokens;
 use crate::security::proof::Purpose;
+use crate::security::tls::{Acceptor, Connector};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
 use door::{Door, Doorkeeper};
@@ -105,7 +105,13 @@ impl Agent {
         let description = describe(&name, address, options.engine);
         let instance = description.instance_id.clone();
         let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
-        let about = SelfDescription { description, state: watch.state(), callers: watch.callers(), stop: stop.clone() };
+        let about = SelfDescription {
+            description,
+            state: watch.state(),
+            callers: watch.callers(),
+            active: watch.active(),
+            stop: stop.clone(),
+        };
         let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })

@@ -180,11 +180,11 @@ impl Backend {
             Way::Agent(endpoint) => {
                 let to = grpc::To::Dial(endpoint.clone());
                 let reach = grpc::Reach { to, timeout: connect, bound: source.is_discovered() };
-                Self::Agent(Arc::new(grpc::Agent::new(id, reach, &trust.over(spec.wire), hop)))
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, &trust.over(spec.wire), hop)))
             }
             Way::Joined(lobby) => {
                 let reach = grpc::Reach { to: grpc::To::Take(lobby.clone()), timeout: connect, bound: false };
-                Self::Agent(Arc::new(grpc::Agent::new(id, reach, trust, hop)))
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
             }
             Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
             Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
@@ -216,7 +216,8 @@ impl Backend {
 /// Why a server that nobody has named is not used.
 fn stranger() -> Refused {
     Refused::Unproved(
-        "an Ollama without an agent knows none; run `olol server` beside it, or name it with --servers if you trust it".to_owned(),
+        "an Ollama without an agent knows none; run `olol server` beside it, or name it with --servers if you trust it"
+            .to_owned(),
     )
 }
 

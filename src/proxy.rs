@@ -144,7 +144,17 @@ impl Proxy {
             serving.await
         });
         let (pool, guests) = (kept.0, kept.1);
-        Ok(Self { address, shared, pool, guests, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
+        Ok(Self {
+            address,
+            shared,
+            pool,
+            guests,
+            reloader,
+            stop,
+            running,
+            _watching: watching,
+            _tasks: vec![upkeep, keys],
+        })
     }
 
     /// Reads its configuration again.
@@ -250,7 +260,10 @@ impl Answers for Edge {
 
     /// A panic of ours ends one request, not the process.
     fn service(&self, peer: Peer) -> Self::Service {
-        CatchPanic::custom(Visit { edge: self.clone(), client: peer.address, here: peer.here, is_machine: peer.is_machine }, panicked)
+        CatchPanic::custom(
+            Visit { edge: self.clone(), client: peer.address, here: peer.here, is_machine: peer.is_machine },
+            panicked,
+        )
     }
 
     fn is_brief(request: &Request<Incoming>) -> bool {

@@ -22,7 +22,7 @@ use olol::security::proof::{self, Side, Transcript};
 use olol::security::{Token, Tokens};
 use olol_middleware::cluster::{Source, State};
 use olol_proto::v1::membership_server::{Membership, MembershipServer};
-use olol_proto::v1::{HelloRequest, HelloResponse, ProveRequest, ProveResponse};
+use olol_proto::v1::{HelloRequest, HelloResponse, ProveRequest, ProveResponse, RelayHead, RelayRequest, WatchRequest};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -62,19 +62,18 @@ async fn an_agent_that_dials_in_serves() {
     assert_eq!((answer.status, answer.server(), answer.said().as_str()), (200, "gpu1", "Hello world"));
     let page = olol.get("/api/status/servers").await.json();
     let told = &page["servers"][0];
-    assert_eq!((&told["source"], &told["kind"], &told["host"]), (&"joined".into(), &"agent".into(), &"127.0.0.1".into()));
+    assert_eq!(
+        (&told["source"], &told["kind"], &told["host"]),
+        (&"joined".into(), &"agent".into(), &"127.0.0.1".into())
+    );
     // A body that is still coming takes a connection of its own: the agent has one ready.
     let blob = "7".repeat(2 << 20);
-    let digest = format!("sha256:{}", hex(&<sha2::Sha256 as sha2::Digest>::digest(blob.as_bytes())));
+    let digest = format!("sha256:{:x}", <sha2::Sha256 as sha2::Digest>::digest(blob.as_bytes()));
     let upload = Request::post(&format!("/api/blobs/{digest}"), blob);
     assert!(olol.ask(&upload).await.status < 300);
     assert!(olol.refused().is_empty());
     assert!(agent.stop().await);
     until("it is not used any more", || olol.state_of("gpu1") == Some(State::Down)).await;
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[tokio::test]
@@ -230,7 +229,8 @@ async fn whoever_asks_to_join_in_another_way_is_told_how() {
     assert_eq!((plain.status, plain.header("upgrade")), (426, "olol-join"));
     assert!(plain.text().contains("olol server --join"));
     let mut stream = TcpStream::connect(olol.address()).await.unwrap();
-    let head = "POST /olol/join HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: olol-join\r\nolol-name: a b\r\n\r\n";
+    let head =
+        "POST /olol/join HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: olol-join\r\nolol-name: a b\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut answer = vec![0; 12];
     patiently("an answer", stream.read_exact(&mut answer)).await.unwrap();
@@ -490,7 +490,7 @@ async fn connections_that_prove_nothing_are_few() {
     let cluster = Cluster::of(1).await.all_have("tiny");
     let olol = proxy("").await;
     let mut answers = Vec::new();
-    let mut held = Vec::new();
+    let mut kept = Vec::new();
     for number in 0..40 {
         let mut stream = TcpStream::connect(olol.address()).await.unwrap();
         let head = format!(
@@ -500,12 +500,32 @@ async fn connections_that_prove_nothing_are_few() {
         let mut answer = vec![0; 12];
         patiently("an answer", stream.read_exact(&mut answer)).await.unwrap();
         answers.push(String::from_utf8(answer).unwrap());
-        held.push(stream);
+        kept.push(stream);
     }
     assert_eq!(answers.iter().filter(|answer| answer.ends_with("101")).count(), 16, "{answers:?}");
     assert!(answers.last().unwrap().ends_with("429"));
-    drop(held);
+    drop(kept);
     let _agent = agent(&cluster, 0, "gpu1", &[olol.address()]).await;
     is(&olol, "gpu1", State::Up).await;
     assert!(olol.refused().len() <= 32 && olol.names() == ["gpu1"]);
+}
+
+#[tokio::test]
+async fn an_agent_tells_which_sessions_had_a_turn_there() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let agent = agent(&cluster, 0, "gpu1", &[]).await;
+    let mut client = harness::grpc::client(agent.address()).await;
+    for session in ["one", "", "two"] {
+        let head = RelayHead {
+            method: "GET".to_owned(),
+            path: "/api/version".to_owned(),
+            session: session.to_owned(),
+            ..RelayHead::default()
+        };
+        let request = RelayRequest { head: Some(head), last: true, ..RelayRequest::default() };
+        client.relay(futures_util::stream::iter([request])).await.unwrap();
+    }
+    let mut states = client.watch(WatchRequest::default()).await.unwrap().into_inner();
+    let told = async { while states.message().await.unwrap().unwrap().active_sessions != ["one", "two"] {} };
+    patiently("it tells of both", told).await;
 }

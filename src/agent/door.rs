@@ -120,8 +120,8 @@ impl Door {
     }
 
     fn hello(&self, hello: HelloRequest) -> Result<HelloResponse, Status> {
-        let caller = Nonce::try_from(hello.nonce.as_ref())
-            .map_err(|_| Status::invalid_argument("a nonce is of 32 bytes"))?;
+        let caller =
+            Nonce::try_from(hello.nonce.as_ref()).map_err(|_| Status::invalid_argument("a nonce is of 32 bytes"))?;
         if hello.bound && !self.is_reached_at(&hello.address) {
             self.keeper.warn(self.peer.address, proof::ELSEWHERE);
             return Err(Status::permission_denied(proof::ELSEWHERE));

@@ -27,7 +27,7 @@ use super::machine::{Machine, Reading};
 use super::processes::{self, Processes};
 use super::{folder, runners};
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
-use crate::rpc::{Callers, Told};
+use crate::rpc::{Active, Callers, Told};
 
 /// Time between two looks while nobody watches, and between two readings of the machine.
 const EVERY: Duration = Duration::from_secs(1);
@@ -61,6 +61,7 @@ struct Shared {
     name: String,
     told: watch::Sender<Option<Arc<Told>>>,
     callers: Arc<Callers>,
+    active: Arc<Active>,
     figures: Arc<Figures>,
     pulls: Arc<Pulls>,
     /// Whether the agent is about to end.
@@ -129,6 +130,7 @@ impl Watch {
             ollama,
             told: watch::Sender::new(None),
             callers: Arc::default(),
+            active: Arc::default(),
             figures: Arc::default(),
             pulls: Arc::default(),
             leaving: AtomicBool::new(false),
@@ -151,6 +153,11 @@ impl Watch {
         self.shared.leaving.store(true, Ordering::Relaxed);
         self.shared.write(|_| ((), true));
         *self.shared.callers.watchers().borrow() > 0
+    }
+
+    /// The sessions that had a turn here lately.
+    pub(super) fn active(&self) -> Arc<Active> {
+        self.shared.active.clone()
     }
 
     /// Who has calls here, and who watches.
@@ -273,6 +280,7 @@ impl Shared {
             checks: vec![check(&book.memory, "memory", EVERY), check(&book.disk, "disk", EVERY)],
             metrics: Some(self.figures.last_minute()),
             pending_pulls: self.pulls.shares(),
+            active_sessions: self.active.list(),
             draining: self.leaving.load(Ordering::Relaxed),
             ..ServerState::default()
         }

@@ -17,6 +17,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use olol_middleware::cluster::{Source, State};
+use olol_middleware::instruments::{self, Joining};
 use olol_middleware::{BoxError, ServerId, Snapshot};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -176,6 +177,7 @@ impl Guests {
             return said(StatusCode::CONFLICT, &format!("this proxy reaches the agent already, as {known}\n"));
         }
         let Some(place) = Place::take(&self.0, address.ip()) else {
+            instruments::dialled_in(Joining::Full);
             return said(StatusCode::TOO_MANY_REQUESTS, "too many agents join at this moment: come again\n");
         };
         let upgrade = hyper::upgrade::on(&mut request);
@@ -262,12 +264,8 @@ async fn receive(inner: Weak<Inner>, upgrade: OnUpgrade, visitor: Visitor, place
     let meeting = async {
         let upgraded = upgrade.await?;
         let Some(inner) = inner.upgrade() else { return Err::<_, BoxError>("the proxy ends".into()) };
-        let dialled = Dialled {
-            purpose: Purpose::Join,
-            address: visitor.here,
-            bound: false,
-            is_certified: visitor.is_certified,
-        };
+        let dialled =
+            Dialled { purpose: Purpose::Join, address: visitor.here, bound: false, is_certified: visitor.is_certified };
         meet(TokioIo::new(upgraded), dialled, inner.tokens.as_ref(), inner.probe).await
     };
     let met = tokio::time::timeout(INTRODUCTION, meeting).await;
@@ -295,6 +293,7 @@ impl Inner {
     }
 
     fn refuse(&self, visitor: &Visitor, reason: String) {
+        instruments::dialled_in(Joining::Refused);
         let address = visitor.address.ip();
         let mut book = self.book();
         let at = book.refused.iter().position(|other| other.address == address && other.name == visitor.name);
@@ -316,8 +315,10 @@ impl Inner {
         let id = self.place(&mut book, visitor, &instance)?;
         let guest = book.guests.get_mut(&id)?;
         if guest.connections >= MOST_CONNECTIONS {
+            instruments::dialled_in(Joining::Full);
             return None;
         }
+        instruments::dialled_in(Joining::Taken);
         guest.instance = instance;
         guest.connections += 1;
         let is_back = guest.gone.take().is_some();

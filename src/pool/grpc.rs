@@ -29,8 +29,8 @@ use tokio::time::Instant;
 use tokio_util::either::Either;
 use tonic::{Code, Request, Status, Streaming};
 
-use crate::ollama::{Ask, Endpoint};
 use super::lobby::Lobby;
+use crate::ollama::{Ask, Endpoint};
 use crate::security::proof::{self, Dialled, Known, Purpose, Refused};
 use crate::security::{Tokens, Trust};
 
@@ -90,7 +90,7 @@ pub(super) struct Reach {
 }
 
 impl Agent {
-    pub(super) fn new(id: ServerId, reach: Reach, trust: &Trust, hop: &HeaderValue) -> Self {
+    pub(super) fn new(id: ServerId, reach: &Reach, trust: &Trust, hop: &HeaderValue) -> Self {
         let line = || Line::new(reach.clone(), trust.clone());
         Self { id, calls: line(), bulk: line(), caller: hop.to_str().unwrap_or_default().to_owned() }
     }

@@ -98,7 +98,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     // A new stream begins with a fresh state.
                     None => break String::new(),
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
-                    Some(Ok(Err(refusal))) => break refusal.message().to_owned(),
+                    Some(Ok(Err(refusal))) => break grpc::told(&refusal),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
                     Some(Ok(Ok(Some(state)))) => {
                         if about.is_none() && !std::mem::replace(&mut asked, true) {
@@ -136,8 +136,10 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
             continue;
         }
         cluster.check_failed(index, error, failures);
+        // For one that dials in it is waited until it does.
+        let pause = if agent.is_guest() { SHORTEST } else { jittered(config.check_interval_ms.time()) / 5 };
         tokio::select! {
-            () = tokio::time::sleep(jittered(config.check_interval_ms.time()) / 5) => {}
+            () = tokio::time::sleep(pause) => {}
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
         }
     }
