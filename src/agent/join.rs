@@ -116,8 +116,10 @@ enum Turn {
     Stop,
     /// The proxy uses it.
     Used,
-    /// It is closed, and the proxy had known us, or not.
-    Closed(bool),
+    /// It is closed.
+    Closed,
+    /// It is closed, since one of us does not know the token.
+    Refused,
 }
 
 impl Joining {
@@ -148,8 +150,8 @@ impl Joining {
                         self.rests(PAUSES.0 / 4).await;
                         continue;
                     }
-                    Turn::Closed(true) => Failure::Now("it has closed a connection".into()),
-                    Turn::Closed(false) => Failure::Lasting(
+                    Turn::Closed => Failure::Now("it has closed a connection".into()),
+                    Turn::Refused => Failure::Lasting(
                         "it has not proved that it knows the token of the cluster, or has not believed us; give both the same: \
                          `olol token` prints it, and OLOL_TOKEN or --token-file give it to the other"
                             .into(),
@@ -235,7 +237,7 @@ impl Joining {
         tokio::select! {
             () = self.stop.cancelled() => Turn::Stop,
             () = door.enters.notified() => Turn::Used,
-            _ = ended => Turn::Closed(door.is_open()),
+            _ = ended => if door.is_refused() { Turn::Refused } else { Turn::Closed },
         }
     }
 }

@@ -39,7 +39,7 @@ pub const INSTANCE: HeaderName = HeaderName::from_static("olol-instance");
 /// The longest that proofs may take.
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// Agents whose proofs are being made: of all addresses, and of one.
-const MOST_AT_ONCE: (usize, usize) = (128, 16);
+const MOST_AT_ONCE: (usize, usize) = (256, 32);
 /// Connections of one agent: for calls, for bodies, one ready, and some that are being exchanged.
 const MOST_CONNECTIONS: usize = 6;
 /// Agents of one name that are told apart.
