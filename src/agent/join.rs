@@ -81,6 +81,12 @@ impl ProxyAddress {
         self.is_tls
     }
 
+    /// Whether what is said may be read on a network: it is elsewhere, and dialled without TLS.
+    pub(super) fn is_open_to_others(&self) -> bool {
+        let is_here = self.host == "localhost" || self.host.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
+        !self.is_tls && !is_here
+    }
+
     fn authority(&self) -> String {
         Endpoint::Tcp { host: self.host.clone(), port: self.port }.to_string()
     }
