@@ -30,7 +30,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
-use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Ollama};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
@@ -175,7 +175,14 @@ enum Backend {
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, source: Source, connect: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
+    fn new(
+        spec: &ServerSpec,
+        source: Source,
+        connect: Duration,
+        trust: &Trust,
+        hop: &HeaderValue,
+        lore: &Lore,
+    ) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
@@ -188,7 +195,7 @@ impl Backend {
                 Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
             }
             Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
-            Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
+            Way::Ollama(endpoint) => Self::Ollama(Ollama::with_lore(id, endpoint.clone(), connect, lore.clone())),
         }
     }
 
@@ -259,6 +266,9 @@ struct Inner {
     linger: Arc<Linger>,
     hop: HeaderValue,
     trust: Trust,
+    /// What the bare servers have told about models.
+    lore: Lore,
+    turns: Arc<health::Turns>,
 }
 
 /// Who is a member, and who watches it.
@@ -308,6 +318,8 @@ impl Pool {
             linger: Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max)),
             hop: hop.clone(),
             trust: trust.clone(),
+            lore: Lore::default(),
+            turns: Arc::default(),
         }));
         pool.set(Source::Static, servers);
         pool
@@ -409,7 +421,9 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, source, connect, &self.0.trust, &self.0.hop))));
+            let inner = &self.0;
+            let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
+            self.put(index, Some(&Arc::new(backend)));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }
@@ -436,11 +450,11 @@ impl Pool {
 
     /// Keeps true what is known of one server.
     fn keep_true(&self, index: usize) -> AbortOnDropHandle<()> {
-        let (cluster, config) = (self.0.cluster.clone(), self.0.config.clone());
+        let (cluster, config, turns) = (self.0.cluster.clone(), self.0.config.clone(), self.0.turns.clone());
         let backend = self.0.backend(index);
         AbortOnDropHandle::new(tokio::spawn(async move {
             if let Some(backend) = backend {
-                health::keep_true(cluster, index, backend, config).await;
+                health::keep_true(cluster, index, backend, config, turns).await;
             }
         }))
     }
