@@ -19,6 +19,7 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use http::HeaderValue;
 use http::header;
+use olol_middleware::affinity::Turn;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::{Member, Source};
 use olol_middleware::keys;
@@ -243,12 +244,15 @@ struct Context {
     deadline: Option<Instant>,
     session: String,
     request_id: String,
+    /// What its other proxies are to know of the conversation.
+    turn: Option<Turn>,
 }
 
 impl Context {
     fn of(call: &Call) -> Self {
         let session = call.headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string() }
+        let turn = call.preferred.as_deref().map(|preferred| preferred.turn.clone()).filter(|turn| !turn.is_empty());
+        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string(), turn }
     }
 }
 

@@ -52,6 +52,8 @@ pub struct About {
     pub guests: Guests,
     /// The sessions.
     pub sessions: Sessions,
+    /// What is shared with other proxies, if anything is.
+    pub state: Option<crate::state::State>,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -91,6 +93,9 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "collected_at": rfc3339(SystemTime::now()),
         }),
     );
+    if let Some(state) = &about.state {
+        summary["state"] = state.shown();
+    }
     summary
 }
 
@@ -252,6 +257,7 @@ mod tests {
             pool: pool.clone(),
             guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
+            state: None,
         };
         (Shared::new(pool.cluster().clone()), about)
     }

@@ -9,7 +9,7 @@ mod servers;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -18,7 +18,7 @@ use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::affinity::Share;
+use crate::affinity::{Share, Table, Turn};
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
@@ -521,6 +521,8 @@ pub struct Cluster {
     book: Mutex<Book>,
     /// Taken after the book, if both are.
     shelf: Mutex<held::Shelf>,
+    /// Who has which conversations, where that is remembered.
+    conversations: OnceLock<Arc<Table>>,
     /// To go on with from a task that must not keep the cluster alive.
     this: Weak<Self>,
 }
@@ -676,6 +678,7 @@ impl Cluster {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
             shelf: Mutex::default(),
+            conversations: OnceLock::new(),
             this: this.clone(),
         });
         cluster.rebuild(&mut cluster.book());
@@ -815,6 +818,24 @@ impl Cluster {
     pub fn tell_vitals(&self, index: usize, vitals: Vitals) {
         if let Some(server) = self.snapshot().servers.get(index) {
             server.vitals.store(Some(Arc::new(vitals)));
+        }
+    }
+
+    /// Where it is remembered who has which conversations: of use only before anything is told.
+    pub(crate) fn remember_in(&self, conversations: Arc<Table>) {
+        // A second one would be another proxy's: there is one for a cluster.
+        let _ = self.conversations.set(conversations);
+    }
+
+    /// A server's agent told of turns that others have sent there, perhaps after its engine has lost all that it had cached.
+    pub fn tell_turns(&self, index: usize, forgets: bool, turns: &[Turn]) {
+        let snapshot = self.snapshot();
+        let (Some(server), Some(table)) = (snapshot.servers.get(index), self.conversations.get()) else { return };
+        if forgets {
+            table.forget(server);
+        }
+        for turn in turns {
+            table.told(turn, server, snapshot.servers.len());
         }
     }
 

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::{Backend, Config, grpc, told};
 use crate::ollama::{Heard, Ollama};
+use crate::rpc;
 use crate::security::proof::Refused;
 
 /// Shortest time between two rounds that somebody asked for.
@@ -149,7 +150,13 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
                     Some(Ok(Err(refusal))) => break grpc::told(&refusal),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
-                    Some(Ok(Ok(Some(state)))) => {
+                    Some(Ok(Ok(Some(mut state)))) => {
+                        let turns: Vec<_> = std::mem::take(&mut state.turns).into_iter().map(rpc::told).collect();
+                        cluster.tell_turns(index, state.forgets_turns, &turns);
+                        if state.only_turns {
+                            tell_others(cluster, index, state.others);
+                            continue;
+                        }
                         if about.is_none() && !std::mem::replace(&mut asked, true) {
                             about = agent.describe(config.check_timeout_ms.time()).await.ok();
                         }
@@ -173,9 +180,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         }
         // Whoever answers next may be another, or of another version.
         about = None;
-        if let Some(server) = cluster.snapshot().servers.get(index) {
-            server.load.tell_others(0);
-        }
+        tell_others(cluster, index, 0);
         if refused {
             // Once is enough: it answers, and says no.
             cluster.check_failed(index, error, 1);
@@ -196,10 +201,14 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
 
 /// Takes in how a machine is, and what others have it do.
 fn tell(cluster: &Cluster, index: usize, vitals: Vitals) {
-    if let Some(server) = cluster.snapshot().servers.get(index) {
-        server.load.tell_others(vitals.others);
-    }
+    tell_others(cluster, index, vitals.others);
     cluster.tell_vitals(index, vitals);
+}
+
+fn tell_others(cluster: &Cluster, index: usize, others: u32) {
+    if let Some(server) = cluster.snapshot().servers.get(index) {
+        server.load.tell_others(others);
+    }
 }
 
 fn jittered(pause: Duration) -> Duration {

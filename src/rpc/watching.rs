@@ -15,6 +15,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
+use super::turns::{Followed, Turns};
+
 /// Time between two looks at what others have this server do, while it does anything.
 const LOAD_EVERY: Duration = Duration::from_millis(50);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
@@ -50,6 +52,7 @@ pub struct Callers {
     /// The first call after a rest has come.
     begins: Notify,
     watchers: watch::Sender<usize>,
+    turns: Turns,
 }
 
 #[derive(Debug)]
@@ -72,6 +75,7 @@ impl Default for Callers {
             in_flight: AtomicU32::new(0),
             begins: Notify::new(),
             watchers: watch::Sender::new(0),
+            turns: Turns::default(),
         }
     }
 }
@@ -92,6 +96,11 @@ impl Callers {
     /// Calls that are on their way.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// The turns of conversations that they have sent.
+    pub fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// How many watch, to be followed.
@@ -178,6 +187,8 @@ struct Watcher {
     /// The models from here on it is still to be told.
     rest: Option<usize>,
     others: u32,
+    /// How far it was told of the turns of others, if it wants that.
+    turns: Option<Followed>,
 }
 
 /// The states for one who watches: the first at once, others when something changed, and at intervals as a sign of life.
@@ -192,7 +203,9 @@ pub(super) fn states(
     };
     states.mark_changed();
     let watching = callers.watch(request.caller.as_bytes());
-    let watcher = Watcher { states, watching, interval, deltas: request.deltas, last: None, rest: None, others: 0 };
+    let turns = (request.deltas && request.turns).then(|| callers.turns.follow(request.caller.as_bytes()));
+    let deltas = request.deltas;
+    let watcher = Watcher { states, watching, interval, deltas, last: None, rest: None, others: 0, turns };
     futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
@@ -212,6 +225,13 @@ impl Watcher {
             let rests = self.others == 0 && all.in_flight() == 0;
             let left = self.last.as_ref().map_or(LOAD_EVERY, |(_, at)| self.interval.saturating_sub(at.elapsed()));
             let pause = if rests { left } else { left.min(LOAD_EVERY) };
+            let turns = async {
+                match &mut self.turns {
+                    // The first message is the whole state.
+                    Some(turns) if self.last.is_some() => turns.changed().await,
+                    _ => std::future::pending().await,
+                }
+            };
             let is_news = tokio::select! {
                 changed = self.states.changed() => {
                     changed.ok()?;
@@ -219,15 +239,35 @@ impl Watcher {
                 }
                 () = tokio::time::sleep(pause) => false,
                 () = begins => false,
+                () = turns => false,
             };
             let others = self.watching.others();
             let is_due = self.last.as_ref().is_none_or(|(_, at)| at.elapsed() >= self.interval);
-            if !is_news && !is_due && others == self.others {
+            let is_whole = is_news || is_due || others != self.others;
+            let Some(told) = self.states.borrow_and_update().clone() else { continue };
+            let (turns, forgets_turns) = match &mut self.turns {
+                Some(turns) => turns.take(&all.turns),
+                None => (Vec::new(), false),
+            };
+            if !is_whole && turns.is_empty() && !forgets_turns {
                 continue;
             }
-            let Some(told) = self.states.borrow_and_update().clone() else { continue };
             self.others = others;
-            return Some(self.tell(told));
+            let state = if is_whole { self.tell(told) } else { self.load(&told) };
+            return Some(ServerState { turns, forgets_turns, only_turns: !is_whole, ..state });
+        }
+    }
+
+    /// What it is doing now, and nothing else.
+    fn load(&self, told: &Told) -> ServerState {
+        let (all, slots) = (self.watching.all.in_flight(), told.slots());
+        let queued = if slots == 0 { 0 } else { all.saturating_sub(slots) };
+        ServerState {
+            in_flight: all - queued,
+            queued,
+            others: self.others,
+            heartbeat_ms: unix_ms_now(),
+            ..ServerState::default()
         }
     }
 
@@ -246,17 +286,16 @@ impl Watcher {
         let left = told.models.get(from..).unwrap_or_default();
         let models = if self.deltas { left.get(..PART).unwrap_or(left) } else { left };
         self.rest = (models.len() < left.len()).then_some(from + models.len());
-        let (all, slots) = (self.watching.all.in_flight(), told.slots());
-        let queued = if slots == 0 { 0 } else { all.saturating_sub(slots) };
+        let ServerState { in_flight, queued, others, heartbeat_ms, .. } = self.load(told);
         ServerState {
-            in_flight: all - queued,
+            in_flight,
             queued,
-            others: self.others,
+            others,
             models: models.to_vec(),
             loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
             same_loaded,
             more_models: self.rest.is_some(),
-            heartbeat_ms: unix_ms_now(),
+            heartbeat_ms,
             ..told.state.clone()
         }
     }
