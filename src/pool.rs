@@ -7,6 +7,7 @@ mod grpc;
 mod health;
 mod linger;
 mod lobby;
+mod peers;
 mod told;
 
 use std::collections::HashSet;
@@ -39,6 +40,7 @@ pub(crate) use grpc::told;
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
 pub use lobby::{Arrival, Lobby, meet};
+pub use peers::Peer;
 
 /// Port of an agent when none is given.
 pub const AGENT_PORT: u16 = 50051;
