@@ -25,7 +25,10 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, StatusCode};
 use hyper::body::Incoming;
+use olol::agent::door::{Door, Doorkeeper};
 use olol::rpc::{self, Callers, Face, SelfDescription, Told};
+use olol::security::Token;
+use olol::security::proof::Purpose;
 use olol::serve::{self, Answers, Peer};
 use olol::sessions::{self, Sessions};
 use olol_middleware::Reply;
@@ -38,6 +41,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
+/// What makes the agents and the proxy a cluster.
+const TOKEN: &str = "the-token-of-the-benchmark-and-of-nobody-else";
 /// Tells a copy of this program what it plays.
 const ROLE: &str = "OLOL_BENCH_ROLE";
 /// What is asked for, and how often.
@@ -95,7 +100,7 @@ fn measure(role: &str, count: usize) {
     let proxy = Command::new(env!("CARGO_BIN_EXE_olol"))
         .args(["proxy", "--log-level", "warn", "--port", &address.port().to_string(), "--config"])
         .arg(&config)
-        .env("OLOL_TOKEN", "the-token-of-the-benchmark-and-of-nobody-else")
+        .env("OLOL_TOKEN", TOKEN)
         .env("XDG_STATE_HOME", folder.path())
         .env("XDG_CONFIG_HOME", folder.path())
         .stdout(Stdio::null())
@@ -292,8 +297,14 @@ fn agent(listener: std::net::TcpListener, number: usize, models: usize) {
     });
     let description = DescribeResponse { os: "linux".to_owned(), cpu_count: 16, ..DescribeResponse::default() };
     let stop = CancellationToken::new();
-    let callers = Arc::<Callers>::default();
-    let about = SelfDescription { description, state, callers, stop: stop.clone(), models: None };
+    let about = SelfDescription {
+        description,
+        state,
+        callers: Arc::<Callers>::default(),
+        active: Arc::default(),
+        stop: stop.clone(),
+        models: None,
+    };
     let send: rpc::Send = Arc::new(move |ask| {
         Box::pin(async move {
             let tags = if ask.path.path() == "/api/tags" { listed(number, models).to_string() } else { String::new() };
@@ -301,25 +312,37 @@ fn agent(listener: std::net::TcpListener, number: usize, models: usize) {
         })
     });
     let sessions = Sessions::new(sessions::Config::default(), "none");
-    let grpc = Grpc(rpc::service(send, Some(about), sessions, None));
+    let token: Token = TOKEN.parse().expect("a token");
+    let keeper = Arc::new(Doorkeeper::new(token.into(), number.to_string()));
+    let grpc = Grpc { face: rpc::service(send, Some(about), sessions, None), keeper };
     listener.set_nonblocking(true).expect("a socket that does not block");
     let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
     tokio::spawn(serve::serve(listener, grpc, None, stop, Duration::ZERO));
 }
 
 #[derive(Clone)]
-struct Grpc(ServerServer<Face>);
+struct Grpc {
+    face: ServerServer<Face>,
+    keeper: Arc<Doorkeeper>,
+}
+
+/// One connection.
+#[derive(Clone)]
+struct Visit {
+    face: ServerServer<Face>,
+    door: Arc<Door>,
+}
 
 impl Answers for Grpc {
     type Body = tonic::body::Body;
-    type Service = Self;
+    type Service = Visit;
 
-    fn service(&self, _peer: Peer) -> Self {
-        self.clone()
+    fn service(&self, peer: Peer) -> Visit {
+        Visit { face: self.face.clone(), door: Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call)) }
     }
 }
 
-impl Service<Request<Incoming>> for Grpc {
+impl Service<Request<Incoming>> for Visit {
     type Response = Response<tonic::body::Body>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
@@ -329,6 +352,9 @@ impl Service<Request<Incoming>> for Grpc {
     }
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        self.0.call(request)
+        if Door::leads_to_proofs(request.uri().path()) {
+            return self.door.proofs().call(request);
+        }
+        self.face.call(request)
     }
 }

@@ -3,7 +3,9 @@
 //! It relays calls byte for byte, ends them when their caller goes, and tells the proxies that watch it how its Ollama is.
 
 mod calls;
+pub mod door;
 mod folder;
+mod join;
 mod machine;
 mod processes;
 mod runners;
@@ -12,20 +14,18 @@ mod state;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, Request, Response};
+use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use olol_middleware::{Route, ServerId};
 use olol_proto::v1::DescribeResponse;
 use olol_proto::v1::server_server::ServerServer;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::Service;
@@ -34,14 +34,21 @@ use crate::models::copy::Copier;
 use crate::models::local::{self, Local};
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
+use crate::security::proof::Purpose;
 use crate::security::tls::{Acceptor, Connector};
-use crate::security::{Token, Trust, token};
+use crate::security::{Tokens, Trust};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
+use door::{Door, Doorkeeper};
+use join::Joining;
+
+pub use join::ProxyAddress;
 
 /// The file of an agent's sessions.
 const FILE: &str = "agent-sessions.redb";
 
+/// How long proxies have to hear that an agent goes, before it takes nothing more.
+const GOODBYE: Duration = Duration::from_millis(150);
 /// The longest that a connection may take, to the Ollama and to other agents.
 const CONNECT: Duration = Duration::from_secs(3);
 
@@ -56,10 +63,14 @@ pub struct Options {
     pub name: String,
     /// What runs behind it: `ollama` or `embedded`.
     pub engine: &'static str,
-    /// The token of the cluster: who does not show it is not served.
-    pub token: Token,
+    /// The token of the cluster: who does not know it is not served.
+    pub tokens: Tokens,
     /// TLS, if callers are met with it. A machine with a certificate of the cluster's CA needs no token.
     pub tls: Option<Acceptor>,
+    /// Proxies to dial, which then call over the connections that we have made.
+    pub join: Vec<ProxyAddress>,
+    /// How those at `https://` are dialled.
+    pub join_tls: Option<Connector>,
     /// TLS with other agents, when models are copied from them.
     pub connector: Option<Connector>,
     /// How long calls may go on after a stop was asked for.
@@ -74,7 +85,10 @@ pub struct Agent {
     address: SocketAddr,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
-    // Ends with the agent.
+    grace: Duration,
+    watch: state::Watch,
+    // End with the agent.
+    joining: JoinSet<()>,
     _watching: JoinSet<()>,
 }
 
@@ -84,17 +98,20 @@ impl Agent {
     pub async fn start(options: Options) -> std::io::Result<Self> {
         let listener = crate::serve::listen(options.listen)?;
         let address = listener.local_addr()?;
-        let name = if options.name.is_empty() {
-            gethostname::gethostname().to_string_lossy().into_owned()
-        } else {
-            options.name
-        };
+        let host = || gethostname::gethostname().to_string_lossy().into_owned();
+        let is_named = !options.name.is_empty();
+        let name = if is_named { options.name } else { host() };
+        // Several agents on one machine are told apart.
+        let joins_as = if is_named { name.clone() } else { format!("{name}:{}", address.port()) };
         let ollama = Ollama::new(ServerId::new(&name), options.ollama, CONNECT);
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
+        let kept = watch.clone();
         let description = describe(&name, address, options.engine);
-        let trust = Trust { tls: options.connector, token: Some(options.token.clone()), ..Trust::default() };
+        let trust = Trust { tls: options.connector, tokens: Some(options.tokens.clone()), ..Trust::default() };
+        let instance = description.instance_id.clone();
+        let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
         let copier = {
             let (watch, pulling) = (watch.clone(), watch.clone());
             Copier::new(ollama.clone(), trust, CONNECT, move || watch.look(), move |model| pulling.pulling(model))
@@ -104,6 +121,7 @@ impl Agent {
             description,
             state: watch.state(),
             callers: watch.callers(),
+            active: watch.active(),
             stop: stop.clone(),
             models: Some(Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone())),
         };
@@ -123,17 +141,37 @@ impl Agent {
         if !address.ip().is_loopback() && options.tls.is_none() {
             tracing::warn!(
                 %address,
-                "the agent listens beyond this machine without TLS: whoever can read on the network reads the token and all that \
-                 is said; keep it on a network that you trust"
+                "the agent listens beyond this machine without TLS: whoever can read on the network reads all that is said; keep \
+                 it on a network that you trust"
             );
         }
-        let doorkeeper =
-            Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, doorkeeper, peer: None };
+        let answers = Grpc { inner, keeper };
+        let mut joining = JoinSet::new();
+        if !options.join.is_empty() {
+            let header = |text: &str| HeaderValue::from_str(text).map_err(std::io::Error::other);
+            let dialling = Arc::new(Joining {
+                grpc: answers.clone(),
+                name: header(&joins_as.replace(|c: char| !c.is_ascii_alphanumeric() && !"-_.:".contains(c), "-"))?,
+                instance: header(&instance)?,
+                tls: options.join_tls,
+                stop: stop.clone(),
+            });
+            for proxy in options.join {
+                if proxy.is_open_to_others() {
+                    tracing::warn!(
+                        %proxy,
+                        "a proxy is joined without TLS: whoever can read on the network reads all that is said; keep it on a \
+                         network that you trust, or say https:// with --tls-ca"
+                    );
+                }
+                joining.spawn(dialling.clone().keep(proxy));
+            }
+        }
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
-        Ok(Self { address, stop, running, _watching: watching })
+        let grace = options.grace;
+        Ok(Self { address, stop, running, grace, watch: kept, joining, _watching: watching })
     }
 
     /// Where it listens.
@@ -141,10 +179,16 @@ impl Agent {
         self.address
     }
 
-    /// Takes nothing new, lets what runs finish, and returns whether all of it did in time.
-    pub async fn stop(self) -> bool {
+    /// Says goodbye to those who watch it, takes nothing new, lets what runs finish, and returns whether all of it did in time.
+    pub async fn stop(mut self) -> bool {
+        if self.watch.says_goodbye() {
+            // What is said is on its way now; who has it sends nothing more.
+            tokio::time::sleep(GOODBYE).await;
+        }
         self.stop.cancel();
-        self.running.await.unwrap_or(false)
+        let joined = async { while self.joining.join_next().await.is_some() {} };
+        let (finished, joined) = tokio::join!(self.running, tokio::time::timeout(self.grace, joined));
+        finished.unwrap_or(false) && joined.is_ok()
     }
 }
 
@@ -182,64 +226,30 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 #[derive(Clone)]
 struct Grpc {
     inner: ServerServer<Face>,
-    doorkeeper: Arc<Doorkeeper>,
-    peer: Option<Peer>,
+    keeper: Arc<Doorkeeper>,
 }
 
-/// Time between two warnings of refused callers, however many there are.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+/// The same for whoever is at the other end of one connection.
+#[derive(Clone)]
+struct Visit {
+    inner: ServerServer<Face>,
+    door: Arc<Door>,
+}
 
 /// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
-/// Knows who belongs to the cluster.
-struct Doorkeeper {
-    token: Token,
-    /// Milliseconds since `since` before which nothing is said in the log.
-    warned: AtomicU64,
-    since: Instant,
-}
-
-impl Doorkeeper {
-    /// Why a call is refused, if it is.
-    fn refuses(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Option<&'static str> {
-        if peer.is_some_and(|peer| peer.is_machine) || self.token.is_shown(headers) {
-            if let Some(peer) = peer.filter(|peer| !peer.is_known.load(Ordering::Relaxed)) {
-                peer.is_known.store(true, Ordering::Relaxed);
-            }
-            return None;
-        }
-        let reason = if headers.contains_key(token::HEADER) {
-            "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent runs, and \
-             OLOL_TOKEN or --token-file give it to the proxy"
-        } else {
-            "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent runs, a \
-             proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
-        };
-        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
-        let next = self.warned.load(Ordering::Relaxed);
-        let later = now.saturating_add(wait);
-        let is_first = || self.warned.compare_exchange(next, later, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        if now >= next && is_first() {
-            let client = peer.map(|peer| peer.address.to_string());
-            tracing::warn!(client, reason, "a call was refused");
-        }
-        Some(reason)
-    }
-}
-
 impl Answers for Grpc {
     type Body = tonic::body::Body;
-    type Service = Self;
+    type Service = Visit;
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
 
-    fn service(&self, peer: Peer) -> Self {
-        Self { peer: Some(peer), ..self.clone() }
+    fn service(&self, peer: Peer) -> Visit {
+        Visit { inner: self.inner.clone(), door: Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call)) }
     }
 }
 
-impl Service<Request<Incoming>> for Grpc {
+impl Service<Request<Incoming>> for Visit {
     type Response = Response<tonic::body::Body>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
@@ -250,7 +260,10 @@ impl Service<Request<Incoming>> for Grpc {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
-            return match self.doorkeeper.refuses(request.headers(), self.peer.as_ref()) {
+            if Door::leads_to_proofs(request.uri().path()) {
+                return self.door.proofs().call(request);
+            }
+            return match self.door.refuses(request.headers()) {
                 None => self.inner.call(request),
                 Some(reason) => Box::pin(std::future::ready(Ok(Status::unauthenticated(reason).into_http()))),
             };

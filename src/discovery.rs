@@ -1,6 +1,7 @@
-//! Who the servers are, where a list does not say it: names of DNS stand for as many as they lead to.
+//! Who the servers are, where a list does not say it: names of DNS stand for as many as they lead to, and agents dial in.
 
 mod dns;
+pub mod join;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,11 +18,20 @@ pub struct Config {
     pub dns: Vec<NameServer>,
     /// Seconds after which a name is looked up again at the latest, however long its records hold.
     pub dns_max_age_s: olol_middleware::units::SomeSeconds,
+    /// Seconds after which an agent that had dialled in, and has gone, is no server any more.
+    pub join_lease_s: olol_middleware::units::SomeSeconds,
+    /// Seconds of silence after which an agent that has dialled in is probed, and after which a probe counts as lost.
+    pub join_probe_s: olol_middleware::units::SomeSeconds,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { dns: Vec::new(), dns_max_age_s: olol_middleware::units::SomeSeconds::new(30) }
+        Self {
+            dns: Vec::new(),
+            dns_max_age_s: olol_middleware::units::SomeSeconds::new(30),
+            join_lease_s: olol_middleware::units::SomeSeconds::new(60),
+            join_probe_s: olol_middleware::units::SomeSeconds::new(2),
+        }
     }
 }
 

@@ -6,9 +6,11 @@
 mod grpc;
 mod health;
 mod linger;
+mod lobby;
 mod peers;
 mod told;
 
+use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{self, Poll};
@@ -24,17 +26,20 @@ use olol_middleware::cluster::{Member, Source};
 use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
-use olol_middleware::{Call, Cluster, Error, Payload, Reply, Server, ServerId};
+use olol_middleware::{Call, Cluster, Error, Payload, Phase, Reply, Server, ServerId};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Ollama};
+use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
+pub(crate) use grpc::told;
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
+pub use lobby::{Arrival, Lobby, meet};
 pub use peers::Peer;
 
 /// Port of an agent when none is given.
@@ -79,6 +84,8 @@ impl Default for Config {
 pub enum Way {
     /// Through its agent.
     Agent(Endpoint),
+    /// Through its agent, which has dialled in.
+    Joined(Lobby),
     /// Directly: an Ollama, or the built-in engine.
     Ollama(Endpoint),
 }
@@ -124,6 +131,7 @@ impl ServerSpec {
         };
         let shown = match &way {
             Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
+            Way::Joined(lobby) => lobby.address().to_string(),
         };
         Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, wire, weight })
     }
@@ -165,15 +173,31 @@ fn is_http(address: &str) -> bool {
 enum Backend {
     Agent(Arc<grpc::Agent>),
     Ollama(Ollama),
+    /// An Ollama that nobody has named, and that can prove nothing: it is shown, and never used.
+    Stranger(ServerId),
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust, hop: &HeaderValue, lore: &Lore) -> Self {
+    fn new(
+        spec: &ServerSpec,
+        source: Source,
+        connect: Duration,
+        trust: &Trust,
+        hop: &HeaderValue,
+        lore: &Lore,
+    ) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
-                Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, &trust.over(spec.wire), hop)))
+                let to = grpc::To::Dial(endpoint.clone());
+                let reach = grpc::Reach { to, timeout: connect, bound: source.is_discovered() };
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, &trust.over(spec.wire), hop)))
             }
+            Way::Joined(lobby) => {
+                let reach = grpc::Reach { to: grpc::To::Take(lobby.clone()), timeout: connect, bound: false };
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
+            }
+            Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
             Way::Ollama(endpoint) => Self::Ollama(Ollama::with_lore(id, endpoint.clone(), connect, lore.clone())),
         }
     }
@@ -182,6 +206,7 @@ impl Backend {
         match self {
             Self::Ollama(ollama) => ollama.id(),
             Self::Agent(agent) => agent.id(),
+            Self::Stranger(id) => id,
         }
     }
 
@@ -190,8 +215,21 @@ impl Backend {
         match self {
             Self::Ollama(ollama) => Box::pin(ollama.send(ask).map(not_of_a_proxy)),
             Self::Agent(agent) => Box::pin(agent.clone().relay(ask, context).map(not_of_a_proxy)),
+            Self::Stranger(id) => {
+                let source = stranger().into();
+                let error = Error::Server { server: id.clone(), phase: Phase::Connecting, reused: false, source };
+                Box::pin(std::future::ready(Err(error)))
+            }
         }
     }
+}
+
+/// Why a server that nobody has named is not used.
+fn stranger() -> Refused {
+    Refused::Unproved(
+        "an Ollama without an agent knows none; run `olol server` beside it, or name it with --servers if you trust it"
+            .to_owned(),
+    )
 }
 
 /// Only a proxy of ours marks its answers: a server of ours that leads to one would go round in circles.
@@ -343,6 +381,36 @@ impl Pool {
         members.list.extend(self.add(&news, source, watches));
     }
 
+    /// Servers of a source join those who are there. Returns those that did: a name, or a way, that is another's is not taken.
+    pub fn join(&self, source: Source, servers: &[ServerSpec]) -> Vec<ServerId> {
+        let mut members = self.members();
+        let is_new = |spec: &&ServerSpec| {
+            !members.list.iter().any(|member| member.spec.id == spec.id || member.spec.way == spec.way)
+        };
+        let news: Vec<&ServerSpec> = servers.iter().filter(is_new).collect();
+        let watches = members.watches;
+        let added = self.add(&news, source, watches);
+        let joined = added.iter().map(|member| member.spec.id.clone()).collect();
+        members.list.extend(added);
+        joined
+    }
+
+    /// Servers of a source leave, and finish what they have.
+    pub fn leave(&self, source: Source, servers: &[ServerId]) {
+        let mut members = self.members();
+        let leaves = |member: &Joined| member.source == source && servers.contains(&member.spec.id);
+        let (leave, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut members.list).into_iter().partition(leaves);
+        members.list = stay;
+        self.remove(leave);
+    }
+
+    /// The servers that are there by this source.
+    pub fn of(&self, source: Source) -> HashSet<ServerId> {
+        let members = self.members();
+        let of_it = members.list.iter().filter(|member| member.source == source);
+        of_it.map(|member| member.spec.id.clone()).collect()
+    }
+
     fn add(&self, servers: &[&ServerSpec], source: Source, watches: bool) -> Vec<Joined> {
         let connect = self.0.config.connect_timeout_ms.time();
         let member = |spec: &&ServerSpec| Member { id: spec.id.clone(), weight: spec.weight, source };
@@ -359,7 +427,9 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust, &self.0.hop, &self.0.lore))));
+            let inner = &self.0;
+            let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
+            self.put(index, Some(&Arc::new(backend)));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }
@@ -436,7 +506,7 @@ impl Service<Call> for One {
         let backend = &self.backend;
         let context = match **backend {
             Backend::Agent(_) => Context::of(&call),
-            Backend::Ollama(_) => Context::default(),
+            Backend::Ollama(_) | Backend::Stranger(_) => Context::default(),
         };
         let loading = linger::loads(&call, self.index);
         let answer = backend.ask(prepared(call, backend.id(), &self.pool.hop), context);

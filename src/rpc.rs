@@ -3,6 +3,7 @@
 //! Both faces are one: whatever comes in becomes an [`Ask`], and where it goes is the only difference: to the Ollama beside
 //! an agent, or down the proxy's stack.
 
+mod active;
 mod sessions;
 mod turns;
 mod typed;
@@ -37,6 +38,7 @@ use crate::ollama::{Ask, HOP};
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
 
+pub use active::Active;
 pub use turns::{told, wire};
 pub use watching::{Callers, Calling, Told};
 
@@ -58,6 +60,8 @@ pub struct SelfDescription {
     pub state: watch::Receiver<Option<Arc<Told>>>,
     /// Who has calls here, and who watches.
     pub callers: Arc<Callers>,
+    /// The sessions that had a turn here lately.
+    pub active: Arc<Active>,
     /// When nobody should go on watching: the agent stops.
     pub stop: CancellationToken,
     /// Its models, for others of the cluster; `None`: nobody can copy any.
@@ -102,6 +106,7 @@ impl Server for Face {
         let turn =
             self.about.as_ref().zip(head.turn.take()).map(|(about, turn)| (about.callers.clone(), caller(&head), turn));
         let deadline = Duration::from_millis(head.deadline_ms);
+        self.saw(&head.session);
         let length = length(&head);
         let is_upload = Route::find(&head.path) == Some(Route::Blob);
         let payload = match length {
@@ -200,6 +205,7 @@ impl Server for Face {
         request: Request<ChatMessageRequest>,
     ) -> Result<Response<Self::ChatMessageStream>, Status> {
         let (metadata, _, request) = request.into_parts();
+        self.saw(&request.session_id);
         let reply = self.turn(&metadata, request).await?;
         Ok(Response::new(typed::lines(reply, typed::chatted)))
     }
@@ -242,6 +248,13 @@ impl Face {
     fn about(&self) -> Result<&SelfDescription, Status> {
         let reason = "an agent describes itself; the state of the proxy is at GET /api/status";
         self.about.as_ref().ok_or_else(|| Status::unimplemented(reason))
+    }
+
+    /// An agent has a turn of a session.
+    fn saw(&self, session: &str) {
+        if let Some(about) = &self.about {
+            about.active.saw(session);
+        }
     }
 
     fn models(&self) -> Result<&Local, Status> {

@@ -22,6 +22,7 @@ use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::discovery::join::Guests;
 use crate::models::Models;
 use crate::models::desired::Desired;
 use crate::pool::Pool;
@@ -49,6 +50,8 @@ pub struct About {
     pub running: Arc<Running>,
     /// The servers, as they were named.
     pub pool: Pool,
+    /// The agents that dial in.
+    pub guests: Guests,
     /// The sessions.
     pub sessions: Sessions,
     /// What is shared with other proxies, if anything is.
@@ -82,6 +85,7 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
                 "unknown": in_condition(Condition::Unknown),
                 "taking_calls": usable,
             },
+            "refused_agents": about.guests.refused().len(),
             "models": snapshot.models.len(),
             "loaded_models": servers.iter().map(|server| server.report.loaded.len()).sum::<usize>(),
             "in_flight": in_flight,
@@ -262,6 +266,7 @@ mod tests {
             desired: Desired::open(running.clone(), None).unwrap(),
             running: running.clone(),
             pool: pool.clone(),
+            guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
             state: None,
             models: Models::new(pool.clone(), running),

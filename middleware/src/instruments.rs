@@ -104,6 +104,8 @@ const WISHED_HELD: &str = "olol_desired_replicas_held";
 const WISH_ACTIONS: &str = "olol_desired_actions_total";
 const WAKES: &str = "olol_wakes_total";
 
+const JOINS: &str = "olol_joins_total";
+
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
@@ -180,6 +182,7 @@ pub const NAMES: &[&str] = &[
     SERVER_GPU_MEMORY_TOTAL,
     SERVER_DISK_FREE,
     SERVER_OTHERS,
+    JOINS,
     SESSIONS,
     SESSIONS_BYTES,
     SESSION_TURNS,
@@ -337,6 +340,7 @@ pub fn describe() {
         Unit::Count,
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
+    describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_sessions();
     describe_wishes();
@@ -648,6 +652,27 @@ impl Instruments {
 pub fn predicted(error: Duration) {
     static ERRORS: OnceLock<Histogram> = OnceLock::new();
     ERRORS.get_or_init(|| histogram!(PREDICTION_ERROR)).record(error.as_secs_f64());
+}
+
+/// What came of a connection by which an agent would join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joining {
+    /// It is used.
+    Taken,
+    /// The agent has not proved that it is of the cluster.
+    Refused,
+    /// There were too many at this moment.
+    Full,
+}
+
+/// An agent has dialled in.
+pub fn dialled_in(outcome: Joining) {
+    let outcome = match outcome {
+        Joining::Taken => "taken",
+        Joining::Refused => "refused",
+        Joining::Full => "full",
+    };
+    counter!(JOINS, "outcome" => outcome).increment(1);
 }
 
 /// What came of a wait for a slot.

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::Stop;
 use super::flags::TokenFlag;
-use crate::agent::{Agent, Options};
+use crate::agent::{Agent, Options, ProxyAddress};
 use crate::config::listen_address;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
@@ -29,6 +29,10 @@ pub(super) struct Arguments {
     /// Name of this server [default: the machine's]
     #[arg(long, default_value = "", hide_default_value = true)]
     name: String,
+    /// Proxies to dial, which then send calls over these connections: nothing has to reach this machine from outside.
+    /// http://HOST:PORT, or https://HOST:PORT with --tls-ca; several with commas
+    #[arg(long, env = "OLOL_JOIN", value_name = "LIST")]
+    join: Option<String>,
     #[command(flatten)]
     token: TokenFlag,
     /// Certificate that callers are shown: TLS
@@ -70,20 +74,32 @@ impl Arguments {
     }
 
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let tls = self.tls();
+        let (tls, token) = (self.tls(), self.token.config()?);
+        let join = self.join.as_deref().unwrap_or_default();
+        let join = join.split(',').filter(|part| !part.trim().is_empty()).map(str::parse::<ProxyAddress>);
+        let join = join.collect::<Result<Vec<_>, _>>().map_err(|what| anyhow::anyhow!("--join: {what}"))?;
         let options = Options {
             listen: listen_address(&self.host, self.port).map_err(anyhow::Error::msg)?,
             ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
             name: self.name,
             engine: "ollama",
-            token: self.token.token()?,
+            tokens: token.token()?.into(),
             tls: None,
+            join,
+            join_tls: None,
             connector: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
-            let options = Options { tls: Acceptor::start(&tls)?, connector: Connector::start(&tls)?, ..options };
+            let (accepts, dials) = (Acceptor::start(&tls)?, Connector::to_proxies(&tls)?);
+            let options = Options {
+                tls: accepts,
+                join_tls: dials,
+                connector: Connector::start(&tls)?,
+                tokens: token.tokens()?,
+                ..options
+            };
             let (listen, ollama) = (options.listen, options.ollama.clone());
             let mut stop = Stop::listen()?;
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::{Backend, Config, grpc, told};
 use crate::ollama::{Heard, Ollama};
 use crate::rpc;
+use crate::security::proof::Refused;
 
 /// Shortest time between two rounds that somebody asked for.
 const SHORTEST: Duration = Duration::from_millis(20);
@@ -64,6 +65,7 @@ pub(super) async fn keep_true(
     match &*backend {
         Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config, &turns).await,
         Backend::Agent(agent) => listen(&cluster, index, agent, &config).await,
+        Backend::Stranger(_) => cluster.check_failed(index, super::stranger().to_string(), 1),
     }
 }
 
@@ -124,6 +126,8 @@ async fn look(
 /// Listens to an agent, which speaks whenever something changes, and at least every second.
 async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &Config) {
     let silence = config.check_interval_ms.time().max(Duration::from_secs(2));
+    // Whoever has dialled in is gone with its connection.
+    let failures = if agent.is_guest() { 1 } else { config.check_failures.get() };
     let mut about = None;
     loop {
         let round = cluster.round_begins(index);
@@ -132,7 +136,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         let mut asked = false;
         let error = match agent.watch(config.check_timeout_ms.time()).await {
             Err(error) => {
-                refused = error.is::<grpc::Refused>();
+                refused = error.is::<Refused>();
                 error.to_string()
             }
             Ok(mut states) => loop {
@@ -144,7 +148,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     // A new stream begins with a fresh state.
                     None => break String::new(),
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
-                    Some(Ok(Err(refusal))) => break refusal.message().to_owned(),
+                    Some(Ok(Err(refusal))) => break grpc::told(&refusal),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
                     Some(Ok(Ok(Some(mut state)))) => {
                         let turns: Vec<_> = std::mem::take(&mut state.turns).into_iter().map(rpc::told).collect();
@@ -185,9 +189,11 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
             let _ = tokio::time::timeout(usual, cluster.news_wanted(index)).await;
             continue;
         }
-        cluster.check_failed(index, error, config.check_failures.get());
+        cluster.check_failed(index, error, failures);
+        // For one that dials in it is waited until it does.
+        let pause = if agent.is_guest() { SHORTEST } else { jittered(config.check_interval_ms.time()) / 5 };
         tokio::select! {
-            () = tokio::time::sleep(jittered(config.check_interval_ms.time()) / 5) => {}
+            () = tokio::time::sleep(pause) => {}
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
         }
     }

@@ -39,7 +39,8 @@ impl Peer {
     pub fn at(spec: &ServerSpec, connect: Duration, trust: &Trust) -> Option<Self> {
         let Way::Agent(endpoint) = &spec.way else { return None };
         let hop = HeaderValue::from_static("peer");
-        Some(Self(Arc::new(grpc::Agent::new(spec.id.clone(), endpoint, connect, &trust.over(spec.wire), &hop))))
+        let reach = grpc::Reach { to: grpc::To::Dial(endpoint.clone()), timeout: connect, bound: false };
+        Some(Self(Arc::new(grpc::Agent::new(spec.id.clone(), &reach, &trust.over(spec.wire), &hop))))
     }
 
     /// The manifest of a model there, as it is on the disk; with this digest, if one is given.
@@ -90,7 +91,7 @@ impl Pool {
     pub fn peer(&self, server: &Server) -> Option<Peer> {
         match &*self.0.backend(server.index)? {
             Backend::Agent(agent) => Some(Peer(agent.clone())),
-            Backend::Ollama(_) => None,
+            Backend::Ollama(_) | Backend::Stranger(_) => None,
         }
     }
 

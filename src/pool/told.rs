@@ -40,6 +40,7 @@ impl Told {
         if state.more_models {
             return false;
         }
+        cluster.leaving(index, state.draining);
         match self.read(state, cluster) {
             Err(reason) => cluster.check_failed(index, reason, failures),
             // Mostly nothing has changed, neither there nor, by what calls have shown, here.
