@@ -3,6 +3,7 @@
 //! It relays calls byte for byte, ends them when their caller goes, and tells the proxies that watch it how its Ollama is.
 
 mod calls;
+mod door;
 mod folder;
 mod machine;
 mod processes;
@@ -12,20 +13,18 @@ mod state;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, Request, Response};
+use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use olol_middleware::ServerId;
 use olol_proto::v1::DescribeResponse;
 use olol_proto::v1::server_server::ServerServer;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::Service;
@@ -33,9 +32,11 @@ use tower::Service;
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
 use crate::security::tls::Acceptor;
-use crate::security::{Token, token};
+use crate::security::Tokens;
+use crate::security::proof::Purpose;
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
+use door::{Door, Doorkeeper};
 
 /// The file of an agent's sessions.
 const FILE: &str = "agent-sessions.redb";
@@ -51,8 +52,8 @@ pub struct Options {
     pub name: String,
     /// What runs behind it: `ollama` or `embedded`.
     pub engine: &'static str,
-    /// The token of the cluster: who does not show it is not served.
-    pub token: Token,
+    /// The token of the cluster: who does not know it is not served.
+    pub tokens: Tokens,
     /// TLS, if callers are met with it. A machine with a certificate of the cluster's CA needs no token.
     pub tls: Option<Acceptor>,
     /// How long calls may go on after a stop was asked for.
@@ -87,6 +88,7 @@ impl Agent {
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
         let description = describe(&name, address, options.engine);
+        let keeper = Arc::new(Doorkeeper::new(options.tokens, description.instance_id.clone()));
         let about = SelfDescription { description, state: watch.state(), callers: watch.callers(), stop: stop.clone() };
         let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch) = (ollama.clone(), watch.clone());
@@ -95,15 +97,13 @@ impl Agent {
         if !address.ip().is_loopback() && options.tls.is_none() {
             tracing::warn!(
                 %address,
-                "the agent listens beyond this machine without TLS: whoever can read on the network reads the token and all that \
-                 is said; keep it on a network that you trust"
+                "the agent listens beyond this machine without TLS: whoever can read on the network reads all that is said; keep \
+                 it on a network that you trust"
             );
         }
-        let doorkeeper =
-            Arc::new(Doorkeeper { token: options.token, warned: AtomicU64::new(0), since: Instant::now() });
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, doorkeeper, peer: None };
+        let answers = Grpc { inner, keeper };
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
         Ok(Self { address, stop, running, _watching: watching })
     }
@@ -140,64 +140,30 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 #[derive(Clone)]
 struct Grpc {
     inner: ServerServer<Face>,
-    doorkeeper: Arc<Doorkeeper>,
-    peer: Option<Peer>,
+    keeper: Arc<Doorkeeper>,
 }
 
-/// Time between two warnings of refused callers, however many there are.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+/// The same for whoever is at the other end of one connection.
+#[derive(Clone)]
+struct Visit {
+    inner: ServerServer<Face>,
+    door: Arc<Door>,
+}
 
 /// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
-/// Knows who belongs to the cluster.
-struct Doorkeeper {
-    token: Token,
-    /// Milliseconds since `since` before which nothing is said in the log.
-    warned: AtomicU64,
-    since: Instant,
-}
-
-impl Doorkeeper {
-    /// Why a call is refused, if it is.
-    fn refuses(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Option<&'static str> {
-        if peer.is_some_and(|peer| peer.is_machine) || self.token.is_shown(headers) {
-            if let Some(peer) = peer.filter(|peer| !peer.is_known.load(Ordering::Relaxed)) {
-                peer.is_known.store(true, Ordering::Relaxed);
-            }
-            return None;
-        }
-        let reason = if headers.contains_key(token::HEADER) {
-            "the token is not that of this agent's cluster; give both the same: `olol token` prints it where the agent runs, and \
-             OLOL_TOKEN or --token-file give it to the proxy"
-        } else {
-            "this agent serves its cluster alone, and the call shows no token; `olol token` prints it where the agent runs, a \
-             proxy takes it from OLOL_TOKEN or --token-file, and other programs send it as olol-token"
-        };
-        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
-        let next = self.warned.load(Ordering::Relaxed);
-        let later = now.saturating_add(wait);
-        let is_first = || self.warned.compare_exchange(next, later, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        if now >= next && is_first() {
-            let client = peer.map(|peer| peer.address.to_string());
-            tracing::warn!(client, reason, "a call was refused");
-        }
-        Some(reason)
-    }
-}
-
 impl Answers for Grpc {
     type Body = tonic::body::Body;
-    type Service = Self;
+    type Service = Visit;
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
 
-    fn service(&self, peer: Peer) -> Self {
-        Self { peer: Some(peer), ..self.clone() }
+    fn service(&self, peer: Peer) -> Visit {
+        Visit { inner: self.inner.clone(), door: Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call)) }
     }
 }
 
-impl Service<Request<Incoming>> for Grpc {
+impl Service<Request<Incoming>> for Visit {
     type Response = Response<tonic::body::Body>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
@@ -208,7 +174,10 @@ impl Service<Request<Incoming>> for Grpc {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
-            return match self.doorkeeper.refuses(request.headers(), self.peer.as_ref()) {
+            if Door::leads_to_proofs(request.uri().path()) {
+                return self.door.proofs().call(request);
+            }
+            return match self.door.refuses(request.headers()) {
                 None => self.inner.call(request),
                 Some(reason) => Box::pin(std::future::ready(Ok(Status::unauthenticated(reason).into_http()))),
             };

@@ -22,15 +22,17 @@ use olol_middleware::cluster::{Member, Source};
 use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
-use olol_middleware::{Call, Cluster, Error, Payload, Reply, Server, ServerId};
+use olol_middleware::{Call, Cluster, Error, Payload, Phase, Reply, Server, ServerId};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
+pub(crate) use grpc::told;
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
 
@@ -162,15 +164,19 @@ fn is_http(address: &str) -> bool {
 enum Backend {
     Agent(Arc<grpc::Agent>),
     Ollama(Ollama),
+    /// An Ollama that nobody has named, and that can prove nothing: it is shown, and never used.
+    Stranger(ServerId),
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
+    fn new(spec: &ServerSpec, source: Source, connect: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
-                Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, &trust.over(spec.wire), hop)))
+                let reach = grpc::Reach { endpoint: endpoint.clone(), timeout: connect, bound: source.is_discovered() };
+                Self::Agent(Arc::new(grpc::Agent::new(id, reach, &trust.over(spec.wire), hop)))
             }
+            Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
             Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
         }
     }
@@ -179,6 +185,7 @@ impl Backend {
         match self {
             Self::Ollama(ollama) => ollama.id(),
             Self::Agent(agent) => agent.id(),
+            Self::Stranger(id) => id,
         }
     }
 
@@ -187,8 +194,20 @@ impl Backend {
         match self {
             Self::Ollama(ollama) => Box::pin(ollama.send(ask).map(not_of_a_proxy)),
             Self::Agent(agent) => Box::pin(agent.clone().relay(ask, context).map(not_of_a_proxy)),
+            Self::Stranger(id) => {
+                let source = stranger().into();
+                let error = Error::Server { server: id.clone(), phase: Phase::Connecting, reused: false, source };
+                Box::pin(std::future::ready(Err(error)))
+            }
         }
     }
+}
+
+/// Why a server that nobody has named is not used.
+fn stranger() -> Refused {
+    Refused::Unproved(
+        "an Ollama without an agent knows none; run `olol server` beside it, or name it with --servers if you trust it".to_owned(),
+    )
 }
 
 /// Only a proxy of ours marks its answers: a server of ours that leads to one would go round in circles.
@@ -348,7 +367,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust, &self.0.hop))));
+            self.put(index, Some(&Arc::new(Backend::new(spec, source, connect, &self.0.trust, &self.0.hop))));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }
@@ -425,7 +444,7 @@ impl Service<Call> for One {
         let backend = &self.backend;
         let context = match **backend {
             Backend::Agent(_) => Context::of(&call),
-            Backend::Ollama(_) => Context::default(),
+            Backend::Ollama(_) | Backend::Stranger(_) => Context::default(),
         };
         let loading = linger::loads(&call, self.index);
         let answer = backend.ask(prepared(call, backend.id(), &self.pool.hop), context);

@@ -164,16 +164,16 @@ impl Proxy {
     }
 }
 
-/// What is shown to servers. Where none of them is an agent, nothing has to be.
+/// How servers and we know each other. Where none of them is an agent, no token has to be.
 fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
-    let token = match config.security.token() {
+    let tokens = match config.security.tokens() {
         Err(error) if !listed.has_agents() => {
             tracing::debug!(%error, "there is no token, and no agent that asks for it");
             None
         }
-        token => Some(token?),
+        tokens => Some(tokens?),
     };
-    Ok(Trust { tls: Connector::start(&config.tls)?, token, ..Trust::default() })
+    Ok(Trust { tls: Connector::start(&config.tls)?, tokens, ..Trust::default() })
 }
 
 /// The recorder of this process: one, however many proxies run in it.

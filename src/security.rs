@@ -3,18 +3,23 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`token`] | the secret that machines of one cluster share |
+//! | [`tokens`] | those that count, while it is changed |
+//! | [`proof`] | proves to both ends of a connection that they know it |
 //! | [`tls`] | TLS, with certificates that may change |
 //! | [`certs`] | makes certificates |
 
 pub mod certs;
+pub mod proof;
 pub mod tls;
 pub mod token;
+pub mod tokens;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 pub use token::{Token, TokenError};
+pub use tokens::Tokens;
 
 /// The `[security]` table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -27,15 +32,15 @@ pub struct Config {
     pub token: Option<Token>,
 }
 
-/// What a proxy shows to servers.
+/// How a proxy and its servers know each other.
 #[derive(Clone, Debug, Default)]
 pub struct Trust {
     /// How agents are reached over TLS, where the CA of the cluster is known.
     pub tls: Option<tls::Connector>,
     /// Whether an agent is reached over TLS or not at all.
     pub insists: bool,
-    /// The token; `None` where no server asks for one.
-    pub token: Option<Token>,
+    /// What is proved to them, and they must prove; `None` where no server asks for one.
+    pub tokens: Option<Tokens>,
 }
 
 /// Whether an agent is reached over TLS.
@@ -67,6 +72,19 @@ impl Config {
             Some(token) => Ok(token.clone()),
             None if self.token_file.as_os_str().is_empty() => token::of_folder(),
             None => token::read(&self.token_file),
+        }
+    }
+
+    /// The same, and what comes of it when the file that holds it changes.
+    pub fn tokens(&self) -> Result<Tokens, TokenError> {
+        match &self.token {
+            Some(token) => Ok(token.clone().into()),
+            None if self.token_file.as_os_str().is_empty() => {
+                // Makes it if it is not there.
+                let token = token::of_folder()?;
+                token::file().map_or_else(|| Ok(token.into()), |file| Tokens::follow(&file))
+            }
+            None => Tokens::follow(&self.token_file),
         }
     }
 }

@@ -50,6 +50,8 @@ const PROBE: Duration = Duration::from_secs(20);
 pub struct Peer {
     /// Its address.
     pub address: SocketAddr,
+    /// The address of ours at which it has reached us, if that is known.
+    pub here: Option<SocketAddr>,
     /// Whether it has shown the certificate of a machine of the cluster.
     pub is_machine: bool,
     /// Whether it has become known, by a certificate or by what it has said since. One who has not is not kept.
@@ -142,6 +144,7 @@ pub async fn serve<A: Answers>(
                 }
             },
         };
+        let here = stream.local_addr().ok();
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
         let (answers, tls, closing) = (answers.clone(), tls.clone(), closing.clone());
@@ -166,7 +169,7 @@ pub async fn serve<A: Answers>(
                 Err(error) => return tracing::debug!(%client, %error, "no handshake"),
             };
             let is_known = Arc::new(AtomicBool::new(is_machine));
-            let service = answers.service(Peer { address: client, is_machine, is_known: is_known.clone() });
+            let service = answers.service(Peer { address: client, here, is_machine, is_known: is_known.clone() });
             let connection = connection::<A>(preamble, service, closing);
             let ended = match A::INTRODUCTION {
                 None => connection.await,

@@ -55,6 +55,12 @@ pub enum Source {
     Static,
     /// A name of the configuration stands for it.
     Dns,
+    /// Its agent dialled in, and has proved that it knows the token of the cluster.
+    Joined,
+    /// It announced itself by multicast DNS.
+    Mdns,
+    /// It answered a scan of the network.
+    Scan,
 }
 
 impl Source {
@@ -63,7 +69,16 @@ impl Source {
         match self {
             Self::Static => "static",
             Self::Dns => "dns",
+            Self::Joined => "joined",
+            Self::Mdns => "mdns",
+            Self::Scan => "scan",
         }
+    }
+
+    /// Whether nobody of ours has named it: it has found us, or we it. Such a server is used only once it has proved that it
+    /// is of the cluster, at the very address at which it is reached.
+    pub fn is_discovered(self) -> bool {
+        matches!(self, Self::Mdns | Self::Scan)
     }
 }
 

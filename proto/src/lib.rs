@@ -1,6 +1,6 @@
 //! The wire contract between proxy, agents and programs that speak gRPC, and nothing else.
 //!
-//! The source is `olol/v1/server.proto`; its comments are the documentation of the items here.
+//! The sources are `olol/v1/*.proto`; their comments are the documentation of the items here.
 
 /// Package `olol.v1`.
 pub mod v1 {

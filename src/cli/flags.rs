@@ -6,7 +6,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
 use crate::config::{Origin, Set, Source, Threads};
-use crate::security::{Token, TokenError, token};
+use crate::security::{self, TokenError, token};
 
 /// The flags of a proxy.
 #[derive(Debug, Args)]
@@ -74,13 +74,12 @@ impl TokenFlag {
         })
     }
 
-    /// The token itself.
-    pub(super) fn token(&self) -> Result<Token, TokenError> {
-        match (&self.token_file, token::of_environment()?) {
-            (Some(file), _) => token::read(file),
-            (None, Some(token)) => Ok(token),
-            (None, None) => token::of_folder(),
-        }
+    /// What an agent is told of it.
+    pub(super) fn config(&self) -> Result<security::Config, TokenError> {
+        Ok(match &self.token_file {
+            Some(file) => security::Config { token_file: file.clone(), token: None },
+            None => security::Config { token: token::of_environment()?, ..security::Config::default() },
+        })
     }
 }
 

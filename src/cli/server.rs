@@ -70,19 +70,19 @@ impl Arguments {
     }
 
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let tls = self.tls();
+        let (tls, token) = (self.tls(), self.token.config()?);
         let options = Options {
             listen: listen_address(&self.host, self.port).map_err(anyhow::Error::msg)?,
             ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
             name: self.name,
             engine: "ollama",
-            token: self.token.token()?,
+            tokens: token.token()?.into(),
             tls: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
-            let options = Options { tls: Acceptor::start(&tls)?, ..options };
+            let options = Options { tls: Acceptor::start(&tls)?, tokens: token.tokens()?, ..options };
             let (listen, ollama) = (options.listen, options.ollama.clone());
             let mut stop = Stop::listen()?;
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };

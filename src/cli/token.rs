@@ -27,8 +27,8 @@ impl Arguments {
         let file = token::file().context("there is no home folder to keep the token of the cluster in")?;
         let token = token::rotate(&file)?;
         say(&format!(
-            "A new token stands in {}. Restart what runs on this machine, and give the token to every other machine of the \
-             cluster: until then they refuse each other.\n",
+            "A new token stands in {}. What runs on this machine takes it up by itself, and the one before counts for another \
+             hour: give the new one to every other machine of the cluster until then.\n",
             file.display()
         ));
         print(&format!("{}\n", token.reveal()))

@@ -16,7 +16,7 @@ use crate::config::{Config, Origin, Set, Source, listen_address};
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
-use crate::security::Token;
+use crate::security::Tokens;
 
 /// How long an Ollama is waited for.
 const PROBE: Duration = Duration::from_secs(2);
@@ -81,14 +81,14 @@ impl Arguments {
     async fn start(self, source: Source) -> anyhow::Result<Running> {
         let config = source.read()?.config;
         let address = config.address()?;
-        let token = config.security.token()?;
+        let tokens = config.security.tokens()?;
         let found = if self.embedded || self.model.is_some() { None } else { find_ollama(address).await? };
         let behind = match found {
             Some(endpoint) => Behind::ollama(endpoint),
             None => Behind::engine(self.model).await?,
         };
         let grace = config.limits.grace_s.time();
-        let agent = start_agent(&config, self.agent_port, &behind, &token, grace).await?;
+        let agent = start_agent(&config, self.agent_port, &behind, &tokens, grace).await?;
         // The agent may listen on every address; the proxy reaches it on this machine.
         let near = SocketAddr::new(near(agent.address().ip()), agent.address().port());
         let source = source.with(Set::Servers(vec![format!("local@grpc://{near}")]), Origin::Program);
@@ -119,7 +119,7 @@ async fn start_agent(
     config: &Config,
     port: u16,
     behind: &Behind,
-    token: &Token,
+    tokens: &Tokens,
     grace: Duration,
 ) -> anyhow::Result<Agent> {
     let options = |port| -> anyhow::Result<Options> {
@@ -128,7 +128,7 @@ async fn start_agent(
             ollama: behind.endpoint.clone(),
             name: String::new(),
             engine: behind.kind,
-            token: token.clone(),
+            tokens: tokens.clone(),
             tls: None,
             grace,
             sessions: config.sessions.clone(),

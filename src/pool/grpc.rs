@@ -15,11 +15,13 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use olol_middleware::call::Body;
 use olol_middleware::{BoxError, Chunk, Counters, Error, Payload, Phase, Reply, ServerId};
+use olol_proto::v1::membership_client::MembershipClient;
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
     DescribeRequest, DescribeResponse, Header, RelayHead, RelayRequest, RelayResponse, ServerState, WatchRequest,
 };
 use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -27,7 +29,8 @@ use tokio_util::either::Either;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::ollama::{Ask, Endpoint};
-use crate::security::{Token, Trust, token};
+use crate::security::Trust;
+use crate::security::proof::{self, Dialled, Purpose, Refused};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
@@ -39,6 +42,8 @@ pub const STREAM_WINDOW: u32 = 256 << 10;
 pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// The trailer that tells how far a call had come when it failed.
 pub const PHASE: &str = "olol-phase";
+/// What stands before the path of every call; nobody looks at it.
+const ORIGIN: &str = "http://olol";
 /// Silence after which a connection is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(5);
 
@@ -62,9 +67,20 @@ pub(super) struct Agent {
     caller: String,
 }
 
+/// How an agent is reached.
+#[derive(Clone, Debug)]
+pub(super) struct Reach {
+    /// Where it is.
+    pub(super) endpoint: Endpoint,
+    /// How long a connection may take.
+    pub(super) timeout: Duration,
+    /// Whether it must prove that it is at that very address: nobody of ours has named it.
+    pub(super) bound: bool,
+}
+
 impl Agent {
-    pub(super) fn new(id: ServerId, endpoint: &Endpoint, timeout: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
-        let line = || Line::new(endpoint.clone(), timeout, trust.clone());
+    pub(super) fn new(id: ServerId, reach: Reach, trust: &Trust, hop: &HeaderValue) -> Self {
+        let line = || Line::new(reach.clone(), trust.clone());
         Self { id, calls: line(), bulk: line(), caller: hop.to_str().unwrap_or_default().to_owned() }
     }
 
@@ -126,7 +142,7 @@ impl Agent {
             let request = WatchRequest { interval_ms: 1000, deltas: true, caller: self.caller.clone() };
             let states = client(channel).watch(request).await;
             states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
-                Code::Unauthenticated => Refused(status.message().to_owned()).into(),
+                Code::Unauthenticated => Refused::Stranger(status.message().to_owned()).into(),
                 _ => told(&status).into(),
             })
         };
@@ -154,7 +170,7 @@ impl Agent {
             Code::InvalidArgument if told.is_none() => return Error::Body(status.message().to_owned().into()),
             // Nothing was done: another server may take it.
             Code::Unauthenticated if told.is_none() => {
-                return self.failed(Phase::Connecting, false, Refused(status.message().to_owned()).into());
+                return self.failed(Phase::Connecting, false, Refused::Stranger(status.message().to_owned()).into());
             }
             Code::FailedPrecondition if told.is_none() => return Error::Loop,
             _ => {}
@@ -169,14 +185,9 @@ impl Agent {
     }
 }
 
-/// The agent does not know us as one of its cluster.
-#[derive(Debug, thiserror::Error)]
-#[error("refuses our token: {0}")]
-pub(super) struct Refused(String);
-
 /// What a status says, with what it comes from where the connection has failed: a handshake is often refused only when the
 /// first answer is waited for.
-fn told(status: &Status) -> String {
+pub(crate) fn told(status: &Status) -> String {
     let mut text = status.message().to_owned();
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
@@ -190,7 +201,7 @@ fn told(status: &Status) -> String {
 }
 
 fn client(channel: Channel) -> ServerClient<Channel> {
-    ServerClient::with_origin(channel, Uri::from_static("http://olol")).max_decoding_message_size(LARGEST_MESSAGE)
+    ServerClient::with_origin(channel, Uri::from_static(ORIGIN)).max_decoding_message_size(LARGEST_MESSAGE)
 }
 
 /// A call as messages: the head with the first piece, then the rest.
@@ -333,8 +344,7 @@ fn chunk(message: RelayResponse) -> Chunk {
 
 /// One HTTP/2 connection to an agent, made anew when it was lost.
 struct Line {
-    endpoint: Endpoint,
-    timeout: Duration,
+    reach: Reach,
     trust: Trust,
     current: ArcSwapOption<Sender>,
     connecting: Mutex<()>,
@@ -343,8 +353,8 @@ struct Line {
 type Sender = http2::SendRequest<tonic::body::Body>;
 
 impl Line {
-    fn new(endpoint: Endpoint, timeout: Duration, trust: Trust) -> Self {
-        Self { endpoint, timeout, trust, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
+    fn new(reach: Reach, trust: Trust) -> Self {
+        Self { reach, trust, current: ArcSwapOption::empty(), connecting: Mutex::new(()) }
     }
 
     /// The connection, and whether it was there before. A new one comes within the usual time or another limit.
@@ -352,7 +362,7 @@ impl Line {
         if let Some(channel) = self.ready(fresh) {
             return Ok((channel, true));
         }
-        let limit = limit.unwrap_or(self.timeout);
+        let limit = limit.unwrap_or(self.reach.timeout);
         let made = tokio::time::timeout(limit, self.make(fresh)).await;
         made.map_err(|_| format!("no connection after {} ms", limit.as_millis()))?
     }
@@ -365,25 +375,23 @@ impl Line {
         }
         let sender = self.connect().await?;
         self.current.store(Some(Arc::new(sender.clone())));
-        Ok((self.channel(sender), false))
+        Ok((Channel { sender }, false))
     }
 
     fn ready(&self, fresh: bool) -> Option<Channel> {
         let current = self.current.load();
         let sender = current.as_ref().filter(|sender| !fresh && !sender.is_closed())?;
-        Some(self.channel(Sender::clone(sender)))
+        Some(Channel { sender: Sender::clone(sender) })
     }
 
-    fn channel(&self, sender: Sender) -> Channel {
-        Channel { sender, token: self.trust.token.as_ref().map(Token::header) }
-    }
-
+    /// A connection to an agent that has proved itself, and knows us.
     async fn connect(&self) -> Result<Sender, BoxError> {
-        let Endpoint::Tcp { host, port } = &self.endpoint else {
+        let Endpoint::Tcp { host, port } = &self.reach.endpoint else {
             return Err("an agent is reached over TCP".into());
         };
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;
+        let address = stream.peer_addr()?;
         let stream = match &self.trust.tls {
             None if self.trust.insists => {
                 return Err("it is to be reached over TLS: `ca` of [tls] waits for a restart".into());
@@ -391,29 +399,39 @@ impl Line {
             None => Either::Left(stream),
             Some(tls) => Either::Right(tls.connect(host, stream).await?),
         };
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_send_buf_size(64 << 10)
-            .keep_alive_interval(PROBE)
-            .keep_alive_timeout(PROBE)
-            .keep_alive_while_idle(true)
-            .handshake(TokioIo::new(stream))
-            .await?;
-        // Ends with the last handle to the connection.
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection to an agent ended");
-            }
-        });
+        let is_certified = matches!(stream, Either::Right(_));
+        let sender = shake(stream).await?;
+        let dialled = Dialled { purpose: Purpose::Call, address, bound: self.reach.bound, is_certified };
+        let client = MembershipClient::with_origin(Channel { sender: sender.clone() }, Uri::from_static(ORIGIN));
+        proof::introduce(client, dialled, self.trust.tokens.as_ref()).await?;
         Ok(sender)
     }
 }
 
+/// Begins HTTP/2 as its client.
+async fn shake<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(stream: S) -> Result<Sender, BoxError> {
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(64 << 10)
+        .keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE)
+        .keep_alive_while_idle(true)
+        .handshake(TokioIo::new(stream))
+        .await?;
+    // Ends with the last handle to the connection.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "connection to an agent ended");
+        }
+    });
+    Ok(sender)
+}
+
 impl std::fmt::Debug for Line {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Line").field("endpoint", &self.endpoint).finish_non_exhaustive()
+        f.debug_struct("Line").field("reach", &self.reach).finish_non_exhaustive()
     }
 }
 
@@ -421,8 +439,6 @@ impl std::fmt::Debug for Line {
 #[derive(Clone)]
 struct Channel {
     sender: Sender,
-    /// What every call shows.
-    token: Option<HeaderValue>,
 }
 
 impl tower::Service<http::Request<tonic::body::Body>> for Channel {
@@ -434,10 +450,7 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
         self.sender.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: http::Request<tonic::body::Body>) -> Self::Future {
-        if let Some(token) = &self.token {
-            request.headers_mut().insert(token::HEADER, token.clone());
-        }
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
         Box::pin(self.sender.send_request(request))
     }
 }

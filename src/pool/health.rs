@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::{Backend, Config, grpc, told};
 use crate::ollama::Ollama;
+use crate::security::proof::Refused;
 
 /// Shortest time between two rounds that somebody asked for.
 const SHORTEST: Duration = Duration::from_millis(20);
@@ -25,6 +26,7 @@ pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<
     match &*backend {
         Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config).await,
         Backend::Agent(agent) => listen(&cluster, index, agent, &config).await,
+        Backend::Stranger(_) => cluster.check_failed(index, super::stranger().to_string(), 1),
     }
 }
 
@@ -82,7 +84,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         let mut asked = false;
         let error = match agent.watch(config.check_timeout_ms.time()).await {
             Err(error) => {
-                refused = error.is::<grpc::Refused>();
+                refused = error.is::<Refused>();
                 error.to_string()
             }
             Ok(mut states) => loop {

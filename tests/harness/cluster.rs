@@ -123,7 +123,7 @@ pub fn options(ollama: Endpoint) -> Options {
         ollama,
         name: "agent".to_owned(),
         engine: "ollama",
-        token: token(),
+        tokens: token().into(),
         tls: None,
         grace: Duration::from_secs(5),
         sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
