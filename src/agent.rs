@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use olol_middleware::ServerId;
@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::Service;
 
+use crate::discovery::{self, Badge};
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
 use crate::security::tls::Acceptor;
@@ -66,6 +67,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Agent {
     address: SocketAddr,
+    badge: Badge,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // Ends with the agent.
@@ -88,6 +90,13 @@ impl Agent {
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
         let description = describe(&name, address, options.engine);
+        let badge = Badge {
+            name: name.clone(),
+            instance: description.instance_id.clone(),
+            cluster: options.tokens.all().first().map(discovery::cluster).unwrap_or_default(),
+            is_tls: options.tls.is_some(),
+            version: description.olol_version.clone(),
+        };
         let keeper = Arc::new(Doorkeeper::new(options.tokens, description.instance_id.clone()));
         let about = SelfDescription { description, state: watch.state(), callers: watch.callers(), stop: stop.clone() };
         let send: rpc::Send = Arc::new(move |ask| {
@@ -103,14 +112,19 @@ impl Agent {
         }
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, keeper };
+        let answers = Grpc { inner, keeper, badge: badge.header() };
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
-        Ok(Self { address, stop, running, _watching: watching })
+        Ok(Self { address, badge, stop, running, _watching: watching })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What it says of itself to whoever looks for one.
+    pub fn badge(&self) -> &Badge {
+        &self.badge
     }
 
     /// Takes nothing new, lets what runs finish, and returns whether all of it did in time.
@@ -141,6 +155,8 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 struct Grpc {
     inner: ServerServer<Face>,
     keeper: Arc<Doorkeeper>,
+    /// What it says of itself to whoever asks in plain HTTP.
+    badge: HeaderValue,
 }
 
 /// The same for whoever is at the other end of one connection.
@@ -148,6 +164,7 @@ struct Grpc {
 struct Visit {
     inner: ServerServer<Face>,
     door: Arc<Door>,
+    badge: HeaderValue,
 }
 
 /// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
@@ -159,7 +176,8 @@ impl Answers for Grpc {
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
 
     fn service(&self, peer: Peer) -> Visit {
-        Visit { inner: self.inner.clone(), door: Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call)) }
+        let door = Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call));
+        Visit { inner: self.inner.clone(), door, badge: self.badge.clone() }
     }
 }
 
@@ -185,6 +203,7 @@ impl Service<Request<Incoming>> for Visit {
         let words = b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n";
         let mut answer = Response::new(tonic::body::Body::new(Full::new(Bytes::from_static(words))));
         *answer.status_mut() = http::StatusCode::BAD_REQUEST;
+        answer.headers_mut().insert(discovery::BADGE, self.badge.clone());
         Box::pin(std::future::ready(Ok(answer)))
     }
 }

@@ -278,7 +278,15 @@ impl Config {
 
     /// The servers, and the names that stand for some.
     pub fn listed(&self) -> Result<Listed, ConfigError> {
+        if self.looks_for_usual() {
+            return Ok(Listed::default());
+        }
         self.resolved_servers().map_err(Wrong::alone)
+    }
+
+    /// Whether the agent of this machine is one of those that are found, if it is there: nobody has named a server.
+    pub(crate) fn looks_for_usual(&self) -> bool {
+        self.discovery.looks() && self.proxy.servers == [source::USUAL_SERVER]
     }
 
     fn resolved_servers(&self) -> Result<Listed, Wrong> {
@@ -331,7 +339,7 @@ impl Config {
             proxy,
             limits: other.limits.clone(),
             pool: other.pool.clone(),
-            discovery: other.discovery.clone(),
+            discovery: self.discovery.restarting_as(&other.discovery),
             security: other.security.clone(),
             tls: other.tls.clone(),
             spool: other.spool.clone(),

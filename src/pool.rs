@@ -28,11 +28,12 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
+use crate::discovery::Stranger;
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
-pub(crate) use grpc::told;
+pub(crate) use grpc::{prove, told};
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
 
@@ -74,7 +75,7 @@ impl Default for Config {
 }
 
 /// How a server is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Way {
     /// Through its agent.
     Agent(Endpoint),
@@ -247,6 +248,8 @@ struct Inner {
     linger: Arc<Linger>,
     hop: HeaderValue,
     trust: Trust,
+    /// What was found and is not used.
+    strangers: ArcSwap<Vec<Stranger>>,
 }
 
 /// Who is a member, and who watches it.
@@ -296,6 +299,7 @@ impl Pool {
             linger: Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max)),
             hop: hop.clone(),
             trust: trust.clone(),
+            strangers: ArcSwap::default(),
         }));
         pool.set(Source::Static, servers);
         pool
@@ -304,6 +308,18 @@ impl Pool {
     /// The members, as they were named.
     pub fn specs(&self) -> Vec<ServerSpec> {
         self.members().list.iter().map(|member| member.spec.clone()).collect()
+    }
+
+    /// What was found on the network and is no member.
+    pub fn strangers(&self) -> Arc<Vec<Stranger>> {
+        self.0.strangers.load_full()
+    }
+
+    /// From now on it is these.
+    pub(crate) fn show(&self, strangers: Vec<Stranger>) {
+        if **self.0.strangers.load() != strangers {
+            self.0.strangers.store(Arc::new(strangers));
+        }
     }
 
     /// What is known of the servers.

@@ -25,10 +25,10 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
-use crate::discovery::{Listed, Names};
+use crate::discovery::{Finder, Listed, Names};
 use crate::keys;
 use crate::pool::{Pool, Watching};
-use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
+use crate::reload::{Members, ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
 use crate::security::Trust;
@@ -82,6 +82,9 @@ impl Proxy {
         let trust = trust(config, &listed)?;
         let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
+        let is_usual = config.looks_for_usual();
+        let finder = Finder::start(pool.clone(), trust, &config.discovery, is_usual)?;
+        let found = finder.settled();
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
@@ -111,8 +114,9 @@ impl Proxy {
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let first_status = leaf.clone();
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
+        let members = Members { pool, names, finder };
         let reloader =
-            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), members));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -128,7 +132,7 @@ impl Proxy {
         let serving = serve::serve(listener, Edge { api }, tls, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
-            let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
+            let _ = tokio::time::timeout(FIRST_LOOK, async { tokio::join!(settled, found) }).await;
             cluster.refresh(FIRST_LOOK).await;
             // Before anybody is served: it would count as load.
             first_status.first_status().await;
@@ -167,7 +171,7 @@ impl Proxy {
 /// How servers and we know each other. Where none of them is an agent, no token has to be.
 fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
     let tokens = match config.security.tokens() {
-        Err(error) if !listed.has_agents() => {
+        Err(error) if !listed.has_agents() && !config.looks_for_usual() => {
             tracing::debug!(%error, "there is no token, and no agent that asks for it");
             None
         }

@@ -84,15 +84,23 @@ pub(super) enum Heard {
     Gone(String),
 }
 
-/// An agent as it tells of itself.
+/// A server as it tells of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
-    /// Its name on the network.
+    /// What tells it from others of its source: its name on the network, or its address.
     pub(super) key: String,
+    /// Whether it is an agent, and not an Ollama.
+    pub(super) is_agent: bool,
     pub(super) badge: Badge,
     /// The hosts by which it is reached, the best first; those on our networks alone.
     pub(super) hosts: Vec<String>,
     pub(super) port: u16,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { key: String::new(), is_agent: true, badge: Badge::default(), hosts: Vec::new(), port: 0 }
+    }
 }
 
 /// Listens for agents.
@@ -153,7 +161,7 @@ fn seen(service: &ResolvedService, interfaces: &[Interface]) -> Seen {
     hosts.sort();
     hosts.dedup();
     let hosts = hosts.into_iter().map(|(_, host)| host).collect();
-    Seen { key: service.fullname.clone(), badge: Badge::of(pairs), hosts, port: service.port }
+    Seen { key: service.fullname.clone(), is_agent: true, badge: Badge::of(pairs), hosts, port: service.port }
 }
 
 /// The nearest first, and those that need no interface before those that do.

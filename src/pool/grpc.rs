@@ -30,7 +30,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use crate::ollama::{Ask, Endpoint};
 use crate::security::Trust;
-use crate::security::proof::{self, Dialled, Purpose, Refused};
+use crate::security::proof::{self, Dialled, Known, Purpose, Refused};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
@@ -384,8 +384,12 @@ impl Line {
         Some(Channel { sender: Sender::clone(sender) })
     }
 
-    /// A connection to an agent that has proved itself, and knows us.
     async fn connect(&self) -> Result<Sender, BoxError> {
+        Ok(self.meet().await?.0)
+    }
+
+    /// A connection to an agent that has proved itself, and knows us.
+    async fn meet(&self) -> Result<(Sender, Known), BoxError> {
         let Endpoint::Tcp { host, port } = &self.reach.endpoint else {
             return Err("an agent is reached over TCP".into());
         };
@@ -403,9 +407,16 @@ impl Line {
         let sender = shake(stream).await?;
         let dialled = Dialled { purpose: Purpose::Call, address, bound: self.reach.bound, is_certified };
         let client = MembershipClient::with_origin(Channel { sender: sender.clone() }, Uri::from_static(ORIGIN));
-        proof::introduce(client, dialled, self.trust.tokens.as_ref()).await?;
-        Ok(sender)
+        let known = proof::introduce(client, dialled, self.trust.tokens.as_ref()).await?;
+        Ok((sender, known))
     }
+}
+
+/// Has an agent that nobody has named prove itself, before it is one of the servers.
+pub(crate) async fn prove(endpoint: Endpoint, limit: Duration, trust: &Trust) -> Result<Known, BoxError> {
+    let line = Line::new(Reach { endpoint, timeout: limit, bound: true }, trust.clone());
+    let met = tokio::time::timeout(limit, line.meet()).await;
+    Ok(met.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??.1)
 }
 
 /// Begins HTTP/2 as its client.
