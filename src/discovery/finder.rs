@@ -7,9 +7,11 @@
 //! has: it tells who it is when it proves itself. Who is named by the operator stays as he has it.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::cluster::{Source, State};
+use olol_middleware::vitals::Vitals;
 use olol_middleware::{ServerId, Snapshot};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -29,12 +31,19 @@ use crate::security::{Trust, Wire};
 const MOST: usize = 2048;
 /// The most that prove themselves at the same time.
 const MOST_PROVING: usize = 64;
+/// An agent that has told nothing for so long is not there: it speaks every second.
+const SILENT: Duration = Duration::from_secs(5);
 /// How often it is looked how those are who were found.
 const LOOK: Duration = Duration::from_secs(1);
 /// The time within which an agent must have proved itself at one of its addresses.
 const PROOF: Duration = Duration::from_secs(3);
 /// The shortest and the longest time until one is asked again that was not reached, or did not prove itself.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+/// How long one that had proved itself, and is not heard any more, is still dialled now and then: networks fail and come back
+/// without anybody being told.
+const REMEMBERED: Duration = Duration::from_secs(600);
+/// How often the network is asked anew, however quiet it was.
+const ASK_ANEW: Duration = Duration::from_secs(300);
 /// The longest that the first clients wait for the agent of this machine.
 const FIRST: Duration = Duration::from_millis(500);
 
@@ -78,6 +87,7 @@ impl Finder {
             book: is_usual.then(Sighting::usual).into_iter().collect(),
             proving: JoinSet::new(),
             used: HashMap::new(),
+            told: HashMap::new(),
             settled: tell,
             is_full: false,
         };
@@ -198,6 +208,8 @@ struct Keeper {
     proving: JoinSet<(String, Source, Result<(String, String), String>)>,
     /// The servers of each source, as the pool has them.
     used: HashMap<Source, Vec<ServerSpec>>,
+    /// What servers that were not found here told last, and when that was noticed.
+    told: HashMap<ServerId, (Arc<Vitals>, Instant)>,
     settled: watch::Sender<bool>,
     /// More was found than is remembered.
     is_full: bool,
@@ -209,6 +221,7 @@ enum Event {
     Scanned(Option<Seen>),
     Proved(String, Source, Result<(String, String), String>),
     Look,
+    Anew,
     Changed(bool),
 }
 
@@ -216,6 +229,9 @@ impl Keeper {
     async fn keep(mut self, mut changes: watch::Receiver<Config>) {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut anew = tokio::time::interval(ASK_ANEW.mul_f64(0.8 + 0.4 * fastrand::f64()));
+        // The first is now, and there is nobody yet who could ask.
+        anew.reset();
         loop {
             let (mut ear, mut scans, mut scanning) = self.open();
             self.settle(ear.as_ref());
@@ -229,6 +245,7 @@ impl Keeper {
                         Err(_) => Event::Look,
                     },
                     _ = look.tick(), if !is_idle => Event::Look,
+                    _ = anew.tick(), if ear.is_some() => Event::Anew,
                     changed = changes.changed() => Event::Changed(changed.is_ok()),
                 };
                 match event {
@@ -245,6 +262,11 @@ impl Keeper {
                     Event::Look => {
                         if ear.is_none() && self.config.mdns {
                             ear = listen(&self.config, &self.networks);
+                        }
+                    }
+                    Event::Anew => {
+                        if ear.as_mut().is_some_and(|ear| ear.ask_anew().is_err()) {
+                            ear = None;
                         }
                     }
                     Event::Changed(true) => {
@@ -334,7 +356,7 @@ impl Keeper {
         self.cluster = cluster_of(&self.trust);
         self.forget(&snapshot, ear);
         self.ask();
-        let named = Named::of(&self.pool, &snapshot);
+        let named = self.named(&snapshot);
         let mut servers: HashMap<Source, Vec<ServerSpec>> = HashMap::new();
         let (mut strangers, mut chosen) = (Vec::new(), Chosen::default());
         // The agent of this machine first, then in the order in which they were found.
@@ -385,7 +407,14 @@ impl Keeper {
             }
             let is_over = one.last.elapsed() > lease;
             match one.source {
-                Source::Mdns if one.is_gone => return false,
+                Source::Mdns if one.is_gone => {
+                    if one.is_down {
+                        one.proof = None;
+                    }
+                    if one.proof.is_none() && (one.id.is_none() || one.last.elapsed() > REMEMBERED) {
+                        return false;
+                    }
+                }
                 Source::Scan | Source::ScannedOllama if is_over => return false,
                 _ => {}
             }
@@ -408,7 +437,7 @@ impl Keeper {
                 return;
             }
             let one = &self.book[at];
-            let is_due = (one.proof.is_none() || one.is_down) && !one.is_asked && !one.is_gone && one.again <= now;
+            let is_due = (one.proof.is_none() || one.is_down) && !one.is_asked && one.again <= now;
             if !is_due || self.objection(one).is_some() {
                 continue;
             }
@@ -417,7 +446,11 @@ impl Keeper {
             let trust = self.trust.over(wire);
             self.proving.spawn(async move {
                 let result = if source == Source::Local {
-                    reached("localhost", port).await
+                    // It is as good as named: one that proves nothing is a server all the same, and says why it is none.
+                    match proof(&hosts, port, &trust).await {
+                        Ok(proof) => Ok(proof),
+                        Err(_) => reached("localhost", port).await,
+                    }
                 } else if is_agent {
                     proof(&hosts, port, &trust).await
                 } else {
@@ -479,7 +512,7 @@ impl Keeper {
         }
         let (host, instance) = match &one.proof {
             Some(proof) => proof.clone(),
-            None if one.source == Source::Local => return Err(Refusal::Twin),
+            None if one.source == Source::Local || one.is_gone => return Err(Refusal::Twin),
             None if one.why.is_empty() => return because("it is being asked for proof"),
             None => return because(&one.why),
         };
@@ -512,7 +545,7 @@ impl Keeper {
 
 /// Why something that was found is no server.
 enum Refusal {
-    /// It is one already.
+    /// It is one already, or is not there.
     Twin,
     /// There is a reason to show.
     Because(String),
@@ -537,10 +570,12 @@ struct Chosen {
     agents: HashSet<String>,
 }
 
-impl Named {
-    fn of(pool: &Pool, snapshot: &Snapshot) -> Self {
-        let mut named = Self::default();
-        let ways: HashMap<ServerId, Way> = pool.specs().into_iter().map(|spec| (spec.id, spec.way)).collect();
+impl Keeper {
+    /// The servers that were not found here.
+    fn named(&mut self, snapshot: &Snapshot) -> Named {
+        let mut named = Named::default();
+        let ways: HashMap<ServerId, Way> = self.pool.specs().into_iter().map(|spec| (spec.id, spec.way)).collect();
+        self.told.retain(|id, _| snapshot.server(id).is_some());
         for server in &snapshot.servers {
             if is_ours(server.source) {
                 continue;
@@ -552,9 +587,13 @@ impl Named {
                     named.agents.insert(host.clone());
                 }
             }
-            if let Some(vitals) = server.vitals.load_full()
-                && server.state == State::Up
-            {
+            // Also of one whose Ollama does not answer; not of one that was there once.
+            let Some(vitals) = server.vitals.load_full() else { continue };
+            let told = self.told.entry(server.id.clone()).or_insert_with(|| (vitals.clone(), Instant::now()));
+            if !Arc::ptr_eq(&told.0, &vitals) {
+                *told = (vitals.clone(), Instant::now());
+            }
+            if server.state == State::Up || told.1.elapsed() < SILENT {
                 named.instances.insert(vitals.instance.clone());
             }
         }
@@ -598,7 +637,7 @@ async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Result<(String, St
     Err(errors.join("; "))
 }
 
-/// Whether anybody takes connections there. That it knows the token it proves later, as everybody who was named.
+/// Whether anybody takes connections there.
 async fn reached(host: &str, port: u16) -> Result<(String, String), String> {
     match tokio::time::timeout(PROOF, tokio::net::TcpStream::connect((host, port))).await {
         Ok(Ok(_)) => Ok((host.to_owned(), String::new())),

@@ -133,6 +133,12 @@ impl Ear {
         }
     }
 
+    /// Asks the network once more; all that answers is heard again.
+    pub(super) fn ask_anew(&mut self) -> anyhow::Result<()> {
+        self.events = self.daemon.browse(SERVICE)?;
+        Ok(())
+    }
+
     /// Asks whether the one of this name is there still; it has gone unless it says so.
     pub(super) fn confirm(&self, name: &str) {
         let _ = self.daemon.verify(name.to_owned(), CONFIRM);

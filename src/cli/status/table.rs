@@ -144,7 +144,8 @@ pub(super) fn servers(page: &Value, look: Look) -> String {
     }
     let found = self::entries(page, "found");
     if !found.is_empty() {
-        out.push_str("\n\nFound on the network, and not used:\n");
+        out.truncate(out.trim_end().len());
+        out.push_str("\n\nFound on the network, and not used:");
     }
     for one in found {
         let [name, address, source, reason] = ["name", "address", "source", "reason"].map(|key| text(&one[key]));
