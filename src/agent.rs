@@ -5,6 +5,7 @@
 mod calls;
 mod door;
 mod folder;
+mod join;
 mod machine;
 mod processes;
 mod runners;
@@ -32,15 +33,21 @@ use tower::Service;
 use crate::discovery::{self, Badge};
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
-use crate::security::tls::Acceptor;
 use crate::security::Tokens;
 use crate::security::proof::Purpose;
+use crate::security::tls::{Acceptor, Connector};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
 use door::{Door, Doorkeeper};
+use join::Joining;
+
+pub use join::ProxyAddress;
 
 /// The file of an agent's sessions.
 const FILE: &str = "agent-sessions.redb";
+
+/// How long proxies have to hear that an agent goes, before it takes nothing more.
+const GOODBYE: Duration = Duration::from_millis(150);
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -57,6 +64,10 @@ pub struct Options {
     pub tokens: Tokens,
     /// TLS, if callers are met with it. A machine with a certificate of the cluster's CA needs no token.
     pub tls: Option<Acceptor>,
+    /// Proxies to dial, which then call over the connections that we have made.
+    pub join: Vec<ProxyAddress>,
+    /// How those at `https://` are dialled.
+    pub join_tls: Option<Connector>,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
     /// Where the sessions of those lie who talk with it over gRPC.
@@ -70,7 +81,10 @@ pub struct Agent {
     badge: Badge,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
-    // Ends with the agent.
+    grace: Duration,
+    watch: state::Watch,
+    // End with the agent.
+    joining: JoinSet<()>,
     _watching: JoinSet<()>,
 }
 
@@ -80,15 +94,16 @@ impl Agent {
     pub async fn start(options: Options) -> std::io::Result<Self> {
         let listener = crate::serve::listen(options.listen)?;
         let address = listener.local_addr()?;
-        let name = if options.name.is_empty() {
-            gethostname::gethostname().to_string_lossy().into_owned()
-        } else {
-            options.name
-        };
+        let host = || gethostname::gethostname().to_string_lossy().into_owned();
+        let is_named = !options.name.is_empty();
+        let name = if is_named { options.name } else { host() };
+        // Several agents on one machine are told apart.
+        let joins_as = if is_named { name.clone() } else { format!("{name}:{}", address.port()) };
         let ollama = Ollama::new(ServerId::new(&name), options.ollama, Duration::from_secs(3));
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
+        let kept = watch.clone();
         let description = describe(&name, address, options.engine);
         let badge = Badge {
             name: name.clone(),
@@ -97,8 +112,15 @@ impl Agent {
             is_tls: options.tls.is_some(),
             version: description.olol_version.clone(),
         };
-        let keeper = Arc::new(Doorkeeper::new(options.tokens, description.instance_id.clone()));
-        let about = SelfDescription { description, state: watch.state(), callers: watch.callers(), stop: stop.clone() };
+        let instance = description.instance_id.clone();
+        let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
+        let about = SelfDescription {
+            description,
+            state: watch.state(),
+            callers: watch.callers(),
+            active: watch.active(),
+            stop: stop.clone(),
+        };
         let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move { watch.follow(ask, &ollama).await })
@@ -113,8 +135,23 @@ impl Agent {
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
         let answers = Grpc { inner, keeper, badge: badge.header() };
+        let mut joining = JoinSet::new();
+        if !options.join.is_empty() {
+            let header = |text: &str| HeaderValue::from_str(text).map_err(std::io::Error::other);
+            let dialling = Arc::new(Joining {
+                grpc: answers.clone(),
+                name: header(&joins_as.replace(|c: char| !c.is_ascii_alphanumeric() && !"-_.:".contains(c), "-"))?,
+                instance: header(&instance)?,
+                tls: options.join_tls,
+                stop: stop.clone(),
+            });
+            for proxy in options.join {
+                joining.spawn(dialling.clone().keep(proxy));
+            }
+        }
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
-        Ok(Self { address, badge, stop, running, _watching: watching })
+        let grace = options.grace;
+        Ok(Self { address, badge, stop, running, grace, watch: kept, joining, _watching: watching })
     }
 
     /// Where it listens.
@@ -127,10 +164,16 @@ impl Agent {
         &self.badge
     }
 
-    /// Takes nothing new, lets what runs finish, and returns whether all of it did in time.
-    pub async fn stop(self) -> bool {
+    /// Says goodbye to those who watch it, takes nothing new, lets what runs finish, and returns whether all of it did in time.
+    pub async fn stop(mut self) -> bool {
+        if self.watch.says_goodbye() {
+            // What is said is on its way now; who has it sends nothing more.
+            tokio::time::sleep(GOODBYE).await;
+        }
         self.stop.cancel();
-        self.running.await.unwrap_or(false)
+        let joined = async { while self.joining.join_next().await.is_some() {} };
+        let (finished, joined) = tokio::join!(self.running, tokio::time::timeout(self.grace, joined));
+        finished.unwrap_or(false) && joined.is_ok()
     }
 }
 

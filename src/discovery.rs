@@ -3,6 +3,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `dns` | names of DNS stand for as many as they lead to |
+//! | [`join`] | agents dial in |
 //! | `mdns` | agents tell on the local network that they are there, and proxies hear it |
 //! | `scan` | each address of a small network is looked at |
 //! | `finder` | who was found becomes a server, or is shown with the reason why not |
@@ -12,6 +13,7 @@
 mod badge;
 mod dns;
 mod finder;
+pub mod join;
 mod mdns;
 mod networks;
 mod scan;
@@ -52,6 +54,10 @@ pub struct Config {
     pub dns: Vec<NameServer>,
     /// Seconds after which a name is looked up again at the latest, however long its records hold.
     pub dns_max_age_s: olol_middleware::units::SomeSeconds,
+    /// Seconds after which an agent that had dialled in, and has gone, is no server any more.
+    pub join_lease_s: olol_middleware::units::SomeSeconds,
+    /// Seconds of silence after which an agent that has dialled in is probed, and after which a probe counts as lost.
+    pub join_probe_s: olol_middleware::units::SomeSeconds,
 }
 
 impl Default for Config {
@@ -66,6 +72,8 @@ impl Default for Config {
             lease_s: olol_middleware::units::SomeSeconds::new(60),
             dns: Vec::new(),
             dns_max_age_s: olol_middleware::units::SomeSeconds::new(30),
+            join_lease_s: olol_middleware::units::SomeSeconds::new(60),
+            join_probe_s: olol_middleware::units::SomeSeconds::new(2),
         }
     }
 }
@@ -79,7 +87,13 @@ impl Config {
     /// This one with the values of another where only a restart can change them.
     #[must_use]
     pub(crate) fn restarting_as(&self, other: &Self) -> Self {
-        Self { dns: other.dns.clone(), dns_max_age_s: other.dns_max_age_s, ..self.clone() }
+        Self {
+            dns: other.dns.clone(),
+            dns_max_age_s: other.dns_max_age_s,
+            join_lease_s: other.join_lease_s,
+            join_probe_s: other.join_probe_s,
+            ..self.clone()
+        }
     }
 
     /// Checks that this machine has the interfaces that are named.

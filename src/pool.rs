@@ -6,6 +6,7 @@
 mod grpc;
 mod health;
 mod linger;
+mod lobby;
 mod told;
 
 use std::num::NonZeroU32;
@@ -36,6 +37,7 @@ use crate::security::{Trust, Wire, token};
 pub(crate) use grpc::{prove, told};
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
 pub use linger::Linger;
+pub use lobby::{Arrival, Lobby, meet};
 
 /// Port of an agent when none is given.
 pub const AGENT_PORT: u16 = 50051;
@@ -75,10 +77,12 @@ impl Default for Config {
 }
 
 /// How a server is reached.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Way {
     /// Through its agent.
     Agent(Endpoint),
+    /// Through its agent, which has dialled in.
+    Joined(Lobby),
     /// Directly: an Ollama, or the built-in engine.
     Ollama(Endpoint),
 }
@@ -124,6 +128,7 @@ impl ServerSpec {
         };
         let shown = match &way {
             Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
+            Way::Joined(lobby) => lobby.address().to_string(),
         };
         Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, wire, weight })
     }
@@ -174,8 +179,13 @@ impl Backend {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
-                let reach = grpc::Reach { endpoint: endpoint.clone(), timeout: connect, bound: source.is_discovered() };
-                Self::Agent(Arc::new(grpc::Agent::new(id, reach, &trust.over(spec.wire), hop)))
+                let to = grpc::To::Dial(endpoint.clone());
+                let reach = grpc::Reach { to, timeout: connect, bound: source.is_discovered() };
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, &trust.over(spec.wire), hop)))
+            }
+            Way::Joined(lobby) => {
+                let reach = grpc::Reach { to: grpc::To::Take(lobby.clone()), timeout: connect, bound: false };
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
             }
             Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
             Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
@@ -207,7 +217,8 @@ impl Backend {
 /// Why a server that nobody has named is not used.
 fn stranger() -> Refused {
     Refused::Unproved(
-        "an Ollama without an agent knows none; run `olol server` beside it, or name it with --servers if you trust it".to_owned(),
+        "an Ollama without an agent knows none; run `olol server` beside it, or name it with --servers if you trust it"
+            .to_owned(),
     )
 }
 
@@ -365,6 +376,34 @@ impl Pool {
         self.remove(leave);
         let watches = members.watches;
         members.list.extend(self.add(&news, source, watches));
+    }
+
+    /// A server of a source joins those who are there. False if its name, or the way to it, is that of another.
+    pub fn join(&self, source: Source, spec: &ServerSpec) -> bool {
+        let mut members = self.members();
+        let is_twin = |member: &Joined| member.spec.id == spec.id || member.spec.way == spec.way;
+        if members.list.iter().any(is_twin) {
+            return false;
+        }
+        let watches = members.watches;
+        let added = self.add(&[spec], source, watches);
+        let has_joined = !added.is_empty();
+        members.list.extend(added);
+        has_joined
+    }
+
+    /// A server of a source leaves, and finishes what it has.
+    pub fn leave(&self, source: Source, server: &ServerId) {
+        let mut members = self.members();
+        let is_it = |member: &Joined| member.source == source && member.spec.id == *server;
+        let (leave, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut members.list).into_iter().partition(is_it);
+        members.list = stay;
+        self.remove(leave);
+    }
+
+    /// Whether a server is there by this source.
+    pub fn has(&self, source: Source, server: &ServerId) -> bool {
+        self.members().list.iter().any(|member| member.source == source && member.spec.id == *server)
     }
 
     fn add(&self, servers: &[&ServerSpec], source: Source, watches: bool) -> Vec<Joined> {

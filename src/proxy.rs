@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::convert::Infallible;
+use std::future::ready;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -25,6 +26,7 @@ use tower_http::catch_panic::CatchPanic;
 
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
+use crate::discovery::join::{self, Guests};
 use crate::discovery::{Finder, Listed, Names};
 use crate::keys;
 use crate::pool::{Pool, Watching};
@@ -48,6 +50,8 @@ const SESSIONS: &str = "proxy-sessions.redb";
 pub struct Proxy {
     address: SocketAddr,
     shared: Shared,
+    pool: Pool,
+    guests: Guests,
     reloader: Arc<Reloader>,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
@@ -83,9 +87,10 @@ impl Proxy {
         let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let is_usual = config.looks_for_usual();
-        let finder = Finder::start(pool.clone(), trust, &config.discovery, is_usual)?;
+        let finder = Finder::start(pool.clone(), trust.clone(), &config.discovery, is_usual)?;
         let found = finder.settled();
         let cluster = pool.cluster().clone();
+        let guests = Guests::new(pool.clone(), trust.tokens.clone(), &config.discovery);
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
         let started = SystemTime::now();
@@ -97,6 +102,7 @@ impl Proxy {
             file,
             running: running.clone(),
             pool: pool.clone(),
+            guests: guests.clone(),
             sessions: sessions.clone(),
         };
         let shared = Shared::new(cluster.clone());
@@ -109,6 +115,7 @@ impl Proxy {
             keys => keys?,
         };
         let watching = pool.watch();
+        let kept = (pool.clone(), guests.clone());
         names.set(listed.names);
         let settled = names.settled();
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
@@ -124,12 +131,14 @@ impl Proxy {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
+        upkeep.spawn(guests.clone().keep());
         let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
         let stack = reloader.stack().clone();
         let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
         let grace = config.limits.grace_s.time();
-        let serving = serve::serve(listener, Edge { api }, tls, stop.clone(), grace);
+        let edge = Edge(Arc::new(Parts { api, guests }));
+        let serving = serve::serve(listener, edge, tls, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
             let _ = tokio::time::timeout(FIRST_LOOK, async { tokio::join!(settled, found) }).await;
@@ -138,7 +147,18 @@ impl Proxy {
             first_status.first_status().await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
+        let (pool, guests) = (kept.0, kept.1);
+        Ok(Self {
+            address,
+            shared,
+            pool,
+            guests,
+            reloader,
+            stop,
+            running,
+            _watching: watching,
+            _tasks: vec![upkeep, keys],
+        })
     }
 
     /// Reads its configuration again.
@@ -149,6 +169,16 @@ impl Proxy {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where its servers join and leave.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// The agents that dial in.
+    pub fn guests(&self) -> &Guests {
+        &self.guests
     }
 
     /// What it knows of its servers.
@@ -207,21 +237,24 @@ async fn keep_up(metrics: PrometheusHandle) {
     }
 }
 
-/// What clients talk to: Ollama's API and gRPC.
+/// What clients talk to: Ollama's API and gRPC; and where agents dial in.
 #[derive(Clone)]
-struct Edge {
+struct Edge(Arc<Parts>);
+
+struct Parts {
     api: Arc<Api>,
+    guests: Guests,
 }
 
 impl Edge {
     /// The gRPC face towards a client.
     fn grpc(&self, client: SocketAddr) -> ServerServer<Face> {
-        let api = self.api.clone();
+        let api = self.0.api.clone();
         let send: rpc::Send = Arc::new(move |ask| {
             let api = api.clone();
             Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        rpc::service(send, None, self.api.sessions().clone(), Some(self.api.keys().clone()))
+        rpc::service(send, None, self.0.api.sessions().clone(), Some(self.0.api.keys().clone()))
     }
 }
 
@@ -231,7 +264,10 @@ impl Answers for Edge {
 
     /// A panic of ours ends one request, not the process.
     fn service(&self, peer: Peer) -> Self::Service {
-        CatchPanic::custom(Visit { edge: self.clone(), client: peer.address }, panicked)
+        CatchPanic::custom(
+            Visit { edge: self.clone(), client: peer.address, here: peer.here, is_machine: peer.is_machine },
+            panicked,
+        )
     }
 
     fn is_brief(request: &Request<Incoming>) -> bool {
@@ -244,6 +280,8 @@ impl Answers for Edge {
 struct Visit {
     edge: Edge,
     client: SocketAddr,
+    here: Option<SocketAddr>,
+    is_machine: bool,
 }
 
 impl Service<Request<Incoming>> for Visit {
@@ -257,10 +295,14 @@ impl Service<Request<Incoming>> for Visit {
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if Api::is_grpc(&request) {
-            let client = self.edge.api.client(self.client, request.headers());
+            let client = self.edge.0.api.client(self.client, request.headers());
             return Box::pin(self.edge.grpc(client).call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
         }
-        self.edge.api.clone().handle(request, Some(self.client))
+        if request.uri().path() == join::PATH {
+            let answer = self.edge.0.guests.answer(request, self.client, self.here, self.is_machine);
+            return Box::pin(ready(Ok(answer.map(|text| HttpBody::Full(text.into())))));
+        }
+        self.edge.0.api.clone().handle(request, Some(self.client))
     }
 }
 

@@ -3,6 +3,7 @@
 //! Both faces are one: whatever comes in becomes an [`Ask`], and where it goes is the only difference: to the Ollama beside
 //! an agent, or down the proxy's stack.
 
+mod active;
 mod sessions;
 mod typed;
 mod watching;
@@ -34,6 +35,7 @@ use crate::ollama::Ask;
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
 
+pub use active::Active;
 pub use watching::{Callers, Calling, Told};
 
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
@@ -54,6 +56,8 @@ pub struct SelfDescription {
     pub state: watch::Receiver<Option<Arc<Told>>>,
     /// Who has calls here, and who watches.
     pub callers: Arc<Callers>,
+    /// The sessions that had a turn here lately.
+    pub active: Arc<Active>,
     /// When nobody should go on watching: the agent stops.
     pub stop: CancellationToken,
 }
@@ -92,6 +96,7 @@ impl Server for Face {
         let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("the call has no message"))?;
         let head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
         let deadline = Duration::from_millis(head.deadline_ms);
+        self.saw(&head.session);
         let length = length(&head);
         let is_upload = Route::find(&head.path) == Some(Route::Blob);
         let payload = match length {
@@ -187,6 +192,7 @@ impl Server for Face {
         request: Request<ChatMessageRequest>,
     ) -> Result<Response<Self::ChatMessageStream>, Status> {
         let (metadata, _, request) = request.into_parts();
+        self.saw(&request.session_id);
         let reply = self.turn(&metadata, request).await?;
         Ok(Response::new(typed::lines(reply, typed::chatted)))
     }
@@ -206,6 +212,13 @@ impl Face {
     fn about(&self) -> Result<&SelfDescription, Status> {
         let reason = "an agent describes itself; the state of the proxy is at GET /api/status";
         self.about.as_ref().ok_or_else(|| Status::unimplemented(reason))
+    }
+
+    /// An agent has a turn of a session.
+    fn saw(&self, session: &str) {
+        if let Some(about) = &self.about {
+            about.active.saw(session);
+        }
     }
 
     /// A call with the key that its caller shows. Keys are the proxy's: what an agent is shown is not for the Ollama beside it.

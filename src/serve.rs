@@ -190,7 +190,7 @@ pub async fn serve<A: Answers>(
 }
 
 /// Ends after this time if the client is not known by then.
-async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
+pub(crate) async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
     tokio::time::sleep(limit).await;
     if is_known.load(Ordering::Relaxed) {
         std::future::pending::<()>().await;
@@ -218,22 +218,52 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             }
             let connection =
                 builder.title_case_headers(true).max_buf_size(LONGEST_HEAD).serve_connection(TokioIo::new(io), service);
-            Gentle::new(connection, closing, http1::Connection::graceful_shutdown).await
+            // An agent that joins turns its connection round.
+            let connection = connection.with_upgrades();
+            Gentle::new(connection, closing, http1::UpgradeableConnection::graceful_shutdown).await
         }
         Preamble::Http2(io) => {
             let service = hyper::service::service_fn(move |request| service.clone().call(request));
-            let connection = http2::Builder::new(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(STREAM_WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
-                .max_concurrent_streams(STREAMS)
-                .max_send_buf_size(64 << 10)
-                .keep_alive_interval(PROBE)
-                .keep_alive_timeout(PROBE)
-                .serve_connection(TokioIo::new(io), service);
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder.keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
+            let connection = with_room(&mut builder).serve_connection(TokioIo::new(io), service);
             Gentle::new(connection, closing, http2::Connection::graceful_shutdown).await
         }
     }
+}
+
+/// Answers who was dialled and calls over that connection, until it leaves, or until `stop` and what runs then is done.
+/// `probe`: silence after which it is probed, and after which a probe counts as lost.
+pub(crate) async fn serve_dialled<I, S, B>(
+    io: I,
+    service: S,
+    probe: Duration,
+    stop: &CancellationToken,
+) -> Result<(), hyper::Error>
+where
+    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static,
+    B: http_body::Body<Data = bytes::Bytes, Error: Into<BoxError>> + Send + Unpin + 'static,
+{
+    let service = hyper::service::service_fn(move |request| service.clone().call(request));
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.keep_alive_interval(probe).keep_alive_timeout(probe);
+    let mut connection = std::pin::pin!(with_room(&mut builder).serve_connection(io, service));
+    tokio::select! {
+        ended = connection.as_mut() => return ended,
+        () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    connection.await
+}
+
+/// HTTP/2 whose streams do not wait for each other.
+fn with_room(builder: &mut http2::Builder<TokioExecutor>) -> &mut http2::Builder<TokioExecutor> {
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(STREAMS)
+        .max_send_buf_size(64 << 10)
 }
 
 /// Tells connections that it is time to end.

@@ -23,6 +23,7 @@ use olol_middleware::{Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::discovery::join::Guests;
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
 use crate::sessions::Sessions;
@@ -48,6 +49,8 @@ pub struct About {
     pub running: Arc<Running>,
     /// The servers, as they were named.
     pub pool: Pool,
+    /// The agents that dial in.
+    pub guests: Guests,
     /// The sessions.
     pub sessions: Sessions,
 }
@@ -75,6 +78,7 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
                 "unknown": in_condition(Condition::Unknown),
                 "taking_calls": usable,
             },
+            "refused_agents": about.guests.refused().len(),
             "models": snapshot.models.len(),
             "loaded_models": servers.iter().map(|server| server.report.loaded.len()).sum::<usize>(),
             "in_flight": in_flight,
@@ -262,6 +266,7 @@ mod tests {
             file: None,
             running: Running::new(config),
             pool: pool.clone(),
+            guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
         };
         (Shared::new(pool.cluster().clone()), about)

@@ -88,7 +88,13 @@ async fn a_proxy_with_another_token_says_so_and_uses_other_servers() {
     let page = olol.get("/api/status/servers").await;
     let refused = &page.json()["servers"][0];
     assert_eq!(refused["state"], "down");
-    assert!(refused["reason"].as_str().unwrap().starts_with("refuses our token: the token is not that"), "{refused}");
+    assert!(
+        refused["reason"]
+            .as_str()
+            .unwrap()
+            .starts_with("refused: no proof of the cluster token: its token is not ours"),
+        "{refused}"
+    );
     for page in ["/api/status", "/api/status/servers", "/metrics"] {
         let text = olol.get(page).await.text();
         assert!(!text.contains(ANOTHER) && !text.contains(token().reveal()), "{page}");

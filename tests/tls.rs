@@ -16,7 +16,8 @@ use harness::{Cluster, Olol, Process, patiently, until};
 use olol::agent::{Agent, Options};
 use olol::ollama::Endpoint;
 use olol::security::certs::{self, Order};
-use olol::security::tls::{Acceptor, Clients, Config};
+use olol::security::tls::{Acceptor, Clients, Config, Connector};
+use olol_middleware::cluster::State;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -371,4 +372,37 @@ async fn what_is_wrong_with_certificates_is_said() {
             assert!(output.status.code() == Some(1) && error.contains(says), "{command:?} {toml}: {error}");
         }
     }
+}
+
+#[tokio::test]
+async fn an_agent_dials_in_over_tls_with_its_certificate_or_with_the_token() {
+    let ca = Ca::with("gpu1");
+    ca.issue("proxy", &["127.0.0.1"], false);
+    let another: olol::security::Token = "another-token-of-some-other-cluster-0123".parse().unwrap();
+    for (clients, tokens, is_let_in) in [
+        (Clients::Optional, another.clone(), true),
+        (Clients::None, options_token(), true),
+        (Clients::None, another, false),
+    ] {
+        let asked = if clients == Clients::None { "none" } else { "optional" };
+        let (cert, key) = (ca.file("proxy.pem"), ca.file("proxy.key"));
+        let toml = format!("{}cert = {cert:?}\nkey = {key:?}\nclients = \"{asked}\"\n", ca.toml());
+        let olol = Olol::at(Vec::new(), &toml).await;
+        let cluster = Cluster::of(1).await.all_have("tiny");
+        let ollama = Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap();
+        let join = vec![format!("https://{}", olol.address()).parse().unwrap()];
+        let join_tls = Connector::to_proxies(&ca.of("gpu1", Clients::Optional)).unwrap();
+        let options = Options { tokens: tokens.into(), join, join_tls, name: "gpu1".to_owned(), ..options(ollama) };
+        let _agent = Agent::start(options).await.unwrap();
+        if is_let_in {
+            until("it is used", || olol.state_of("gpu1") == Some(State::Up)).await;
+        } else {
+            until("it is refused", || !olol.refused().is_empty()).await;
+            assert!(olol.names().is_empty());
+        }
+    }
+}
+
+fn options_token() -> olol::security::Token {
+    harness::cluster::token()
 }

@@ -243,6 +243,8 @@ pub struct Server {
     pub failures: u32,
     /// Whether it finishes what it has, and gets nothing new.
     pub draining: bool,
+    /// Whether that is because it has said that it is about to go.
+    pub leaving: bool,
     /// Who named it.
     pub source: Source,
     /// What it said last.
@@ -543,6 +545,8 @@ struct Entry {
     member: Member,
     has_left: bool,
     draining: bool,
+    /// Whether it has said that it is about to go.
+    leaving: bool,
     state: State,
     reason: String,
     since: SystemTime,
@@ -593,6 +597,7 @@ impl Entry {
             member,
             has_left: false,
             draining: false,
+            leaving: false,
             state: State::Unknown,
             reason: String::new(),
             since: SystemTime::now(),
@@ -622,7 +627,8 @@ impl Entry {
             reason: self.reason.clone(),
             since: self.since,
             failures: self.failures,
-            draining: self.draining,
+            draining: self.draining || self.leaving,
+            leaving: self.leaving,
             source: self.member.source,
             report: self.report.clone(),
             load: self.load.clone(),
@@ -731,6 +737,21 @@ impl Cluster {
         true
     }
 
+    /// A server says that it is about to go, and is to get nothing new; or that it is there again.
+    pub fn leaving(&self, index: usize, leaving: bool) {
+        if self.snapshot.load().servers.get(index).is_none_or(|server| server.leaving == leaving) {
+            return;
+        }
+        let mut book = self.book();
+        let Some(entry) = book.member(index) else { return };
+        entry.leaving = leaving;
+        if leaving {
+            tracing::info!(server = %entry.member.id, "a server says that it goes");
+        }
+        // The next call is not to go there.
+        self.rebuild(&mut book);
+    }
+
     /// A server said what it is.
     pub fn report(&self, index: usize, report: Report) {
         self.report_since(index, report, Instant::now());
@@ -794,6 +815,7 @@ impl Cluster {
         }
         if entry.failures >= threshold {
             tracing::warn!(server = %entry.member.id, reason, "server is down");
+            entry.leaving = false;
             entry.is_now(State::Down, reason);
         }
         self.changed(book);

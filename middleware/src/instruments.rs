@@ -95,6 +95,8 @@ const SESSIONS_BYTES: &str = "olol_sessions_bytes";
 const SESSION_TURNS: &str = "olol_session_turns_total";
 const SESSION_EVICTIONS: &str = "olol_session_evictions_total";
 
+const JOINS: &str = "olol_joins_total";
+
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
@@ -171,6 +173,7 @@ pub const NAMES: &[&str] = &[
     SERVER_GPU_MEMORY_TOTAL,
     SERVER_DISK_FREE,
     SERVER_OTHERS,
+    JOINS,
     SESSIONS,
     SESSIONS_BYTES,
     SESSION_TURNS,
@@ -322,6 +325,7 @@ pub fn describe() {
         Unit::Count,
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
+    describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_sessions();
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
@@ -593,6 +597,27 @@ impl Instruments {
 pub fn predicted(error: Duration) {
     static ERRORS: OnceLock<Histogram> = OnceLock::new();
     ERRORS.get_or_init(|| histogram!(PREDICTION_ERROR)).record(error.as_secs_f64());
+}
+
+/// What came of a connection by which an agent would join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joining {
+    /// It is used.
+    Taken,
+    /// The agent has not proved that it is of the cluster.
+    Refused,
+    /// There were too many at this moment.
+    Full,
+}
+
+/// An agent has dialled in.
+pub fn dialled_in(outcome: Joining) {
+    let outcome = match outcome {
+        Joining::Taken => "taken",
+        Joining::Refused => "refused",
+        Joining::Full => "full",
+    };
+    counter!(JOINS, "outcome" => outcome).increment(1);
 }
 
 /// What came of a wait for a slot.

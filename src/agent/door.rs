@@ -89,6 +89,11 @@ impl Door {
         MembershipServer::new(Proofs(self.clone())).max_decoding_message_size(LARGEST_HELLO)
     }
 
+    /// Whether who is at the other end belongs to the cluster, whatever a call shows.
+    pub(super) fn is_open(&self) -> bool {
+        self.is_open.load(Ordering::Relaxed)
+    }
+
     /// Why a call is refused, if it is.
     pub(super) fn refuses(&self, headers: &HeaderMap) -> Option<&'static str> {
         if self.is_open.load(Ordering::Acquire) || self.keeper.tokens.is_shown(headers) {
@@ -115,8 +120,8 @@ impl Door {
     }
 
     fn hello(&self, hello: HelloRequest) -> Result<HelloResponse, Status> {
-        let caller = Nonce::try_from(hello.nonce.as_ref())
-            .map_err(|_| Status::invalid_argument("a nonce is of 32 bytes"))?;
+        let caller =
+            Nonce::try_from(hello.nonce.as_ref()).map_err(|_| Status::invalid_argument("a nonce is of 32 bytes"))?;
         if hello.bound && !self.is_reached_at(&hello.address) {
             self.keeper.warn(self.peer.address, proof::ELSEWHERE);
             return Err(Status::permission_denied(proof::ELSEWHERE));

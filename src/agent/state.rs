@@ -7,6 +7,7 @@
 //! When a call may have changed something it is asked at once, and in any case every second.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use super::machine::{Machine, Reading};
 use super::processes::{self, Processes};
 use super::{folder, runners};
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
-use crate::rpc::{Callers, Told};
+use crate::rpc::{Active, Callers, Told};
 
 /// Time between two looks while nobody watches, and between two readings of the machine.
 const EVERY: Duration = Duration::from_secs(1);
@@ -60,8 +61,11 @@ struct Shared {
     name: String,
     told: watch::Sender<Option<Arc<Told>>>,
     callers: Arc<Callers>,
+    active: Arc<Active>,
     figures: Arc<Figures>,
     pulls: Arc<Pulls>,
+    /// Whether the agent is about to end.
+    leaving: AtomicBool,
     /// Grows when a call may have changed something.
     look: watch::Sender<u64>,
     book: Mutex<Book>,
@@ -126,8 +130,10 @@ impl Watch {
             ollama,
             told: watch::Sender::new(None),
             callers: Arc::default(),
+            active: Arc::default(),
             figures: Arc::default(),
             pulls: Arc::default(),
+            leaving: AtomicBool::new(false),
             look: watch::Sender::new(0),
             book: Mutex::default(),
         });
@@ -140,6 +146,18 @@ impl Watch {
     /// The state, to be watched.
     pub(super) fn state(&self) -> watch::Receiver<Option<Arc<Told>>> {
         self.shared.told.subscribe()
+    }
+
+    /// Tells those who watch that the agent goes: nothing new is to be sent. Returns whether anybody watches.
+    pub(super) fn says_goodbye(&self) -> bool {
+        self.shared.leaving.store(true, Ordering::Relaxed);
+        self.shared.write(|_| ((), true));
+        *self.shared.callers.watchers().borrow() > 0
+    }
+
+    /// The sessions that had a turn here lately.
+    pub(super) fn active(&self) -> Arc<Active> {
+        self.shared.active.clone()
     }
 
     /// Who has calls here, and who watches.
@@ -262,6 +280,8 @@ impl Shared {
             checks: vec![check(&book.memory, "memory", EVERY), check(&book.disk, "disk", EVERY)],
             metrics: Some(self.figures.last_minute()),
             pending_pulls: self.pulls.shares(),
+            active_sessions: self.active.list(),
+            draining: self.leaving.load(Ordering::Relaxed),
             ..ServerState::default()
         }
     }

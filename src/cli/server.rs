@@ -7,12 +7,12 @@ use clap::Args;
 
 use super::Stop;
 use super::flags::{DiscoveryFlags, TokenFlag};
-use crate::agent::{Agent, Options};
+use crate::agent::{Agent, Options, ProxyAddress};
 use crate::config::listen_address;
 use crate::discovery;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
-use crate::security::tls::{self, Acceptor, Clients};
+use crate::security::tls::{self, Acceptor, Clients, Connector};
 use crate::sessions;
 
 /// Run the agent beside an Ollama.
@@ -30,6 +30,10 @@ pub(super) struct Arguments {
     /// Name of this server [default: the machine's]
     #[arg(long, default_value = "", hide_default_value = true)]
     name: String,
+    /// Proxies to dial, which then send calls over these connections: nothing has to reach this machine from outside.
+    /// http://HOST:PORT, or https://HOST:PORT with --tls-ca; several with commas
+    #[arg(long, env = "OLOL_JOIN", value_delimiter = ',', value_name = "LIST")]
+    join: Vec<ProxyAddress>,
     #[command(flatten)]
     token: TokenFlag,
     #[command(flatten)]
@@ -86,11 +90,14 @@ impl Arguments {
             engine: "ollama",
             tokens: token.token()?.into(),
             tls: None,
+            join: self.join,
+            join_tls: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
-            let options = Options { tls: Acceptor::start(&tls)?, tokens: token.tokens()?, ..options };
+            let (accepts, dials) = (Acceptor::start(&tls)?, Connector::to_proxies(&tls)?);
+            let options = Options { tls: accepts, join_tls: dials, tokens: token.tokens()?, ..options };
             let (listen, ollama) = (options.listen, options.ollama.clone());
             let mut stop = Stop::listen()?;
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };

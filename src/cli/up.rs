@@ -138,6 +138,8 @@ async fn start_agent(
             engine: behind.kind,
             tokens: tokens.clone(),
             tls: None,
+            join: Vec::new(),
+            join_tls: None,
             grace,
             sessions: config.sessions.clone(),
         })

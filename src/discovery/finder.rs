@@ -178,9 +178,8 @@ impl Sighting {
         Endpoint::Tcp { host: host.to_owned(), port: self.seen.port }.to_string()
     }
 
-    fn way(&self, host: &str) -> Way {
-        let endpoint = Endpoint::Tcp { host: host.to_owned(), port: self.seen.port };
-        if self.is_agent() { Way::Agent(endpoint) } else { Way::Ollama(endpoint) }
+    fn place(&self, host: &str) -> Place {
+        (self.is_agent(), Endpoint::Tcp { host: host.to_owned(), port: self.seen.port })
     }
 
     fn wire(&self) -> Wire {
@@ -214,6 +213,9 @@ struct Keeper {
     /// More was found than is remembered.
     is_full: bool,
 }
+
+/// Whether an agent is meant, and where.
+type Place = (bool, Endpoint);
 
 /// What has happened.
 enum Event {
@@ -503,7 +505,7 @@ impl Keeper {
         let one = &self.book[at];
         let because = |reason: &str| Err(Refusal::Because(reason.to_owned()));
         // Its addresses are those of a server that has been named or was found before: then it is that.
-        let is_known = |host: &String| named.ways.contains(&one.way(host)) || chosen.ways.contains(&one.way(host));
+        let is_known = |host: &String| named.places.contains(&one.place(host)) || chosen.places.contains(&one.place(host));
         if one.seen.hosts.iter().any(is_known) {
             return Err(Refusal::Twin);
         }
@@ -526,8 +528,9 @@ impl Keeper {
         if one.is_agent() {
             chosen.agents.extend(one.seen.hosts.iter().cloned());
         }
-        let way = one.way(&host);
-        chosen.ways.insert(way.clone());
+        let place = one.place(&host);
+        chosen.places.insert(place.clone());
+        let way = if place.0 { Way::Agent(place.1) } else { Way::Ollama(place.1) };
         let address = one.address(&host);
         let name = if one.seen.badge.name.is_empty() { address.clone() } else { one.seen.badge.name.clone() };
         let is_free = |id: &ServerId| !named.ids.contains(id) && !chosen.ids.contains(id);
@@ -555,7 +558,7 @@ enum Refusal {
 #[derive(Default)]
 struct Named {
     ids: HashSet<ServerId>,
-    ways: HashSet<Way>,
+    places: HashSet<Place>,
     instances: HashSet<String>,
     /// The hosts of agents.
     agents: HashSet<String>,
@@ -565,7 +568,7 @@ struct Named {
 #[derive(Default)]
 struct Chosen {
     ids: HashSet<ServerId>,
-    ways: HashSet<Way>,
+    places: HashSet<Place>,
     instances: HashSet<String>,
     agents: HashSet<String>,
 }
@@ -581,11 +584,15 @@ impl Keeper {
                 continue;
             }
             named.ids.insert(server.id.clone());
-            if let Some(way) = ways.get(&server.id) {
-                named.ways.insert(way.clone());
-                if let Way::Agent(Endpoint::Tcp { host, .. }) = way {
-                    named.agents.insert(host.clone());
+            match ways.get(&server.id) {
+                Some(Way::Agent(endpoint)) => {
+                    named.places.insert((true, endpoint.clone()));
+                    if let Endpoint::Tcp { host, .. } = endpoint {
+                        named.agents.insert(host.clone());
+                    }
                 }
+                Some(Way::Ollama(endpoint)) => drop(named.places.insert((false, endpoint.clone()))),
+                Some(Way::Joined(_)) | None => {}
             }
             // Also of one whose Ollama does not answer; not of one that was there once.
             let Some(vitals) = server.vitals.load_full() else { continue };
@@ -629,7 +636,7 @@ async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Result<(String, St
     for host in hosts {
         let endpoint = Endpoint::Tcp { host: host.clone(), port };
         match prove(endpoint.clone(), PROOF, trust).await {
-            Ok(known) => return Ok((host.clone(), known.instance)),
+            Ok(instance) => return Ok((host.clone(), instance)),
             Err(error) if hosts.len() == 1 => errors.push(error.to_string()),
             Err(error) => errors.push(format!("{endpoint}: {error}")),
         }

@@ -24,13 +24,15 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::either::Either;
 use tonic::{Code, Request, Status, Streaming};
 
+use super::lobby::Lobby;
 use crate::ollama::{Ask, Endpoint};
-use crate::security::Trust;
 use crate::security::proof::{self, Dialled, Known, Purpose, Refused};
+use crate::security::{Tokens, Trust};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
@@ -67,11 +69,20 @@ pub(super) struct Agent {
     caller: String,
 }
 
+/// Where connections to an agent come from.
+#[derive(Clone, Debug)]
+pub(super) enum To {
+    /// It is dialled.
+    Dial(Endpoint),
+    /// It has dialled in.
+    Take(Lobby),
+}
+
 /// How an agent is reached.
 #[derive(Clone, Debug)]
 pub(super) struct Reach {
-    /// Where it is.
-    pub(super) endpoint: Endpoint,
+    /// Where its connections come from.
+    pub(super) to: To,
     /// How long a connection may take.
     pub(super) timeout: Duration,
     /// Whether it must prove that it is at that very address: nobody of ours has named it.
@@ -79,13 +90,18 @@ pub(super) struct Reach {
 }
 
 impl Agent {
-    pub(super) fn new(id: ServerId, reach: Reach, trust: &Trust, hop: &HeaderValue) -> Self {
+    pub(super) fn new(id: ServerId, reach: &Reach, trust: &Trust, hop: &HeaderValue) -> Self {
         let line = || Line::new(reach.clone(), trust.clone());
         Self { id, calls: line(), bulk: line(), caller: hop.to_str().unwrap_or_default().to_owned() }
     }
 
     pub(super) fn id(&self) -> &ServerId {
         &self.id
+    }
+
+    /// Whether it has dialled in: nothing but its own connections leads to it.
+    pub(super) fn is_guest(&self) -> bool {
+        matches!(self.calls.reach.to, To::Take(_))
     }
 
     /// Relays a call and returns when the head of the answer is there.
@@ -350,7 +366,7 @@ struct Line {
     connecting: Mutex<()>,
 }
 
-type Sender = http2::SendRequest<tonic::body::Body>;
+pub(super) type Sender = http2::SendRequest<tonic::body::Body>;
 
 impl Line {
     fn new(reach: Reach, trust: Trust) -> Self {
@@ -364,7 +380,10 @@ impl Line {
         }
         let limit = limit.unwrap_or(self.reach.timeout);
         let made = tokio::time::timeout(limit, self.make(fresh)).await;
-        made.map_err(|_| format!("no connection after {} ms", limit.as_millis()))?
+        made.map_err(|_| match self.reach.to {
+            To::Dial(_) => format!("no connection after {} ms", limit.as_millis()),
+            To::Take(_) => "its agent has no connection to us now; it dials in again by itself".to_owned(),
+        })?
     }
 
     /// A new connection, or one that another has made in the meantime.
@@ -388,10 +407,12 @@ impl Line {
         Ok(self.meet().await?.0)
     }
 
-    /// A connection to an agent that has proved itself, and knows us.
-    async fn meet(&self) -> Result<(Sender, Known), BoxError> {
-        let Endpoint::Tcp { host, port } = &self.reach.endpoint else {
-            return Err("an agent is reached over TCP".into());
+    /// A connection to an agent that has proved itself, and knows us; one that dialled in has done so before.
+    async fn meet(&self) -> Result<(Sender, Option<Known>), BoxError> {
+        let (host, port) = match &self.reach.to {
+            To::Take(lobby) => return Ok((lobby.take().await, None)),
+            To::Dial(Endpoint::Tcp { host, port }) => (host, port),
+            To::Dial(Endpoint::Unix(_)) => return Err("an agent is reached over TCP".into()),
         };
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;
@@ -404,40 +425,49 @@ impl Line {
             Some(tls) => Either::Right(tls.connect(host, stream).await?),
         };
         let is_certified = matches!(stream, Either::Right(_));
-        let sender = shake(stream).await?;
+        let (sender, _) = shake(stream, PROBE).await?;
         let dialled = Dialled { purpose: Purpose::Call, address, bound: self.reach.bound, is_certified };
-        let client = MembershipClient::with_origin(Channel { sender: sender.clone() }, Uri::from_static(ORIGIN));
-        let known = proof::introduce(client, dialled, self.trust.tokens.as_ref()).await?;
-        Ok((sender, known))
+        let known = introduce(&sender, dialled, self.trust.tokens.as_ref()).await?;
+        Ok((sender, Some(known)))
     }
 }
 
-/// Has an agent that nobody has named prove itself, before it is one of the servers.
-pub(crate) async fn prove(endpoint: Endpoint, limit: Duration, trust: &Trust) -> Result<Known, BoxError> {
-    let line = Line::new(Reach { endpoint, timeout: limit, bound: true }, trust.clone());
+/// Has an agent that nobody has named prove itself, before it is one of the servers. Returns the id of its process.
+pub(crate) async fn prove(endpoint: Endpoint, limit: Duration, trust: &Trust) -> Result<String, BoxError> {
+    let line = Line::new(Reach { to: To::Dial(endpoint), timeout: limit, bound: true }, trust.clone());
     let met = tokio::time::timeout(limit, line.meet()).await;
-    Ok(met.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??.1)
+    let (_, known) = met.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??;
+    Ok(known.map(|known| known.instance).unwrap_or_default())
 }
 
-/// Begins HTTP/2 as its client.
-async fn shake<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(stream: S) -> Result<Sender, BoxError> {
+/// Proves ourselves on a new connection to an agent that has proved itself.
+pub(super) async fn introduce(sender: &Sender, dialled: Dialled, tokens: Option<&Tokens>) -> Result<Known, BoxError> {
+    let client = MembershipClient::with_origin(Channel { sender: sender.clone() }, Uri::from_static(ORIGIN));
+    proof::introduce(client, dialled, tokens).await
+}
+
+/// Begins HTTP/2 as its client. Also returns what ends with the connection.
+pub(super) async fn shake<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+    stream: S,
+    probe: Duration,
+) -> Result<(Sender, JoinHandle<()>), BoxError> {
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buf_size(64 << 10)
-        .keep_alive_interval(PROBE)
-        .keep_alive_timeout(PROBE)
+        .keep_alive_interval(probe)
+        .keep_alive_timeout(probe)
         .keep_alive_while_idle(true)
         .handshake(TokioIo::new(stream))
         .await?;
     // Ends with the last handle to the connection.
-    tokio::spawn(async move {
+    let ends = tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "connection to an agent ended");
         }
     });
-    Ok(sender)
+    Ok((sender, ends))
 }
 
 impl std::fmt::Debug for Line {

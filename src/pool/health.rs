@@ -76,6 +76,8 @@ async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration,
 /// Listens to an agent, which speaks whenever something changes, and at least every second.
 async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &Config) {
     let silence = config.check_interval_ms.time().max(Duration::from_secs(2));
+    // Whoever has dialled in is gone with its connection.
+    let failures = if agent.is_guest() { 1 } else { config.check_failures.get() };
     let mut about = None;
     loop {
         let round = cluster.round_begins(index);
@@ -96,7 +98,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     // A new stream begins with a fresh state.
                     None => break String::new(),
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
-                    Some(Ok(Err(refusal))) => break refusal.message().to_owned(),
+                    Some(Ok(Err(refusal))) => break grpc::told(&refusal),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
                     Some(Ok(Ok(Some(state)))) => {
                         if about.is_none() && !std::mem::replace(&mut asked, true) {
@@ -133,9 +135,11 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
             let _ = tokio::time::timeout(usual, cluster.news_wanted(index)).await;
             continue;
         }
-        cluster.check_failed(index, error, config.check_failures.get());
+        cluster.check_failed(index, error, failures);
+        // For one that dials in it is waited until it does.
+        let pause = if agent.is_guest() { SHORTEST } else { jittered(config.check_interval_ms.time()) / 5 };
         tokio::select! {
-            () = tokio::time::sleep(jittered(config.check_interval_ms.time()) / 5) => {}
+            () = tokio::time::sleep(pause) => {}
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
         }
     }

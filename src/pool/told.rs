@@ -24,6 +24,7 @@ impl Told {
     /// Tells the cluster what a state says; what it leaves out is as it was. An agent without its engine is no server.
     pub(super) fn take(&mut self, state: ServerState, cluster: &Cluster, index: usize, since: Instant, failures: u32) {
         let same = state.same_models && state.same_loaded && state.ollama_version == self.report.version;
+        cluster.leaving(index, state.draining);
         if let Err(reason) = self.read(state) {
             cluster.check_failed(index, reason, failures);
             return;

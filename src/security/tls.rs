@@ -121,7 +121,7 @@ impl Config {
             self.server_side(&[])?;
         }
         if is_given(&self.ca) {
-            self.client_side()?;
+            self.client_side(&[])?;
         }
         Ok(())
     }
@@ -149,7 +149,7 @@ impl Config {
         Ok(ServerSide { config: Arc::new(config), roots })
     }
 
-    fn client_side(&self) -> Result<ClientSide, TlsError> {
+    fn client_side(&self, protocols: &[&[u8]]) -> Result<ClientSide, TlsError> {
         let (cert, its_key) =
             if is_given(&self.client_cert) { (&self.client_cert, &self.client_key) } else { (&self.cert, &self.key) };
         let pair = |error: rustls::Error| TlsError::Pair { path: cert.clone(), what: error.to_string() };
@@ -161,7 +161,7 @@ impl Config {
         } else {
             builder.with_no_client_auth()
         };
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         Ok(ClientSide { config: Arc::new(config) })
     }
 }
@@ -386,11 +386,20 @@ pub struct Connector(Arc<Live<ClientSide>>);
 impl Connector {
     /// Goes to agents whose certificates are of the CA of a configuration, if it has one, and follows its files.
     pub fn start(config: &Config) -> Result<Option<Self>, TlsError> {
+        Self::speaking(config, &[b"h2"])
+    }
+
+    /// The same for an agent that dials a proxy, and turns the connection round.
+    pub fn to_proxies(config: &Config) -> Result<Option<Self>, TlsError> {
+        Self::speaking(config, &[b"http/1.1"])
+    }
+
+    fn speaking(config: &Config, protocols: &'static [&'static [u8]]) -> Result<Option<Self>, TlsError> {
         if !is_given(&config.ca) {
             return Ok(None);
         }
         let (files, config) = (config.files(), config.clone());
-        Ok(Some(Self(Arc::new(Live::start(&files, move || config.client_side())?))))
+        Ok(Some(Self(Arc::new(Live::start(&files, move || config.client_side(protocols))?))))
     }
 
     /// Shakes hands with the agent of this name or address.

@@ -33,6 +33,7 @@ pub(super) fn all(snapshot: &Snapshot, about: &About) -> Value {
             "config": super::config(&running, about),
             "load_balancer": load_balancer,
             "health_check": checking(config),
+            "joining": joining(about),
             "limits": {
                 "body_memory": config.limits.body_memory,
                 "queue_requests": config.queue.max_requests,
@@ -41,6 +42,20 @@ pub(super) fn all(snapshot: &Snapshot, about: &About) -> Value {
         }),
     );
     proxy
+}
+
+/// The agents that dialled in and were not let in, the last one last.
+fn joining(about: &About) -> Value {
+    let refused = about.guests.refused().into_iter().map(|refused| {
+        json!({
+            "name": refused.name,
+            "host": refused.address.to_canonical().to_string(),
+            "reason": refused.reason,
+            "at": super::time::rfc3339(refused.at),
+            "times": refused.times,
+        })
+    });
+    json!({"refused": refused.collect::<Vec<_>>()})
 }
 
 /// How servers are picked, in short.

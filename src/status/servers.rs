@@ -248,9 +248,14 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
     let (kind, endpoint) = match spec.map(|spec| &spec.way) {
         Some(Way::Agent(endpoint)) => (Some("agent"), Some(endpoint)),
         Some(Way::Ollama(endpoint)) => (Some("ollama"), Some(endpoint)),
-        None => (vitals.map(|_| "agent"), None),
+        Some(Way::Joined(_)) | None => (vitals.map(|_| "agent"), None),
+    };
+    let (kind, guest) = match spec.map(|spec| &spec.way) {
+        Some(Way::Joined(lobby)) => (Some("agent"), Some(lobby.address())),
+        _ => (kind, None),
     };
     let (host, port) = match endpoint {
+        None if guest.is_some() => (guest.map(|at| at.ip().to_canonical().to_string()), guest.map(|at| at.port())),
         Some(Endpoint::Tcp { host, port }) => (Some(host.clone()), Some(*port)),
         Some(other @ Endpoint::Unix(_)) => (Some(other.to_string()), None),
         None => (None, None),

@@ -125,6 +125,8 @@ pub fn options(ollama: Endpoint) -> Options {
         engine: "ollama",
         tokens: token().into(),
         tls: None,
+        join: Vec::new(),
+        join_tls: None,
         grace: Duration::from_secs(5),
         sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
     }

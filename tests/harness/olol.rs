@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use olol::agent::Agent;
 use olol::config::{Config, Origin, Set, Source};
+use olol::discovery::join::Refusal;
+use olol::pool::ServerSpec;
 use olol::proxy::Proxy;
 use olol_middleware::cluster::State;
 use olol_middleware::vitals::Vitals;
-use olol_middleware::{ModelName, Snapshot};
+use olol_middleware::{ModelName, ServerId, Snapshot};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -120,6 +122,40 @@ impl Olol {
     /// Calls that wait for a slot.
     pub fn waiting(&self) -> usize {
         self.proxy.shared().queue.len()
+    }
+
+    /// How a server is, in the books of the proxy, by its name.
+    pub fn state_of(&self, name: &str) -> Option<State> {
+        self.named(name).map(|server| server.state)
+    }
+
+    /// Why it is down.
+    pub fn reason(&self, name: &str) -> String {
+        self.named(name).map(|server| server.reason.clone()).unwrap_or_default()
+    }
+
+    /// Whether it is to get nothing new.
+    pub fn is_draining(&self, name: &str) -> bool {
+        self.named(name).is_some_and(|server| server.draining)
+    }
+
+    /// Its place among the servers.
+    pub fn place_of(&self, name: &str) -> Option<usize> {
+        self.named(name).map(|server| server.index)
+    }
+
+    fn named(&self, name: &str) -> Option<Arc<olol_middleware::Server>> {
+        self.proxy.cluster().snapshot().server(&ServerId::new(name)).cloned()
+    }
+
+    /// Lets the proxy find servers that nobody has named: from now on these.
+    pub fn finds(&self, source: olol_middleware::cluster::Source, servers: &[ServerSpec]) {
+        self.proxy.pool().set(source, servers);
+    }
+
+    /// The agents that dialled in and were refused.
+    pub fn refused(&self) -> Vec<Refusal> {
+        self.proxy.guests().refused()
     }
 
     /// Whether a server is up, in the books of the proxy.
