@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::Service;
 
-use crate::discovery::{self, Badge};
+use crate::discovery::{self, Badge, Tells};
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
 use crate::security::Tokens;
@@ -78,7 +78,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Agent {
     address: SocketAddr,
-    badge: Badge,
+    tells: Tells,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     grace: Duration,
@@ -108,10 +108,15 @@ impl Agent {
         let badge = Badge {
             name: name.clone(),
             instance: description.instance_id.clone(),
-            cluster: options.tokens.all().first().map(discovery::cluster).unwrap_or_default(),
+            cluster: String::new(),
             is_tls: options.tls.is_some(),
             version: description.olol_version.clone(),
         };
+        let tokens = options.tokens.clone();
+        let tells = Tells::new(move || {
+            let cluster = tokens.all().first().map(discovery::cluster).unwrap_or_default();
+            Badge { cluster, ..badge.clone() }
+        });
         let instance = description.instance_id.clone();
         let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
         let about = SelfDescription {
@@ -134,7 +139,7 @@ impl Agent {
         }
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, keeper, badge: badge.header() };
+        let answers = Grpc { inner, keeper, tells: tells.clone() };
         let mut joining = JoinSet::new();
         if !options.join.is_empty() {
             let header = |text: &str| HeaderValue::from_str(text).map_err(std::io::Error::other);
@@ -151,7 +156,7 @@ impl Agent {
         }
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
         let grace = options.grace;
-        Ok(Self { address, badge, stop, running, grace, watch: kept, joining, _watching: watching })
+        Ok(Self { address, tells, stop, running, grace, watch: kept, joining, _watching: watching })
     }
 
     /// Where it listens.
@@ -160,8 +165,8 @@ impl Agent {
     }
 
     /// What it says of itself to whoever looks for one.
-    pub fn badge(&self) -> &Badge {
-        &self.badge
+    pub fn tells(&self) -> Tells {
+        self.tells.clone()
     }
 
     /// Says goodbye to those who watch it, takes nothing new, lets what runs finish, and returns whether all of it did in time.
@@ -199,7 +204,7 @@ struct Grpc {
     inner: ServerServer<Face>,
     keeper: Arc<Doorkeeper>,
     /// What it says of itself to whoever asks in plain HTTP.
-    badge: HeaderValue,
+    tells: Tells,
 }
 
 /// The same for whoever is at the other end of one connection.
@@ -207,7 +212,7 @@ struct Grpc {
 struct Visit {
     inner: ServerServer<Face>,
     door: Arc<Door>,
-    badge: HeaderValue,
+    tells: Tells,
 }
 
 /// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
@@ -220,7 +225,7 @@ impl Answers for Grpc {
 
     fn service(&self, peer: Peer) -> Visit {
         let door = Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call));
-        Visit { inner: self.inner.clone(), door, badge: self.badge.clone() }
+        Visit { inner: self.inner.clone(), door, tells: self.tells.clone() }
     }
 }
 
@@ -246,7 +251,7 @@ impl Service<Request<Incoming>> for Visit {
         let words = b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n";
         let mut answer = Response::new(tonic::body::Body::new(Full::new(Bytes::from_static(words))));
         *answer.status_mut() = http::StatusCode::BAD_REQUEST;
-        answer.headers_mut().insert(discovery::BADGE, self.badge.clone());
+        answer.headers_mut().insert(discovery::BADGE, self.tells.now().header());
         Box::pin(std::future::ready(Ok(answer)))
     }
 }

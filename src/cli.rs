@@ -205,7 +205,7 @@ fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Anno
     if !config.mdns {
         return None;
     }
-    let announced = discovery::announce(agent.badge(), agent.address(), config);
+    let announced = discovery::announce(agent.tells(), agent.address(), config);
     if announced.is_ok() && agent.address().ip().is_loopback() {
         tracing::info!("only proxies on this machine find the agent: it listens on loopback; --host 0.0.0.0 serves other machines");
     }

@@ -223,8 +223,8 @@ impl Config {
             return Ok(());
         };
         let Listed { servers, names } = self.resolved_servers()?;
-        if !names.is_empty() {
-            // It may be one of those that the names will lead to.
+        if !names.is_empty() || self.discovery.looks() {
+            // It may be one of those that the names will lead to, or that will be found.
             return Ok(());
         }
         let names: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::ollama::EndpointError;
 use crate::pool::{Pool, ServerSpec, Way};
 
-pub use badge::{Badge, HEADER as BADGE, cluster};
+pub use badge::{Badge, HEADER as BADGE, Tells, cluster};
 pub use dns::{NameServer, NameSpec, Names};
 pub use finder::{Finder, Stranger};
 pub use mdns::{Announcement, PORT as MDNS_PORT};
@@ -103,9 +103,9 @@ impl Config {
 }
 
 /// Says on the local network that an agent is there, at the addresses where it listens, until what is returned is ended.
-pub fn announce(badge: &Badge, listens: SocketAddr, config: &Config) -> anyhow::Result<Announcement> {
+pub fn announce(tells: Tells, listens: SocketAddr, config: &Config) -> anyhow::Result<Announcement> {
     let networks = networks::Networks::of(&config.interface).map_err(anyhow::Error::msg)?;
-    Announcement::start(badge, listens, &networks, config.mdns_port)
+    Announcement::start(tells, listens, &networks, config.mdns_port)
 }
 
 /// What stands in a list of servers.

@@ -26,7 +26,7 @@ async fn announced(cluster: &Cluster, at: usize, port: u16, options: impl FnOnce
     let ollama = Endpoint::parse(&cluster.server(at).address().to_string(), 0).unwrap();
     let agent = Agent::start(options(harness::cluster::options(ollama))).await.unwrap();
     let config = Config { mdns_port: port, ..Config::default() };
-    let announcement = discovery::announce(agent.badge(), agent.address(), &config).unwrap();
+    let announcement = discovery::announce(agent.tells(), agent.address(), &config).unwrap();
     (agent, announcement)
 }
 
@@ -96,10 +96,10 @@ async fn an_agent_of_another_cluster_is_shown_and_not_used() {
         let badge = discovery::Badge {
             name: "liar".to_owned(),
             cluster: discovery::cluster(&harness::cluster::token()),
-            ..liar.badge().clone()
+            ..liar.tells().now()
         };
         let config = Config { mdns_port: port, ..Config::default() };
-        let announcement = discovery::announce(&badge, liar.address(), &config).unwrap();
+        let announcement = discovery::announce(discovery::Tells::new(move || badge.clone()), liar.address(), &config).unwrap();
         (liar, announcement)
     };
     let olol = listening(port, Vec::new(), "").await;

@@ -4,6 +4,8 @@
 //! trusted.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
 
 use http::HeaderValue;
 use ring::hmac;
@@ -31,6 +33,28 @@ pub struct Badge {
     pub version: String,
 }
 
+/// Tells what an agent says of itself now: its token may change.
+#[derive(Clone)]
+pub struct Tells(Arc<dyn Fn() -> Badge + Send + Sync>);
+
+impl Tells {
+    /// Asks this whenever somebody wants to know.
+    pub fn new(tell: impl Fn() -> Badge + Send + Sync + 'static) -> Self {
+        Self(Arc::new(tell))
+    }
+
+    /// What it says now.
+    pub fn now(&self) -> Badge {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Tells {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Tells").field(&self.now()).finish()
+    }
+}
+
 /// What tells a cluster from others. It is the same for all that have the token, and tells nothing of it.
 pub fn cluster(token: &Token) -> String {
     let key = hmac::Key::new(hmac::HMAC_SHA256, token.reveal().as_bytes());
@@ -42,7 +66,7 @@ impl Badge {
     pub(super) fn pairs(&self) -> Vec<(&'static str, String)> {
         vec![
             ("txtvers", "1".to_owned()),
-            ("name", self.name.clone()),
+            ("name", word(&self.name)),
             ("id", self.instance.clone()),
             ("cluster", self.cluster.clone()),
             ("tls", if self.is_tls { "yes" } else { "no" }.to_owned()),
@@ -77,7 +101,7 @@ impl Badge {
 }
 
 /// A word as it may stand in names, logs and pages, whoever said it.
-fn word(text: &str) -> String {
+pub(super) fn word(text: &str) -> String {
     text.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.+".contains(*c)).take(LONGEST).collect()
 }
 

@@ -42,6 +42,10 @@ const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// How long one that had proved itself, and is not heard any more, is still dialled now and then: networks fail and come back
 /// without anybody being told.
 const REMEMBERED: Duration = Duration::from_secs(600);
+/// From so many on it is decided less often who is a server; and the pauses between.
+const MANY: usize = 64;
+const FEW_PAUSE: Duration = Duration::from_millis(10);
+const MANY_PAUSE: Duration = Duration::from_millis(200);
 /// How often the network is asked anew, however quiet it was.
 const ASK_ANEW: Duration = Duration::from_secs(300);
 /// The longest that the first clients wait for the agent of this machine.
@@ -224,6 +228,7 @@ enum Event {
     Proved(String, Source, Result<(String, String), String>),
     Look,
     Anew,
+    Due,
     Changed(bool),
 }
 
@@ -236,8 +241,10 @@ impl Keeper {
         anew.reset();
         loop {
             let (mut ear, mut scans, mut scanning) = self.open();
+            let (mut settled, mut is_due) = (Instant::now(), false);
             self.settle(ear.as_ref());
             loop {
+                let next = settled + if self.book.len() < MANY { FEW_PAUSE } else { MANY_PAUSE };
                 let is_idle = self.book.is_empty() && ear.is_some() == self.config.mdns;
                 let event = tokio::select! {
                     heard = hear(ear.as_ref()), if ear.is_some() => Event::Heard(heard),
@@ -248,6 +255,7 @@ impl Keeper {
                     },
                     _ = look.tick(), if !is_idle => Event::Look,
                     _ = anew.tick(), if ear.is_some() => Event::Anew,
+                    () = tokio::time::sleep_until(next), if is_due => Event::Due,
                     changed = changes.changed() => Event::Changed(changed.is_ok()),
                 };
                 match event {
@@ -266,6 +274,7 @@ impl Keeper {
                             ear = listen(&self.config, &self.networks);
                         }
                     }
+                    Event::Due => {}
                     Event::Anew => {
                         if ear.as_mut().is_some_and(|ear| ear.ask_anew().is_err()) {
                             ear = None;
@@ -277,7 +286,12 @@ impl Keeper {
                     }
                     Event::Changed(false) => return,
                 }
-                self.settle(ear.as_ref());
+                // However much is told at once, it is not decided more often than that.
+                is_due = Instant::now() < next;
+                if !is_due {
+                    self.settle(ear.as_ref());
+                    settled = Instant::now();
+                }
             }
         }
     }
@@ -491,7 +505,8 @@ impl Keeper {
             ),
             // A certificate tells more than a token.
             (Some(_), true) => None,
-            (None, false) if cluster.is_empty() || self.cluster.contains(cluster) => None,
+            // One that has proved itself may tell of a token that was changed since.
+            (None, false) if cluster.is_empty() || self.cluster.contains(cluster) || one.proof.is_some() => None,
             (None, false) => Some(
                 "its token is not ours, so it is of another cluster; if it should be of this one, give both the same: `olol token` \
                  prints it"
@@ -650,5 +665,122 @@ async fn reached(host: &str, port: u16) -> Result<(String, String), String> {
         Ok(Ok(_)) => Ok((host.to_owned(), String::new())),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("no answer".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::security::Token;
+    use http::HeaderValue;
+
+    fn keeper(servers: &str, config: Config) -> (Keeper, Token) {
+        let token = Token::make().unwrap();
+        let trust = Trust { tokens: Some(token.clone().into()), ..Trust::default() };
+        let servers = ServerSpec::parse_list(servers).unwrap();
+        let pool = Pool::new(&servers, &crate::pool::Config::default(), &HeaderValue::from_static("hop"), &trust);
+        let keeper = Keeper {
+            cluster: cluster_of(&trust),
+            pool,
+            trust,
+            config,
+            networks: Networks::default(),
+            book: Vec::new(),
+            proving: JoinSet::new(),
+            used: HashMap::new(),
+            told: HashMap::new(),
+            settled: watch::channel(true).0,
+            is_full: false,
+        };
+        (keeper, token)
+    }
+
+    fn seen(name: &str, token: &Token, hosts: &[&str]) -> Seen {
+        let badge = Badge { name: name.to_owned(), cluster: badge::cluster(token), ..Badge::default() };
+        let hosts = hosts.iter().map(|host| (*host).to_owned()).collect();
+        Seen { key: format!("{name} 1"), badge, hosts, port: 50051, ..Seen::default() }
+    }
+
+    fn proves(keeper: &mut Keeper, key: &str, host: &str, instance: &str) {
+        keeper.proved(key, Source::Mdns, Ok((host.to_owned(), instance.to_owned())));
+        keeper.settle(None);
+    }
+
+    fn servers(keeper: &Keeper) -> Vec<String> {
+        let specs = keeper.pool.specs();
+        let shown = |spec: &ServerSpec| match &spec.way {
+            Way::Agent(endpoint) | Way::Ollama(endpoint) => format!("{} {endpoint}", spec.id),
+            Way::Joined(_) => spec.id.to_string(),
+        };
+        specs.iter().map(shown).collect()
+    }
+
+    #[tokio::test]
+    async fn who_proves_itself_is_a_server_and_nobody_else() {
+        let (mut keeper, token) = keeper("", Config::default());
+        keeper.sees(seen("a", &token, &["127.0.0.1"]), Source::Mdns);
+        keeper.sees(seen("b", &Token::make().unwrap(), &["127.0.0.2"]), Source::Mdns);
+        keeper.sees(seen("c", &token, &[]), Source::Mdns);
+        keeper.settle(None);
+        assert!(servers(&keeper).is_empty());
+        let reasons: Vec<String> = keeper.pool.strangers().iter().map(|one| one.reason.clone()).collect();
+        assert_eq!(reasons[0], "it is being asked for proof");
+        assert!(reasons[1].contains("another cluster") && reasons[2].contains("none of its addresses"), "{reasons:?}");
+        // Only one was asked at all.
+        assert_eq!(keeper.proving.len(), 1);
+        proves(&mut keeper, "a 1", "127.0.0.1", "x");
+        assert_eq!(servers(&keeper), ["a 127.0.0.1:50051"]);
+        // A token that was changed since does not end what was proved.
+        keeper.trust.tokens = Some(Token::make().unwrap().into());
+        keeper.settle(None);
+        assert_eq!(servers(&keeper).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn one_process_is_one_server_whatever_it_announces() {
+        let (mut keeper, token) = keeper("mine@127.0.0.9:50051", Config::default());
+        for (name, host) in [("a", "127.0.0.1"), ("b", "127.0.0.2"), ("mine", "127.0.0.3"), ("d", "127.0.0.9")] {
+            keeper.sees(seen(name, &token, &[host]), Source::Mdns);
+            proves(&mut keeper, &format!("{name} 1"), host, if name == "b" { "a" } else { name });
+        }
+        // b is a, d stands where the named one is, and a name that is taken is not taken again.
+        assert_eq!(servers(&keeper), ["mine 127.0.0.9:50051", "a 127.0.0.1:50051", "127.0.0.3:50051 127.0.0.3:50051"]);
+        assert!(keeper.pool.strangers().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_failed_is_asked_again_ever_less_often() {
+        let (mut keeper, token) = keeper("", Config::default());
+        keeper.sees(seen("a", &token, &["127.0.0.1"]), Source::Mdns);
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            keeper.proved("a 1", Source::Mdns, Err("no".to_owned()));
+            pauses.push(keeper.book[0].again.duration_since(Instant::now()).as_secs_f64().round());
+        }
+        assert!(pauses[..5].is_sorted() && pauses[0] <= 1.0 && (9.0..=11.0).contains(&pauses[5]), "{pauses:?}");
+        keeper.settle(None);
+        assert_eq!(keeper.pool.strangers()[0].reason, "no");
+    }
+
+    #[tokio::test]
+    async fn no_more_is_remembered_than_there_is_room_for() {
+        let (mut keeper, token) = keeper("", Config::default());
+        for at in 0..MOST + 10 {
+            keeper.sees(seen(&format!("n{at}"), &token, &[]), Source::Mdns);
+        }
+        assert!(keeper.book.len() == MOST && keeper.is_full);
+        keeper.loses("n0 1");
+        keeper.settle(None);
+        assert_eq!((keeper.book.len(), keeper.pool.strangers().len()), (MOST - 1, MOST - 1));
+    }
+
+    #[tokio::test]
+    async fn tls_and_none_do_not_go_together() {
+        let (mut keeper, token) = keeper("", Config::default());
+        let mut secure = seen("a", &token, &["127.0.0.1"]);
+        secure.badge.is_tls = true;
+        keeper.sees(secure, Source::Mdns);
+        keeper.settle(None);
+        assert!(keeper.pool.strangers()[0].reason.contains("knows no CA"));
     }
 }

@@ -12,14 +12,17 @@ use mdns_sd::{
     IfKind, IfPredicate, Receiver, ResolvedService, ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo, TxtProperty,
     UnregisterStatus,
 };
+use tokio_util::task::AbortOnDropHandle;
 
-use super::badge::Badge;
+use super::badge::{self, Badge, Tells};
 use super::networks::{self, Networks};
 
 /// The service that agents announce.
 const SERVICE: &str = "_olol._tcp.local.";
 /// The port of mDNS.
 pub const PORT: u16 = 5353;
+/// How often it is looked whether an agent has something else to say of itself.
+const RENEW: Duration = Duration::from_secs(30);
 /// How long we wait until a last word is said.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// The longest until a server that is silent must have answered, or its records count no more.
@@ -29,25 +32,20 @@ const CONFIRM: Duration = Duration::from_secs(5);
 pub struct Announcement {
     daemon: ServiceDaemon,
     name: String,
+    _keeping: AbortOnDropHandle<()>,
 }
 
 impl Announcement {
     /// Says that an agent is there, from now on.
-    pub(super) fn start(badge: &Badge, listens: SocketAddr, networks: &Networks, port: u16) -> anyhow::Result<Self> {
+    pub(super) fn start(tells: Tells, listens: SocketAddr, networks: &Networks, port: u16) -> anyhow::Result<Self> {
         let networks = networks.clone();
         let daemon = daemon(port, move |interface| networks.allow(interface) && reaches(interface, listens.ip()))?;
-        // A name of its own: the machine's belongs to its own responder.
-        let host = format!("olol-{}.local.", badge.instance);
-        let label: String = badge.name.chars().take(40).collect();
-        let name = format!("{label} {}", badge.instance.get(..8).unwrap_or(&badge.instance));
-        let pairs = badge.pairs();
-        let mut service = ServiceInfo::new(SERVICE, &name, &host, "", listens.port(), &pairs[..])?.enable_addr_auto();
-        // Nobody else has such a name.
-        service.set_requires_probe(false);
-        service.set_interfaces(vec![only(move |interface| reaches(interface, listens.ip()))]);
+        let badge = tells.now();
+        let service = service(&badge, listens)?;
         let name = service.get_fullname().to_owned();
         daemon.register(service)?;
-        Ok(Self { daemon, name })
+        let keeping = AbortOnDropHandle::new(tokio::spawn(keep(daemon.clone(), tells, badge, listens)));
+        Ok(Self { daemon, name, _keeping: keeping })
     }
 
     /// Takes it back, so that nobody waits for what has gone.
@@ -72,6 +70,30 @@ impl Drop for Announcement {
 impl std::fmt::Debug for Announcement {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Announcement").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+fn service(badge: &Badge, listens: SocketAddr) -> mdns_sd::Result<ServiceInfo> {
+    // A name of its own: the machine's belongs to its own responder.
+    let host = format!("olol-{}.local.", badge.instance);
+    let label: String = badge::word(&badge.name).chars().take(40).collect();
+    let name = format!("{label} {}", badge.instance.get(..8).unwrap_or(&badge.instance));
+    let pairs = badge.pairs();
+    let mut service = ServiceInfo::new(SERVICE, &name, &host, "", listens.port(), &pairs[..])?.enable_addr_auto();
+    // Nobody else has such a name.
+    service.set_requires_probe(false);
+    service.set_interfaces(vec![only(move |interface| reaches(interface, listens.ip()))]);
+    Ok(service)
+}
+
+/// Says it anew when it has changed.
+async fn keep(daemon: ServiceDaemon, tells: Tells, mut said: Badge, listens: SocketAddr) {
+    loop {
+        tokio::time::sleep(RENEW).await;
+        let now = tells.now();
+        if now != said && service(&now, listens).and_then(|service| daemon.register(service)).is_ok() {
+            said = now;
+        }
     }
 }
 
