@@ -76,6 +76,14 @@ impl Machine {
         self.running.push(child);
     }
 
+    /// Ends all that runs there, and waits for its end.
+    async fn ends(&mut self) {
+        for child in &mut self.running {
+            child.kill().await.unwrap();
+        }
+        self.running.clear();
+    }
+
     /// What its proxy knows: servers with how they were found, and what it found and does not use. An agent without an
     /// Ollama is down, and that is all that this needs.
     async fn knows(&self) -> (Vec<String>, Vec<String>) {
@@ -131,10 +139,10 @@ async fn servers_are_found_on_the_networks_that_are_meant() {
     proxy.runs(&["proxy"]);
     // One server, however many addresses it has.
     proxy.knows_of(&["both mdns", "left mdns", "right mdns"], &[]).await;
-    proxy.running.clear();
+    proxy.ends().await;
     proxy.runs(&["proxy", "--interface", "east"]);
     proxy.knows_of(&["right mdns"], &[]).await;
-    proxy.running.clear();
+    proxy.ends().await;
     proxy.runs(&["proxy", "--interface", "10.78.1.1", "--interface", "south"]);
     proxy.knows_of(&["both mdns", "left mdns"], &[]).await;
 }
@@ -162,7 +170,7 @@ async fn an_agent_on_loopback_is_for_its_machine_alone_and_counts_once_there() {
     server.knows_of(&["localhost:50051 local", "open mdns"], &[]).await;
     // And the other is told of none but its own.
     proxy.knows_of(&["localhost:50051 local"], &[]).await;
-    proxy.running.clear();
+    proxy.ends().await;
     proxy.runs(&["proxy", "--no-discovery"]);
     proxy.knows_of(&["localhost:50051 static"], &[]).await;
 }

@@ -416,7 +416,12 @@ impl Keeper {
         let before = self.book.len();
         self.book.retain_mut(|one| {
             let state = state(one);
-            one.is_down = state == Some(State::Down);
+            let is_down = state == Some(State::Down);
+            if is_down && !std::mem::replace(&mut one.is_down, is_down) {
+                // It may be elsewhere, or gone: that is asked at once.
+                one.again = now;
+            }
+            one.is_down = is_down;
             if state == Some(State::Up) {
                 one.last = now;
                 return true;

@@ -26,7 +26,7 @@ const RENEW: Duration = Duration::from_secs(30);
 /// How long we wait until a last word is said.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// The longest until a server that is silent must have answered, or its records count no more.
-const CONFIRM: Duration = Duration::from_secs(5);
+const CONFIRM: Duration = Duration::from_secs(3);
 
 /// An agent's word on the network, which is taken back when this is dropped.
 pub struct Announcement {
