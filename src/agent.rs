@@ -151,6 +151,13 @@ impl Agent {
                 stop: stop.clone(),
             });
             for proxy in options.join {
+                if proxy.is_open_to_others() {
+                    tracing::warn!(
+                        %proxy,
+                        "a proxy is joined without TLS: whoever can read on the network reads all that is said; keep it on a \
+                         network that you trust, or say https:// with --tls-ca"
+                    );
+                }
                 joining.spawn(dialling.clone().keep(proxy));
             }
         }

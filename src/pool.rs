@@ -9,6 +9,7 @@ mod linger;
 mod lobby;
 mod told;
 
+use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{self, Poll};
@@ -378,32 +379,34 @@ impl Pool {
         members.list.extend(self.add(&news, source, watches));
     }
 
-    /// A server of a source joins those who are there. False if its name, or the way to it, is that of another.
-    pub fn join(&self, source: Source, spec: &ServerSpec) -> bool {
+    /// Servers of a source join those who are there. Returns those that did: a name, or a way, that is another's is not taken.
+    pub fn join(&self, source: Source, servers: &[ServerSpec]) -> Vec<ServerId> {
         let mut members = self.members();
-        let is_twin = |member: &Joined| member.spec.id == spec.id || member.spec.way == spec.way;
-        if members.list.iter().any(is_twin) {
-            return false;
-        }
+        let is_new = |spec: &&ServerSpec| {
+            !members.list.iter().any(|member| member.spec.id == spec.id || member.spec.way == spec.way)
+        };
+        let news: Vec<&ServerSpec> = servers.iter().filter(is_new).collect();
         let watches = members.watches;
-        let added = self.add(&[spec], source, watches);
-        let has_joined = !added.is_empty();
+        let added = self.add(&news, source, watches);
+        let joined = added.iter().map(|member| member.spec.id.clone()).collect();
         members.list.extend(added);
-        has_joined
+        joined
     }
 
-    /// A server of a source leaves, and finishes what it has.
-    pub fn leave(&self, source: Source, server: &ServerId) {
+    /// Servers of a source leave, and finish what they have.
+    pub fn leave(&self, source: Source, servers: &[ServerId]) {
         let mut members = self.members();
-        let is_it = |member: &Joined| member.source == source && member.spec.id == *server;
-        let (leave, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut members.list).into_iter().partition(is_it);
+        let leaves = |member: &Joined| member.source == source && servers.contains(&member.spec.id);
+        let (leave, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut members.list).into_iter().partition(leaves);
         members.list = stay;
         self.remove(leave);
     }
 
-    /// Whether a server is there by this source.
-    pub fn has(&self, source: Source, server: &ServerId) -> bool {
-        self.members().list.iter().any(|member| member.source == source && member.spec.id == *server)
+    /// The servers that are there by this source.
+    pub fn of(&self, source: Source) -> HashSet<ServerId> {
+        let members = self.members();
+        let of_it = members.list.iter().filter(|member| member.source == source);
+        of_it.map(|member| member.spec.id.clone()).collect()
     }
 
     fn add(&self, servers: &[&ServerSpec], source: Source, watches: bool) -> Vec<Joined> {

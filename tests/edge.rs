@@ -278,12 +278,13 @@ async fn a_client_that_resets_its_http_2_stream_ends_the_work() {
 
 #[tokio::test]
 async fn a_proxy_that_leads_to_itself_says_so() {
-    for way in ["http://", ""] {
+    // What is taken for an agent would have to prove that it is one.
+    for (way, status, says) in [("http://", 508, "leads back"), ("", 502, "it is a proxy")] {
         let detour = Detour::start().await;
         let olol = Olol::at(vec![format!("0@{way}{}", detour.address)], "").await;
         detour.leads_to(&olol);
         let answer = olol.chat("tiny", "hi").await;
-        assert_eq!((answer.status, answer.header("x-olol-reason")), (508, "loop"), "{way}: {}", answer.text());
+        assert!(answer.status == status && answer.error().contains(says), "{way}: {} {}", answer.status, answer.text());
     }
 }
 

@@ -502,7 +502,7 @@ async fn connections_that_prove_nothing_are_few() {
         answers.push(String::from_utf8(answer).unwrap());
         kept.push(stream);
     }
-    assert_eq!(answers.iter().filter(|answer| answer.ends_with("101")).count(), 16, "{answers:?}");
+    assert_eq!(answers.iter().filter(|answer| answer.ends_with("101")).count(), 32, "{answers:?}");
     assert!(answers.last().unwrap().ends_with("429"));
     drop(kept);
     let _agent = agent(&cluster, 0, "gpu1", &[olol.address()]).await;
@@ -528,4 +528,19 @@ async fn an_agent_tells_which_sessions_had_a_turn_there() {
     let mut states = client.watch(WatchRequest::default()).await.unwrap().into_inner();
     let told = async { while states.message().await.unwrap().unwrap().active_sessions != ["one", "two"] {} };
     patiently("it tells of both", told).await;
+}
+
+#[tokio::test]
+async fn the_environment_may_name_the_proxies() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let olol = proxy("").await;
+    let ollama = format!("http://{}", cluster.server(0).address());
+    let arguments = ["server", "--port", "0", "--ollama-host", &ollama, "--name", "gpu1"];
+    let join = format!("{}, ", olol.address());
+    let _idle = Process::start_with(&[("OLOL_JOIN", "")], &arguments).await;
+    let _agent = Process::start_with(&[("OLOL_JOIN", &join)], &arguments).await;
+    is(&olol, "gpu1", State::Up).await;
+    let refused = Process::run(&[&arguments[..], &["--join", "ftp://proxy"]].concat()).await;
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && said.contains("--join: 'ftp://proxy' is no address of a proxy"), "{said}");
 }

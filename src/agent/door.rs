@@ -60,6 +60,8 @@ pub(super) struct Door {
     is_open: AtomicBool,
     /// What a caller that has said Hello is about to prove.
     begun: Mutex<Option<Transcript>>,
+    /// Whether a caller has proved nothing, or has not believed us.
+    is_refused: AtomicBool,
     /// The first call has come in.
     entered: AtomicBool,
     /// Told of the first call.
@@ -74,6 +76,7 @@ impl Door {
             is_open: AtomicBool::new(peer.is_machine),
             peer,
             begun: Mutex::default(),
+            is_refused: AtomicBool::new(false),
             entered: AtomicBool::new(false),
             enters: Notify::new(),
         }
@@ -89,9 +92,9 @@ impl Door {
         MembershipServer::new(Proofs(self.clone())).max_decoding_message_size(LARGEST_HELLO)
     }
 
-    /// Whether who is at the other end belongs to the cluster, whatever a call shows.
-    pub(super) fn is_open(&self) -> bool {
-        self.is_open.load(Ordering::Relaxed)
+    /// Whether a caller has proved nothing, or has not believed us.
+    pub(super) fn is_refused(&self) -> bool {
+        self.is_refused.load(Ordering::Relaxed)
     }
 
     /// Why a call is refused, if it is.
@@ -153,6 +156,7 @@ impl Door {
         if self.is_open.load(Ordering::Relaxed) {
             return Ok(ProveResponse { instance_id: self.keeper.instance.clone() });
         }
+        self.is_refused.store(true, Ordering::Relaxed);
         let reason = "the caller has no proof of the cluster token; give both the same: `olol token` prints it where the agent \
                       runs, and OLOL_TOKEN or --token-file give it to the proxy";
         self.keeper.warn(self.peer.address, reason);

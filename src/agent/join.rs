@@ -81,6 +81,12 @@ impl ProxyAddress {
         self.is_tls
     }
 
+    /// Whether what is said may be read on a network: it is elsewhere, and dialled without TLS.
+    pub(super) fn is_open_to_others(&self) -> bool {
+        let is_here = self.host == "localhost" || self.host.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
+        !self.is_tls && !is_here
+    }
+
     fn authority(&self) -> String {
         Endpoint::Tcp { host: self.host.clone(), port: self.port }.to_string()
     }
@@ -116,8 +122,10 @@ enum Turn {
     Stop,
     /// The proxy uses it.
     Used,
-    /// It is closed, and the proxy had known us, or not.
-    Closed(bool),
+    /// It is closed.
+    Closed,
+    /// It is closed, since one of us does not know the token.
+    Refused,
 }
 
 impl Joining {
@@ -148,8 +156,8 @@ impl Joining {
                         self.rests(PAUSES.0 / 4).await;
                         continue;
                     }
-                    Turn::Closed(true) => Failure::Now("it has closed a connection".into()),
-                    Turn::Closed(false) => Failure::Lasting(
+                    Turn::Closed => Failure::Now("it has closed a connection".into()),
+                    Turn::Refused => Failure::Lasting(
                         "it has not proved that it knows the token of the cluster, or has not believed us; give both the same: \
                          `olol token` prints it, and OLOL_TOKEN or --token-file give it to the other"
                             .into(),
@@ -235,7 +243,7 @@ impl Joining {
         tokio::select! {
             () = self.stop.cancelled() => Turn::Stop,
             () = door.enters.notified() => Turn::Used,
-            _ = ended => Turn::Closed(door.is_open()),
+            _ = ended => if door.is_refused() { Turn::Refused } else { Turn::Closed },
         }
     }
 }

@@ -32,8 +32,8 @@ pub(super) struct Arguments {
     name: String,
     /// Proxies to dial, which then send calls over these connections: nothing has to reach this machine from outside.
     /// http://HOST:PORT, or https://HOST:PORT with --tls-ca; several with commas
-    #[arg(long, env = "OLOL_JOIN", value_delimiter = ',', value_name = "LIST")]
-    join: Vec<ProxyAddress>,
+    #[arg(long, env = "OLOL_JOIN", value_name = "LIST")]
+    join: Option<String>,
     #[command(flatten)]
     token: TokenFlag,
     #[command(flatten)]
@@ -83,6 +83,9 @@ impl Arguments {
         let (tls, token, discovery) = (self.tls(), self.token.config()?, self.discovery.config());
         let discovery = discovery::Config { mdns_port: self.mdns_port, ..discovery };
         discovery.check_interfaces().map_err(anyhow::Error::msg)?;
+        let join = self.join.as_deref().unwrap_or_default();
+        let join = join.split(',').filter(|part| !part.trim().is_empty()).map(str::parse::<ProxyAddress>);
+        let join = join.collect::<Result<Vec<_>, _>>().map_err(|what| anyhow::anyhow!("--join: {what}"))?;
         let options = Options {
             listen: listen_address(&self.host, self.port).map_err(anyhow::Error::msg)?,
             ollama: Endpoint::parse(&self.ollama_host, OLLAMA_PORT)?,
@@ -90,7 +93,7 @@ impl Arguments {
             engine: "ollama",
             tokens: token.token()?.into(),
             tls: None,
-            join: self.join,
+            join,
             join_tls: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },

@@ -5,7 +5,7 @@
 //! keeps one connection more than is in use, so that there is always one to take. It is known by its name; one that comes
 //! back is the same server as before, and one that has gone is down at once and leaves some time later.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -16,7 +16,7 @@ use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use olol_middleware::cluster::{Source, State};
+use olol_middleware::cluster::{MOST_SERVERS, Source, State};
 use olol_middleware::instruments::{self, Joining};
 use olol_middleware::{BoxError, ServerId, Snapshot};
 use tokio::sync::Notify;
@@ -39,7 +39,7 @@ pub const INSTANCE: HeaderName = HeaderName::from_static("olol-instance");
 /// The longest that proofs may take.
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// Agents whose proofs are being made: of all addresses, and of one.
-const MOST_AT_ONCE: (usize, usize) = (128, 16);
+const MOST_AT_ONCE: (usize, usize) = (256, 32);
 /// Connections of one agent: for calls, for bodies, one ready, and some that are being exchanged.
 const MOST_CONNECTIONS: usize = 6;
 /// Agents of one name that are told apart.
@@ -48,6 +48,8 @@ const MOST_NAMESAKES: u32 = 1000;
 const MOST_REFUSED: usize = 32;
 /// The longest name of an agent, and of its process.
 const LONGEST_NAME: usize = 128;
+/// Agents that come within this time become members together.
+const TOGETHER: Duration = Duration::from_millis(20);
 /// Time between two looks whether an agent has come by another way, too.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -86,6 +88,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Book {
     guests: HashMap<ServerId, Guest>,
+    /// Those of them that are about to become members: together, since each time costs.
+    coming: Vec<ServerSpec>,
     refused: VecDeque<Refusal>,
 }
 
@@ -126,8 +130,10 @@ impl Guests {
     /// Looks after those who have dialled in, for ever.
     pub async fn keep(self) {
         loop {
+            self.0.take_in();
+            let is_left = self.0.look();
             let pause = async {
-                if self.0.look() {
+                if is_left {
                     let later = Instant::now() + LOOK_EVERY;
                     tokio::time::sleep_until(self.0.next().map_or(later, |next| next.min(later))).await;
                 } else {
@@ -136,7 +142,7 @@ impl Guests {
             };
             tokio::select! {
                 () = pause => {}
-                () = self.0.stirs.notified() => {}
+                () = self.0.stirs.notified() => tokio::time::sleep(TOGETHER).await,
             }
         }
     }
@@ -173,7 +179,7 @@ impl Guests {
                  --token-file\n",
             );
         }
-        if let Some(known) = reached_otherwise(&self.0.pool.cluster().snapshot(), &visitor.instance) {
+        if let Some(known) = reached_otherwise(&self.0.pool.cluster().snapshot()).get(&visitor.instance) {
             return said(StatusCode::CONFLICT, &format!("this proxy reaches the agent already, as {known}\n"));
         }
         let Some(place) = Place::take(&self.0, address.ip()) else {
@@ -208,14 +214,14 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     ((1..=LONGEST_NAME).contains(&text.len()) && text.bytes().all(is_good)).then(|| text.to_owned())
 }
 
-/// The server by which the same agent is reached, if there is one that has not dialled in.
-fn reached_otherwise(snapshot: &Snapshot, instance: &str) -> Option<ServerId> {
-    let is_it = |server: &&Arc<olol_middleware::Server>| {
-        server.source != Source::Joined
-            && server.state == State::Up
-            && server.vitals.load().as_ref().is_some_and(|vitals| vitals.instance == instance)
-    };
-    snapshot.servers.iter().find(is_it).map(|server| server.id.clone())
+/// The agents that are reached in other ways than by their own dialling, by the ids of their processes.
+fn reached_otherwise(snapshot: &Snapshot) -> HashMap<String, ServerId> {
+    let up = snapshot.servers.iter().filter(|server| server.source != Source::Joined && server.state == State::Up);
+    up.filter_map(|server| {
+        let instance = server.vitals.load().as_ref().map(|vitals| vitals.instance.clone())?;
+        (!instance.is_empty()).then(|| (instance, server.id.clone()))
+    })
+    .collect()
 }
 
 /// One of the places for those whose proofs are being made.
@@ -338,19 +344,19 @@ impl Inner {
         if let Some((id, _)) = book.guests.iter().find(|(_, guest)| guest.instance == instance) {
             return Some(id.clone());
         }
+        let snapshot = self.pool.cluster().snapshot();
         for number in 1..=MOST_NAMESAKES {
             let name = if number == 1 { visitor.name.clone() } else { format!("{}-{number}", visitor.name) };
             let id = ServerId::new(&name);
             match book.guests.get(&id) {
                 Some(guest) if guest.connections > 0 => continue,
                 Some(_) => return Some(id),
+                // That of a server that has not dialled in.
+                None if snapshot.server(&id).is_some_and(|server| server.source != Source::Joined) => continue,
                 None => {}
             }
-            let lobby = Lobby::new(visitor.address);
-            let way = Way::Joined(lobby.clone());
-            let spec = ServerSpec { id: id.clone(), way, wire: Wire::Usual, weight: NonZeroU32::MIN };
-            if !self.pool.join(Source::Joined, &spec) {
-                continue;
+            if book.guests.len() >= MOST_SERVERS {
+                break;
             }
             if number > 1 {
                 tracing::warn!(
@@ -359,11 +365,15 @@ impl Inner {
                     "two agents have the same name: give one of them another with --name"
                 );
             }
+            let lobby = Lobby::new(visitor.address);
+            let way = Way::Joined(lobby.clone());
+            book.coming.push(ServerSpec { id: id.clone(), way, wire: Wire::Usual, weight: NonZeroU32::MIN });
             let guest = Guest { instance: instance.to_owned(), lobby, connections: 0, gone: None };
             book.guests.insert(id.clone(), guest);
             self.stirs.notify_one();
             return Some(id);
         }
+        tracing::error!(agent = visitor.name, "there is no place for another agent");
         None
     }
 
@@ -378,24 +388,38 @@ impl Inner {
         }
     }
 
-    /// Lets those leave who have been gone for long, and those whom we reach by another way. Returns whether anybody is left.
+    /// Makes members of those who have come.
+    fn take_in(&self) {
+        let coming = std::mem::take(&mut self.book().coming);
+        self.pool.join(Source::Joined, &coming);
+    }
+
+    /// Lets those leave who have been gone for long, those whom we reach by another way, and those who found no place. Returns
+    /// whether anybody is left.
     fn look(&self) -> bool {
         let snapshot = self.pool.cluster().snapshot();
+        let otherwise = reached_otherwise(&snapshot);
         let mut book = self.book();
+        // After the book: whoever comes is in it before it is a member.
+        let members = self.pool.of(Source::Joined);
+        let coming: HashSet<ServerId> = book.coming.iter().map(|spec| spec.id.clone()).collect();
         let ends = |(id, guest): (&ServerId, &Guest)| {
             let is_gone = guest.gone.is_some_and(|gone| gone.elapsed() >= self.lease);
-            let other = reached_otherwise(&snapshot, &guest.instance);
-            if let Some(other) = &other {
+            let other = otherwise.get(guest.instance.as_str());
+            if let Some(other) = other {
                 tracing::info!(server = %id, %other, "an agent that dialled in is reached by another way, too");
             }
-            (is_gone || other.is_some() || !self.pool.has(Source::Joined, id)).then(|| id.clone())
+            (is_gone || other.is_some() || !(members.contains(id) || coming.contains(id))).then(|| id.clone())
         };
         let ended: Vec<ServerId> = book.guests.iter().filter_map(ends).collect();
         for id in &ended {
             if let Some(guest) = book.guests.remove(id) {
                 guest.lobby.close();
             }
-            self.pool.leave(Source::Joined, id);
+            book.coming.retain(|spec| spec.id != *id);
+        }
+        if !ended.is_empty() {
+            self.pool.leave(Source::Joined, &ended);
         }
         !book.guests.is_empty()
     }

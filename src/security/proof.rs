@@ -197,7 +197,7 @@ fn unproved(has_token: bool) -> String {
 fn no_hello(status: &Status) -> BoxError {
     match status.code() {
         Code::Unimplemented => {
-            Refused::Unproved("it knows no such thing: it is no agent of this version of OLOL".to_owned()).into()
+            Refused::Unproved("it knows no such thing: it is a proxy, or an agent of an older OLOL".to_owned()).into()
         }
         // In our own words: nobody knows yet who says it.
         Code::PermissionDenied => Refused::Unproved(ELSEWHERE.to_owned()).into(),

@@ -37,7 +37,7 @@ pub(super) async fn read(mut stream: Stream, limit: Duration) -> Preamble {
         Err(_) | Ok(First::Nothing) => Preamble::Gone,
         Ok(First::Refused(answer)) => Preamble::Refused(Wire::new(Bytes::new(), stream), answer),
         Ok(First::Http1(head, lines)) => Preamble::Http1(Wire::new(head, stream), lines),
-        Ok(First::Http2(head)) => Preamble::Http2(Wire::new(head, stream)),
+        Ok(First::Http2(head)) => Preamble::Http2(Wire::raw(head, stream)),
     }
 }
 

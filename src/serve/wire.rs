@@ -16,11 +16,16 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
+use super::paced::Line;
+
 /// What Go's server says to what is no request.
 pub(super) const BAD_REQUEST: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request";
 /// What Go's server says to a head that is too long.
 pub(super) const TOO_LARGE: &[u8] = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n431 Request Header Fields Too Large";
+
+/// How the last answer of HTTP/1 begins on a connection that is turned round.
+const TURNED: &[u8] = b"HTTP/1.1 101 ";
 
 /// How long a client that sends no more is believed to wait for a brief answer.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -34,8 +39,12 @@ pub(super) struct Wire<S> {
     inner: S,
     /// Whether a request is being answered whose client may have shut down its sending side.
     brief: Arc<AtomicBool>,
+    /// Tells bodies how much of them waits.
+    line: Arc<Line>,
     /// Runs from the moment when the client was seen to send no more.
     patience: Option<Pin<Box<Sleep>>>,
+    /// Whether what is written is not HTTP/1, and must not be taken for it: HTTP/2, or a connection that was turned round.
+    is_raw: bool,
     /// What is written in place of what hyper writes.
     words: &'static [u8],
     linger: Option<Pin<Box<Sleep>>>,
@@ -63,12 +72,31 @@ impl Drop for Brief {
 
 impl<S> Wire<S> {
     pub(super) fn new(prefix: Bytes, inner: S) -> Self {
-        Self { prefix, inner, brief: Arc::default(), patience: None, words: b"", linger: None }
+        Self {
+            prefix,
+            inner,
+            brief: Arc::default(),
+            line: Arc::default(),
+            patience: None,
+            is_raw: false,
+            words: b"",
+            linger: None,
+        }
+    }
+
+    /// One of HTTP/2.
+    pub(super) fn raw(prefix: Bytes, inner: S) -> Self {
+        Self { is_raw: true, ..Self::new(prefix, inner) }
     }
 
     /// The flag of a brief request.
     pub(super) fn brief(&self) -> Arc<AtomicBool> {
         self.brief.clone()
+    }
+
+    /// What it shares with the bodies that pass it.
+    pub(super) fn line(&self) -> Arc<Line> {
+        self.line.clone()
     }
 
     /// Whether the end of what the client sends is kept back for now.
@@ -105,8 +133,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if this.words.is_empty() {
-            match words_for(bytes) {
-                None => return Pin::new(&mut this.inner).poll_write(cx, bytes),
+            match if this.is_raw { None } else { words_for(bytes) } {
+                None => {
+                    this.is_raw |= bytes.starts_with(TURNED);
+                    let written = ready!(Pin::new(&mut this.inner).poll_write(cx, bytes))?;
+                    this.line.left(bytes.len() - written, cx.waker());
+                    return Poll::Ready(Ok(written));
+                }
                 Some(words) => this.words = words,
             }
         }
@@ -192,6 +225,24 @@ mod tests {
             far.read_to_end(&mut read).await.unwrap();
             writing.await.unwrap().unwrap();
             assert_eq!(read, if wanted.is_empty() { written } else { wanted });
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_http_1_is_written_as_it_is() {
+        const BARE: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
+        const TURNS: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\n\r\n";
+        for is_http2 in [true, false] {
+            let (near, mut far) = tokio::io::duplex(1024);
+            let mut wire = if is_http2 { Wire::raw(Bytes::new(), near) } else { Wire::new(Bytes::new(), near) };
+            if !is_http2 {
+                wire.write_all(TURNS).await.unwrap();
+                far.read_exact(&mut [0; TURNS.len()]).await.unwrap();
+            }
+            wire.write_all(BARE).await.unwrap();
+            let mut read = [0; BARE.len()];
+            far.read_exact(&mut read).await.unwrap();
+            assert_eq!(read, BARE);
         }
     }
 

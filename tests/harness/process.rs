@@ -141,8 +141,16 @@ fn peak_memory(child: &Child) -> u64 {
 /// The program, without what the environment of the tests may say to it.
 fn olol(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_olol"));
-    let ours =
-        ["OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_SERVERS", "OLOL_PORT", "OLOL_CONFIG", "OLOL_KEY", "OLOL_LOG_LEVEL"];
+    let ours = [
+        "OLLAMA_HOST",
+        "OLLAMA_ORIGINS",
+        "OLLAMA_SERVERS",
+        "OLOL_PORT",
+        "OLOL_CONFIG",
+        "OLOL_JOIN",
+        "OLOL_KEY",
+        "OLOL_LOG_LEVEL",
+    ];
     // To print a backtrace takes a hundred megabytes: the names of everything in a build for debugging.
     for name in ours.into_iter().chain(["RUST_BACKTRACE", "RUST_LIB_BACKTRACE"]) {
         command.env_remove(name);
