@@ -58,7 +58,9 @@ impl fmt::Debug for Tells {
 /// What tells a cluster from others. It is the same for all that have the token, and tells nothing of it.
 pub fn cluster(token: &Token) -> String {
     let key = hmac::Key::new(hmac::HMAC_SHA256, token.reveal().as_bytes());
-    hmac::sign(&key, b"olol cluster").as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    let mac = hmac::sign(&key, b"olol cluster");
+    let head = mac.as_ref().iter().take(8).fold(0, |number: u64, byte| (number << 8) | u64::from(*byte));
+    format!("{head:016x}")
 }
 
 impl Badge {

@@ -122,6 +122,9 @@ fn cluster_of(trust: &Trust) -> Vec<String> {
     trust.tokens.as_ref().map(|tokens| tokens.all().iter().map(badge::cluster).collect()).unwrap_or_default()
 }
 
+/// The host at which an agent has proved itself, and as which process.
+type Proof = (String, String);
+
 /// Something that was found.
 #[derive(Debug)]
 struct Sighting {
@@ -132,8 +135,7 @@ struct Sighting {
     last: Instant,
     /// It has taken its word back, or was not heard any more.
     is_gone: bool,
-    /// The host at which it has proved itself, and as which process.
-    proof: Option<(String, String)>,
+    proof: Option<Proof>,
     /// It is being asked for proof.
     is_asked: bool,
     /// It has proved itself, and does not answer now.
@@ -208,7 +210,7 @@ struct Keeper {
     config: Config,
     networks: Networks,
     book: Vec<Sighting>,
-    proving: JoinSet<(String, Source, Result<(String, String), String>)>,
+    proving: JoinSet<(String, Source, Result<Proof, String>)>,
     /// The servers of each source, as the pool has them.
     used: HashMap<Source, Vec<ServerSpec>>,
     /// What servers that were not found here told last, and when that was noticed.
@@ -225,7 +227,7 @@ type Place = (bool, Endpoint);
 enum Event {
     Heard(Option<Heard>),
     Scanned(Option<Seen>),
-    Proved(String, Source, Result<(String, String), String>),
+    Proved(String, Source, Result<Proof, String>),
     Look,
     Anew,
     Due,
@@ -256,7 +258,7 @@ impl Keeper {
                     _ = look.tick(), if !is_idle => Event::Look,
                     _ = anew.tick(), if ear.is_some() => Event::Anew,
                     () = tokio::time::sleep_until(next), if is_due => Event::Due,
-                    changed = changes.changed() => Event::Changed(changed.is_ok()),
+                    told = changes.changed() => Event::Changed(told.is_ok()),
                 };
                 match event {
                     Event::Heard(Some(Heard::Here(seen))) => self.sees(seen, Source::Mdns),
@@ -347,7 +349,7 @@ impl Keeper {
         }
     }
 
-    fn proved(&mut self, key: &str, source: Source, result: Result<(String, String), String>) {
+    fn proved(&mut self, key: &str, source: Source, result: Result<Proof, String>) {
         let Some(one) = self.book.iter_mut().find(|one| one.source == source && one.seen.key == key) else { return };
         if source == Source::Local {
             self.settled.send_replace(true);
@@ -651,7 +653,7 @@ async fn hear(ear: Option<&Ear>) -> Option<Heard> {
 }
 
 /// The first of the hosts at which an agent proves itself, and who it is.
-async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Result<(String, String), String> {
+async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Result<Proof, String> {
     let mut errors: Vec<String> = Vec::new();
     for host in hosts {
         let endpoint = Endpoint::Tcp { host: host.clone(), port };
@@ -665,7 +667,7 @@ async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Result<(String, St
 }
 
 /// Whether anybody takes connections there.
-async fn reached(host: &str, port: u16) -> Result<(String, String), String> {
+async fn reached(host: &str, port: u16) -> Result<Proof, String> {
     match tokio::time::timeout(PROOF, tokio::net::TcpStream::connect((host, port))).await {
         Ok(Ok(_)) => Ok((host.to_owned(), String::new())),
         Ok(Err(error)) => Err(error.to_string()),

@@ -17,10 +17,10 @@ impl TryFrom<String> for Named {
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
         let text = text.trim();
-        match text.is_empty() || text.len() > 64 || text.contains(char::is_whitespace) {
-            true => Err("an interface is named by its name or an address of this machine: \"eth0\", \"192.168.1.7\""),
-            false => Ok(Self(text.to_owned())),
+        if text.is_empty() || text.len() > 64 || text.contains(char::is_whitespace) {
+            return Err("an interface is named by its name or an address of this machine: \"eth0\", \"192.168.1.7\"");
         }
+        Ok(Self(text.to_owned()))
     }
 }
 
@@ -40,9 +40,9 @@ impl Networks {
         Self::among(named, &all())
     }
 
-    fn among(named: &[Named], there: &[Interface]) -> Result<Self, String> {
+    fn among(wanted: &[Named], there: &[Interface]) -> Result<Self, String> {
         let mut names = Vec::new();
-        for Named(text) in named {
+        for Named(text) in wanted {
             let bare = text.trim_start_matches('[').trim_end_matches(']').split('%').next().unwrap_or_default();
             let ip = bare.parse::<IpAddr>().ok();
             let interface = there.iter().find(|one| one.name == *text || Some(one.ip()) == ip);
