@@ -3,7 +3,7 @@
 //! It relays calls byte for byte, ends them when their caller goes, and tells the proxies that watch it how its Ollama is.
 
 mod calls;
-mod door;
+pub mod door;
 mod folder;
 mod join;
 mod machine;

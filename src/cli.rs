@@ -207,10 +207,14 @@ fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Anno
     }
     let announced = discovery::announce(agent.tells(), agent.address(), config);
     if announced.is_ok() && agent.address().ip().is_loopback() {
-        tracing::info!("only proxies on this machine find the agent: it listens on loopback; --host 0.0.0.0 serves other machines");
+        tracing::info!(
+            "only proxies on this machine find the agent: it listens on loopback; --host 0.0.0.0 serves other machines"
+        );
     }
     announced
-        .inspect_err(|error| tracing::warn!(%error, "the local network is not told of the agent; name it with --servers"))
+        .inspect_err(
+            |error| tracing::warn!(%error, "the local network is not told of the agent; name it with --servers"),
+        )
         .ok()
 }
 

@@ -19,6 +19,7 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use http::HeaderValue;
 use http::header;
+use olol_middleware::affinity::Turn;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::{Member, Source};
 use olol_middleware::keys;
@@ -31,12 +32,12 @@ use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::discovery::Stranger;
-use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Ollama};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
-pub(crate) use grpc::{prove, told};
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
+pub(crate) use grpc::{prove, told};
 pub use linger::Linger;
 pub use lobby::{Arrival, Lobby, meet};
 
@@ -176,7 +177,14 @@ enum Backend {
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, source: Source, connect: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
+    fn new(
+        spec: &ServerSpec,
+        source: Source,
+        connect: Duration,
+        trust: &Trust,
+        hop: &HeaderValue,
+        lore: &Lore,
+    ) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
@@ -189,7 +197,7 @@ impl Backend {
                 Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
             }
             Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
-            Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
+            Way::Ollama(endpoint) => Self::Ollama(Ollama::with_lore(id, endpoint.clone(), connect, lore.clone())),
         }
     }
 
@@ -237,12 +245,15 @@ struct Context {
     deadline: Option<Instant>,
     session: String,
     request_id: String,
+    /// What its other proxies are to know of the conversation.
+    turn: Option<Turn>,
 }
 
 impl Context {
     fn of(call: &Call) -> Self {
         let session = call.headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string() }
+        let turn = call.preferred.as_deref().map(|preferred| preferred.turn.clone()).filter(|turn| !turn.is_empty());
+        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string(), turn }
     }
 }
 
@@ -262,6 +273,9 @@ struct Inner {
     trust: Trust,
     /// What was found and is not used.
     strangers: ArcSwap<Vec<Stranger>>,
+    /// What the bare servers have told about models.
+    lore: Lore,
+    turns: Arc<health::Turns>,
 }
 
 /// Who is a member, and who watches it.
@@ -312,6 +326,8 @@ impl Pool {
             hop: hop.clone(),
             trust: trust.clone(),
             strangers: ArcSwap::default(),
+            lore: Lore::default(),
+            turns: Arc::default(),
         }));
         pool.set(Source::Static, servers);
         pool
@@ -425,7 +441,9 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, source, connect, &self.0.trust, &self.0.hop))));
+            let inner = &self.0;
+            let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
+            self.put(index, Some(&Arc::new(backend)));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }
@@ -452,11 +470,11 @@ impl Pool {
 
     /// Keeps true what is known of one server.
     fn keep_true(&self, index: usize) -> AbortOnDropHandle<()> {
-        let (cluster, config) = (self.0.cluster.clone(), self.0.config.clone());
+        let (cluster, config, turns) = (self.0.cluster.clone(), self.0.config.clone(), self.0.turns.clone());
         let backend = self.0.backend(index);
         AbortOnDropHandle::new(tokio::spawn(async move {
             if let Some(backend) = backend {
-                health::keep_true(cluster, index, backend, config).await;
+                health::keep_true(cluster, index, backend, config, turns).await;
             }
         }))
     }

@@ -5,6 +5,7 @@
 
 mod active;
 mod sessions;
+mod turns;
 mod typed;
 mod watching;
 
@@ -31,11 +32,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::ollama::Ask;
+use crate::ollama::{Ask, HOP};
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
 
 pub use active::Active;
+pub use turns::{told, wire};
 pub use watching::{Callers, Calling, Told};
 
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
@@ -94,7 +96,9 @@ impl Server for Face {
     async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
         let (metadata, _, mut messages) = request.into_parts();
         let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("the call has no message"))?;
-        let head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
+        let mut head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
+        let turn =
+            self.about.as_ref().zip(head.turn.take()).map(|(about, turn)| (about.callers.clone(), caller(&head), turn));
         let deadline = Duration::from_millis(head.deadline_ms);
         self.saw(&head.session);
         let length = length(&head);
@@ -113,6 +117,9 @@ impl Server for Face {
                 .map_err(|_| Status::deadline_exceeded("the caller stopped waiting"))?
         };
         let Reply { status, headers, mut body } = reply.map_err(|error| failure(&error))?;
+        if let Some((callers, caller, turn)) = turn.filter(|_| status.is_success()) {
+            callers.turns().answered(&caller, turn);
+        }
         // What came with the head goes with the head.
         let first = body.next().now_or_never().flatten();
         let (first, broken) = match first {
@@ -244,6 +251,12 @@ impl Face {
 fn length(head: &RelayHead) -> Option<u64> {
     let length = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"))?;
     std::str::from_utf8(&length.value).ok()?.parse().ok()
+}
+
+/// Who sends a call, if it says.
+fn caller(head: &RelayHead) -> Bytes {
+    let hop = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case(HOP.as_str()));
+    hop.map(|header| header.value.clone()).unwrap_or_default()
 }
 
 fn whole(body: Bytes) -> Payload {

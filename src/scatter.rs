@@ -5,6 +5,7 @@
 
 mod blobs;
 mod merge;
+mod needed;
 mod progress;
 mod status;
 mod tell;
@@ -61,6 +62,7 @@ struct Common {
     cluster: Arc<Cluster>,
     spool: blobs::Spool,
     status: status::Status,
+    needed: needed::Needed,
 }
 
 impl<F: Fleet> Scatter<F> {
@@ -68,7 +70,8 @@ impl<F: Fleet> Scatter<F> {
     pub fn new(fleet: F, shared: &olol_middleware::Shared, config: &Config, about: About) -> Self {
         let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
         let status = status::Status::new(shared.clone(), about);
-        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), status });
+        let shared =
+            Arc::new(Common { cluster, spool: blobs::Spool::new(config), status, needed: needed::Needed::default() });
         Self { pick: Pick::new(fleet, picking), shared }
     }
 }

@@ -53,6 +53,8 @@ pub struct About {
     pub guests: Guests,
     /// The sessions.
     pub sessions: Sessions,
+    /// What is shared with other proxies, if anything is.
+    pub state: Option<crate::state::State>,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -92,6 +94,9 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "collected_at": rfc3339(SystemTime::now()),
         }),
     );
+    if let Some(state) = &about.state {
+        summary["state"] = state.shown();
+    }
     summary
 }
 
@@ -134,7 +139,7 @@ fn registry(snapshot: &Snapshot) -> Value {
 }
 
 /// A version as something that can be put in order; a release candidate comes before its release.
-fn in_order(version: &str) -> (Vec<u64>, bool) {
+pub(crate) fn in_order(version: &str) -> (Vec<u64>, bool) {
     let numbers = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
     (numbers, !version.contains('-'))
 }
@@ -268,6 +273,7 @@ mod tests {
             pool: pool.clone(),
             guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
+            state: None,
         };
         (Shared::new(pool.cluster().clone()), about)
     }

@@ -22,7 +22,12 @@ fn mdns_port() -> u16 {
 }
 
 /// An agent that tells of itself on loopback.
-async fn announced(cluster: &Cluster, at: usize, port: u16, options: impl FnOnce(Options) -> Options) -> (Agent, Announcement) {
+async fn announced(
+    cluster: &Cluster,
+    at: usize,
+    port: u16,
+    options: impl FnOnce(Options) -> Options,
+) -> (Agent, Announcement) {
     let ollama = Endpoint::parse(&cluster.server(at).address().to_string(), 0).unwrap();
     let agent = Agent::start(options(harness::cluster::options(ollama))).await.unwrap();
     let config = Config { mdns_port: port, ..Config::default() };
@@ -52,7 +57,11 @@ async fn told(olol: &Olol) -> (Vec<String>, Vec<String>) {
 }
 
 /// Waits until they are as they should be.
-async fn until_told(olol: &Olol, what: &str, is_so: impl Fn(&[String], &[String]) -> bool) -> (Vec<String>, Vec<String>) {
+async fn until_told(
+    olol: &Olol,
+    what: &str,
+    is_so: impl Fn(&[String], &[String]) -> bool,
+) -> (Vec<String>, Vec<String>) {
     let looking = async {
         loop {
             let (servers, found) = told(olol).await;
@@ -99,11 +108,13 @@ async fn an_agent_of_another_cluster_is_shown_and_not_used() {
             ..liar.tells().now()
         };
         let config = Config { mdns_port: port, ..Config::default() };
-        let announcement = discovery::announce(discovery::Tells::new(move || badge.clone()), liar.address(), &config).unwrap();
+        let announcement =
+            discovery::announce(discovery::Tells::new(move || badge.clone()), liar.address(), &config).unwrap();
         (liar, announcement)
     };
     let olol = listening(port, Vec::new(), "").await;
-    let is_told = |_: &[String], found: &[String]| found.len() == 2 && found.iter().all(|one| !one.contains("being asked"));
+    let is_told =
+        |_: &[String], found: &[String]| found.len() == 2 && found.iter().all(|one| !one.contains("being asked"));
     let (servers, mut found) = until_told(&olol, "both are found", is_told).await;
     found.sort();
     assert!(servers.is_empty(), "{servers:?}");
@@ -149,7 +160,8 @@ async fn one_that_vanishes_without_a_word_leaves() {
     let port = mdns_port();
     let ollama = format!("http://{}", cluster.server(0).address());
     let mdns = port.to_string();
-    let arguments = ["server", "--port", "0", "--ollama-host", &ollama, "--discovery", "--mdns-port", &mdns, "--name", "gpu1"];
+    let arguments =
+        ["server", "--port", "0", "--ollama-host", &ollama, "--discovery", "--mdns-port", &mdns, "--name", "gpu1"];
     let mut agent = Process::start(&arguments).await;
     let olol = listening(port, Vec::new(), "").await;
     until_told(&olol, "it is found", |servers, _| servers == ["gpu1 up mdns"]).await;
@@ -193,7 +205,8 @@ async fn a_scan_finds_agents_and_shows_ollamas_which_the_operator_may_let_in() {
     }));
     let scan = format!("discovery = {{ mdns = false, scan = ['{ip}', '{next}'], scan-interval-s = 1");
     let olol = Olol::at(Vec::new(), &format!("{scan} }}")).await;
-    let (_, found) = until_told(&olol, "both are found", |servers, found| servers == ["gpu1 up scan"] && found.len() == 1).await;
+    let (_, found) =
+        until_told(&olol, "both are found", |servers, found| servers == ["gpu1 up scan"] && found.len() == 1).await;
     assert!(found[0].contains("an Ollama without an agent, which proves nothing"), "{found:?}");
     let olol = Olol::at(Vec::new(), &format!("{scan}, scan-ollama = true }}")).await;
     let bare = format!("{next}:11434 up scan");

@@ -91,7 +91,9 @@ impl Machine {
         let page: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let list = |key: &str, name: &str| -> Vec<String> {
             let all = page[key].as_array().cloned().unwrap_or_default();
-            all.iter().map(|one| format!("{} {}", one[name].as_str().unwrap(), one["source"].as_str().unwrap())).collect()
+            all.iter()
+                .map(|one| format!("{} {}", one[name].as_str().unwrap(), one["source"].as_str().unwrap()))
+                .collect()
         };
         (list("servers", "server"), list("found", "name"))
     }

@@ -24,7 +24,8 @@ const LARGEST_HELLO: usize = 1024;
 const PROOFS: &str = "/olol.v1.Membership/";
 
 /// Knows who belongs to the cluster.
-pub(super) struct Doorkeeper {
+#[derive(Debug)]
+pub struct Doorkeeper {
     tokens: Tokens,
     /// The id of this process.
     instance: String,
@@ -34,7 +35,8 @@ pub(super) struct Doorkeeper {
 }
 
 impl Doorkeeper {
-    pub(super) fn new(tokens: Tokens, instance: String) -> Self {
+    /// Lets in who knows one of these tokens. `instance`: the id of this process.
+    pub fn new(tokens: Tokens, instance: String) -> Self {
         Self { tokens, instance, warned: AtomicU64::new(0), since: Instant::now() }
     }
 
@@ -52,7 +54,8 @@ impl Doorkeeper {
 }
 
 /// The door of one connection.
-pub(super) struct Door {
+#[derive(Debug)]
+pub struct Door {
     keeper: Arc<Doorkeeper>,
     peer: Peer,
     purpose: Purpose,
@@ -65,11 +68,12 @@ pub(super) struct Door {
     /// The first call has come in.
     entered: AtomicBool,
     /// Told of the first call.
-    pub(super) enters: Notify,
+    pub enters: Notify,
 }
 
 impl Door {
-    pub(super) fn new(keeper: Arc<Doorkeeper>, peer: Peer, purpose: Purpose) -> Self {
+    /// The door of a connection that was made for this purpose.
+    pub fn new(keeper: Arc<Doorkeeper>, peer: Peer, purpose: Purpose) -> Self {
         Self {
             keeper,
             purpose,
@@ -83,22 +87,22 @@ impl Door {
     }
 
     /// Whether a call goes to where proofs are made.
-    pub(super) fn leads_to_proofs(path: &str) -> bool {
+    pub fn leads_to_proofs(path: &str) -> bool {
         path.starts_with(PROOFS)
     }
 
     /// Where proofs are made.
-    pub(super) fn proofs(self: &Arc<Self>) -> MembershipServer<Proofs> {
+    pub fn proofs(self: &Arc<Self>) -> MembershipServer<Proofs> {
         MembershipServer::new(Proofs(self.clone())).max_decoding_message_size(LARGEST_HELLO)
     }
 
     /// Whether a caller has proved nothing, or has not believed us.
-    pub(super) fn is_refused(&self) -> bool {
+    pub fn is_refused(&self) -> bool {
         self.is_refused.load(Ordering::Relaxed)
     }
 
     /// Why a call is refused, if it is.
-    pub(super) fn refuses(&self, headers: &HeaderMap) -> Option<&'static str> {
+    pub fn refuses(&self, headers: &HeaderMap) -> Option<&'static str> {
         if self.is_open.load(Ordering::Acquire) || self.keeper.tokens.is_shown(headers) {
             if !self.entered.load(Ordering::Relaxed) {
                 self.lets_in();
@@ -165,8 +169,8 @@ impl Door {
 }
 
 /// Where the proofs of one connection are made.
-#[derive(Clone)]
-pub(super) struct Proofs(Arc<Door>);
+#[derive(Clone, Debug)]
+pub struct Proofs(Arc<Door>);
 
 #[tonic::async_trait]
 impl Membership for Proofs {

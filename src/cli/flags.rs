@@ -54,7 +54,7 @@ impl Flags {
         if let Some(threads) = self.threads {
             source = source.with(Set::Threads(threads), Origin::Flag("--threads"));
         }
-        self.token.onto(with_origins(self.discovery.onto(source, matches)))
+        self.token.onto(with_origins(self.discovery.onto(source, matches)).with_store())
     }
 }
 

@@ -10,6 +10,7 @@ use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
 use crate::discovery::{Interface, Scan};
 use crate::security::Token;
+use crate::state::{self, Url};
 
 /// The server that is asked when none is named: an agent on this machine.
 pub(super) const USUAL_SERVER: &str = "localhost:50051";
@@ -57,6 +58,17 @@ pub enum Set {
     Discovery(bool),
     /// `discovery.interface`
     Interfaces(Vec<Interface>),
+    /// `state.url`
+    State(Url),
+}
+
+impl Source {
+    /// The same with the store that the environment names, if it does.
+    #[must_use]
+    pub fn with_store(self) -> Self {
+        let url = std::env::var(state::VARIABLE).unwrap_or_default();
+        if url.is_empty() { self } else { self.with(Set::State(Url::new(url)), Origin::Environment(state::VARIABLE)) }
+    }
 }
 
 /// Where a value comes from.
@@ -146,6 +158,7 @@ impl Set {
             Self::Discovery(true) => &["discovery.mdns"],
             Self::Discovery(false) => &["discovery.mdns", "discovery.scan"],
             Self::Interfaces(_) => &["discovery.interface"],
+            Self::State(_) => &["state.url"],
         }
     }
 
@@ -168,6 +181,7 @@ impl Set {
                 }
             }
             Self::Interfaces(interfaces) => config.discovery.interface.clone_from(interfaces),
+            Self::State(url) => config.state.url.clone_from(url),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }

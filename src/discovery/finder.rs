@@ -444,7 +444,10 @@ impl Keeper {
             if one.is_down && is_over {
                 one.proof = None;
             }
-            if one.is_down && one.again <= now && let Some(ear) = ear.filter(|_| one.source == Source::Mdns) {
+            if one.is_down
+                && one.again <= now
+                && let Some(ear) = ear.filter(|_| one.source == Source::Mdns)
+            {
                 ear.confirm(&one.seen.key);
             }
             true
@@ -527,7 +530,8 @@ impl Keeper {
         let one = &self.book[at];
         let because = |reason: &str| Err(Refusal::Because(reason.to_owned()));
         // Its addresses are those of a server that has been named or was found before: then it is that.
-        let is_known = |host: &String| named.places.contains(&one.place(host)) || chosen.places.contains(&one.place(host));
+        let is_known =
+            |host: &String| named.places.contains(&one.place(host)) || chosen.places.contains(&one.place(host));
         if one.seen.hosts.iter().any(is_known) {
             return Err(Refusal::Twin);
         }

@@ -242,11 +242,8 @@ mod tests {
             ("0.0.0.0", &["127.0.0.1", "192.168.1.7"]),
             ("::", &["127.0.0.1", "192.168.1.7", "fe80::7"]),
         ] {
-            let found: Vec<String> = there
-                .iter()
-                .filter(|one| reaches(one, ip(listens)))
-                .map(|one| one.ip().to_string())
-                .collect();
+            let found: Vec<String> =
+                there.iter().filter(|one| reaches(one, ip(listens))).map(|one| one.ip().to_string()).collect();
             assert_eq!(found, told, "{listens}");
         }
     }

@@ -70,7 +70,9 @@ impl std::str::FromStr for Range {
             .map_err(|_| format!("'{text}' is no network, such as 192.168.1.0/24"))?;
         let net = net.trunc();
         if !networks::is_private(net.network()) || !networks::is_private(net.broadcast()) {
-            return Err(format!("'{text}' is not private: only networks whose addresses nobody else has are looked at"));
+            return Err(format!(
+                "'{text}' is not private: only networks whose addresses nobody else has are looked at"
+            ));
         }
         if net.max_prefix_len() - net.prefix_len() > LARGEST {
             let smallest = net.max_prefix_len() - LARGEST;
@@ -98,7 +100,9 @@ impl<'de> Deserialize<'de> for Scan {
             type Value = Scan;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("false, true (the networks of this machine), or a list of networks such as [\"192.168.1.0/24\"]")
+                f.write_str(
+                    "false, true (the networks of this machine), or a list of networks such as [\"192.168.1.0/24\"]",
+                )
             }
 
             fn visit_bool<E: de::Error>(self, is_on: bool) -> Result<Scan, E> {
@@ -129,10 +133,15 @@ impl Scan {
     fn ranges(&self, interfaces: &[Interface]) -> Vec<IpNet> {
         let mut ranges: Vec<IpNet> = match self {
             Self::Off => Vec::new(),
-            Self::Own => interfaces.iter().filter(|one| !one.is_loopback() && one.ip().is_ipv4()).filter_map(own).collect(),
+            Self::Own => {
+                interfaces.iter().filter(|one| !one.is_loopback() && one.ip().is_ipv4()).filter_map(own).collect()
+            }
             Self::Of(ranges) => {
                 let is_ours = |range: &IpNet| {
-                    interfaces.iter().filter_map(networks::network).any(|net| net.contains(range) || range.contains(&net))
+                    interfaces
+                        .iter()
+                        .filter_map(networks::network)
+                        .any(|net| net.contains(range) || range.contains(&net))
                 };
                 ranges.iter().map(|range| range.0).filter(is_ours).collect()
             }
@@ -170,7 +179,8 @@ pub(super) async fn scan(config: Config, networks: Networks, tls: Option<Connect
             config.scan.ranges(&networks.now()).iter().flat_map(|range| range.hosts().take(1 << LARGEST)).collect();
         // Nobody is asked by all proxies at the same moment.
         fastrand::shuffle(&mut addresses);
-        let mut looks = futures_util::stream::iter(addresses).map(|ip| look(ip, tls.as_ref())).buffer_unordered(AT_ONCE);
+        let mut looks =
+            futures_util::stream::iter(addresses).map(|ip| look(ip, tls.as_ref())).buffer_unordered(AT_ONCE);
         while let Some(found) = looks.next().await {
             for seen in found {
                 if tell.send(seen).await.is_err() {
@@ -293,6 +303,9 @@ mod tests {
         ];
         let shown = |scan: &str| read(scan).unwrap().ranges(&there).iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(shown("true"), ["10.1.0.0/22", "192.168.1.0/24"]);
-        assert_eq!(shown("[\"192.168.1.64/26\", \"192.168.2.0/24\", \"127.0.0.1\"]"), ["127.0.0.1/32", "192.168.1.64/26"]);
+        assert_eq!(
+            shown("[\"192.168.1.64/26\", \"192.168.2.0/24\", \"127.0.0.1\"]"),
+            ["127.0.0.1/32", "192.168.1.64/26"]
+        );
     }
 }

@@ -36,6 +36,7 @@ pub mod cluster;
 pub mod grpc;
 pub mod olol;
 pub mod process;
+pub mod redis;
 pub mod script;
 pub mod server;
 mod serving;

@@ -58,7 +58,8 @@ impl Olol {
         let sessions = Set::Sessions(home.path().join("state"));
         let token = Set::Token(token());
         let alone = Set::Discovery(false);
-        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token, alone];
+        let here =
+            [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token, alone];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
@@ -117,6 +118,21 @@ impl Olol {
     /// Calls that are at a server now, in the books of the proxy.
     pub fn in_flight(&self, server: usize) -> u32 {
         self.proxy.cluster().snapshot().servers[server].load.in_flight()
+    }
+
+    /// Links of conversations that it remembers.
+    pub fn links(&self) -> usize {
+        self.proxy.shared().affinity.len()
+    }
+
+    /// Whether the store that it shares with others answers.
+    pub fn shares(&self) -> bool {
+        self.proxy.state().is_some_and(olol::state::State::is_up)
+    }
+
+    /// Whether a server is drained.
+    pub fn drains(&self, server: &str) -> bool {
+        self.proxy.cluster().snapshot().servers.iter().any(|known| known.id.as_str() == server && known.draining)
     }
 
     /// Calls that wait for a slot.

@@ -10,7 +10,7 @@ use super::{
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
     SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL, SERVER_IN_FLIGHT,
     SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_UP, SESSIONS,
-    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, THREADS,
+    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS,
 };
 use crate::cluster::{Known, Server, Snapshot, State};
 use crate::names::ModelName;
@@ -46,6 +46,12 @@ pub fn observe_sessions(sessions: u64, bytes: u64) -> String {
         Gauge::of(SESSIONS, "Sessions whose history is kept", sessions as f64),
         Gauge::of(SESSIONS_BYTES, "Bytes of the histories of all sessions", bytes as f64),
     ])
+}
+
+/// Whether the store that proxies share answers; nothing where there is none.
+pub fn observe_state(is_up: Option<bool>) -> String {
+    let gauge = |is_up| Gauge::of(STATE_UP, "Whether the store that proxies share answers", f64::from(u8::from(is_up)));
+    is_up.map_or_else(String::new, |is_up| written([gauge(is_up)]))
 }
 
 /// What this program is.
