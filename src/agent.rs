@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::Service;
 
+use crate::discovery::{self, Badge, Tells};
 use crate::models::copy::Copier;
 use crate::models::local::{self, Local};
 use crate::ollama::{Endpoint, Ollama};
@@ -83,6 +84,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Agent {
     address: SocketAddr,
+    tells: Tells,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     grace: Duration,
@@ -110,6 +112,18 @@ impl Agent {
         let kept = watch.clone();
         let description = describe(&name, address, options.engine);
         let trust = Trust { tls: options.connector, tokens: Some(options.tokens.clone()), ..Trust::default() };
+        let badge = Badge {
+            name: name.clone(),
+            instance: description.instance_id.clone(),
+            cluster: String::new(),
+            is_tls: options.tls.is_some(),
+            version: description.olol_version.clone(),
+        };
+        let tokens = options.tokens.clone();
+        let tells = Tells::new(move || {
+            let cluster = tokens.all().first().map(discovery::cluster).unwrap_or_default();
+            Badge { cluster, ..badge.clone() }
+        });
         let instance = description.instance_id.clone();
         let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
         let copier = {
@@ -147,7 +161,7 @@ impl Agent {
         }
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, keeper };
+        let answers = Grpc { inner, keeper, tells: tells.clone() };
         let mut joining = JoinSet::new();
         if !options.join.is_empty() {
             let header = |text: &str| HeaderValue::from_str(text).map_err(std::io::Error::other);
@@ -171,12 +185,17 @@ impl Agent {
         }
         let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
         let grace = options.grace;
-        Ok(Self { address, stop, running, grace, watch: kept, joining, _watching: watching })
+        Ok(Self { address, tells, stop, running, grace, watch: kept, joining, _watching: watching })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What it says of itself to whoever looks for one.
+    pub fn tells(&self) -> Tells {
+        self.tells.clone()
     }
 
     /// Says goodbye to those who watch it, takes nothing new, lets what runs finish, and returns whether all of it did in time.
@@ -227,6 +246,8 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 struct Grpc {
     inner: ServerServer<Face>,
     keeper: Arc<Doorkeeper>,
+    /// What it says of itself to whoever asks in plain HTTP.
+    tells: Tells,
 }
 
 /// The same for whoever is at the other end of one connection.
@@ -234,6 +255,7 @@ struct Grpc {
 struct Visit {
     inner: ServerServer<Face>,
     door: Arc<Door>,
+    tells: Tells,
 }
 
 /// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
@@ -245,7 +267,8 @@ impl Answers for Grpc {
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
 
     fn service(&self, peer: Peer) -> Visit {
-        Visit { inner: self.inner.clone(), door: Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call)) }
+        let door = Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call));
+        Visit { inner: self.inner.clone(), door, tells: self.tells.clone() }
     }
 }
 
@@ -271,6 +294,7 @@ impl Service<Request<Incoming>> for Visit {
         let words = b"this is an OLOL agent: it speaks gRPC; give its address to `olol proxy --servers`\n";
         let mut answer = Response::new(tonic::body::Body::new(Full::new(Bytes::from_static(words))));
         *answer.status_mut() = http::StatusCode::BAD_REQUEST;
+        answer.headers_mut().insert(discovery::BADGE, self.tells.now().header());
         Box::pin(std::future::ready(Ok(answer)))
     }
 }

@@ -23,6 +23,8 @@ use std::time::Duration;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use olol_middleware::{Reply, ServerId};
 
+use crate::agent::Agent;
+use crate::discovery;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::proxy::Proxy;
 use crate::reload::Trigger;
@@ -200,6 +202,24 @@ impl Hangups {
         }
         std::future::pending::<()>().await;
     }
+}
+
+/// Tells the local network of an agent, if it may. Where that cannot be done, the agent serves those who know where it is.
+fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Announcement> {
+    if !config.mdns {
+        return None;
+    }
+    let announced = discovery::announce(agent.tells(), agent.address(), config);
+    if announced.is_ok() && agent.address().ip().is_loopback() {
+        tracing::info!(
+            "only proxies on this machine find the agent: it listens on loopback; --host 0.0.0.0 serves other machines"
+        );
+    }
+    announced
+        .inspect_err(
+            |error| tracing::warn!(%error, "the local network is not told of the agent; name it with --servers"),
+        )
+        .ok()
 }
 
 /// An Ollama, or a proxy, at a host and a port.

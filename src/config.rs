@@ -246,8 +246,8 @@ impl Config {
             return Ok(());
         };
         let Listed { servers, names } = self.resolved_servers()?;
-        if !names.is_empty() {
-            // It may be one of those that the names will lead to.
+        if !names.is_empty() || self.discovery.looks() {
+            // It may be one of those that the names will lead to, or that will be found.
             return Ok(());
         }
         let names: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
@@ -319,7 +319,15 @@ impl Config {
 
     /// The servers, and the names that stand for some.
     pub fn listed(&self) -> Result<Listed, ConfigError> {
+        if self.looks_for_usual() {
+            return Ok(Listed::default());
+        }
         self.resolved_servers().map_err(Wrong::alone)
+    }
+
+    /// Whether the agent of this machine is one of those that are found, if it is there: nobody has named a server.
+    pub(crate) fn looks_for_usual(&self) -> bool {
+        self.discovery.looks() && self.proxy.servers == [source::USUAL_SERVER]
     }
 
     fn resolved_servers(&self) -> Result<Listed, Wrong> {
@@ -372,7 +380,7 @@ impl Config {
             proxy,
             limits: other.limits.clone(),
             pool: other.pool.clone(),
-            discovery: other.discovery.clone(),
+            discovery: self.discovery.restarting_as(&other.discovery),
             security: other.security.clone(),
             tls: other.tls.clone(),
             spool: other.spool.clone(),

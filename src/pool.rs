@@ -32,12 +32,13 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
+use crate::discovery::Stranger;
 use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Ollama};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
-pub(crate) use grpc::told;
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
+pub(crate) use grpc::{prove, told};
 pub use linger::Linger;
 pub use lobby::{Arrival, Lobby, meet};
 pub use peers::Peer;
@@ -272,6 +273,8 @@ struct Inner {
     linger: Arc<Linger>,
     hop: HeaderValue,
     trust: Trust,
+    /// What was found and is not used.
+    strangers: ArcSwap<Vec<Stranger>>,
     /// What the bare servers have told about models.
     lore: Lore,
     turns: Arc<health::Turns>,
@@ -324,6 +327,7 @@ impl Pool {
             linger: Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max)),
             hop: hop.clone(),
             trust: trust.clone(),
+            strangers: ArcSwap::default(),
             lore: Lore::default(),
             turns: Arc::default(),
         }));
@@ -334,6 +338,18 @@ impl Pool {
     /// The members, as they were named.
     pub fn specs(&self) -> Vec<ServerSpec> {
         self.members().list.iter().map(|member| member.spec.clone()).collect()
+    }
+
+    /// What was found on the network and is no member.
+    pub fn strangers(&self) -> Arc<Vec<Stranger>> {
+        self.0.strangers.load_full()
+    }
+
+    /// From now on it is these.
+    pub(crate) fn show(&self, strangers: Vec<Stranger>) {
+        if **self.0.strangers.load() != strangers {
+            self.0.strangers.store(Arc::new(strangers));
+        }
     }
 
     /// What is known of the servers.

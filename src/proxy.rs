@@ -27,13 +27,13 @@ use tower_http::catch_panic::CatchPanic;
 use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::discovery::join::{self, Guests};
-use crate::discovery::{Listed, Names};
+use crate::discovery::{Finder, Listed, Names};
 use crate::keys;
 use crate::models::Models;
 use crate::models::desired::{self, Desired, Driver};
 use crate::models::wake::{Waker, Waking};
 use crate::pool::{Pool, Watching};
-use crate::reload::{ReloadError, Reloaded, Reloader, Running, Trigger};
+use crate::reload::{Members, ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
 use crate::security::Trust;
@@ -97,6 +97,9 @@ impl Proxy {
         let key = trust.turn_key().filter(|_| !has_no_token).unwrap_or_default();
         let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
+        let is_usual = config.looks_for_usual();
+        let finder = Finder::start(pool.clone(), trust.clone(), &config.discovery, is_usual)?;
+        let found = finder.settled();
         let cluster = pool.cluster().clone();
         let guests = Guests::new(pool.clone(), trust.tokens.clone(), &config.discovery);
         let file = source.as_ref().and_then(|source| source.file.clone());
@@ -141,8 +144,9 @@ impl Proxy {
         tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
         let leaf = Waking::new(desired::Leaf::new(leaf, desired, cluster.clone()), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
+        let members = Members { pool, names, finder };
         let reloader =
-            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), (pool, names)));
+            Arc::new(Reloader::new(source, running, shared.clone(), Stack::new(leaf), origins.clone(), members));
         let gate = Gate::new(origins, address.ip());
         let trusted = Trusted::new(&config.proxy.trusted_proxies);
         let room = Room::new(config.limits.body_memory, config.limits.body_pause_s.time());
@@ -160,7 +164,7 @@ impl Proxy {
         let serving = serve::serve(listener, edge, tls, stop.clone(), grace);
         let running = tokio::spawn(async move {
             // Who comes now is answered when the servers have told what they have; but nobody waits long for a silent one.
-            let _ = tokio::time::timeout(FIRST_LOOK, settled).await;
+            let _ = tokio::time::timeout(FIRST_LOOK, async { tokio::join!(settled, found) }).await;
             cluster.refresh(FIRST_LOOK).await;
             // Before anybody is served: it would count as load.
             first_status.first_status().await;
@@ -226,7 +230,7 @@ impl Proxy {
 /// How servers and we know each other. Where none of them is an agent, no token has to be.
 fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
     let tokens = match config.security.tokens() {
-        Err(error) if !listed.has_agents() => {
+        Err(error) if !listed.has_agents() && !config.looks_for_usual() => {
             tracing::debug!(%error, "there is no token, and no agent that asks for it");
             None
         }

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::api::Origins;
 use crate::config::{Config, ConfigError, Source, differences};
-use crate::discovery::Names;
+use crate::discovery::{Finder, Names};
 use crate::pool::Pool;
 use crate::watch;
 
@@ -28,11 +28,21 @@ pub struct Reloader {
     leaf: Stack,
     stack: Arc<ArcSwap<Stack>>,
     origins: Arc<ArcSwap<Origins>>,
-    /// Where servers join and leave, and the names that stand for some.
-    members: (Pool, Arc<Names>),
+    members: Members,
     running: Arc<Running>,
     /// One at a time.
     turn: Mutex<()>,
+}
+
+/// Where servers join and leave, and who tells which they are.
+#[derive(Debug)]
+pub struct Members {
+    /// The servers.
+    pub pool: Pool,
+    /// Names that stand for some.
+    pub names: Arc<Names>,
+    /// Finds those whom nobody has named.
+    pub finder: Finder,
 }
 
 /// What runs now, for whoever tells of it.
@@ -145,7 +155,7 @@ impl Reloader {
         shared: Shared,
         leaf: Stack,
         origins: Arc<ArcSwap<Origins>>,
-        members: (Pool, Arc<Names>),
+        members: Members,
     ) -> Self {
         let stack = stack::build(&running.state().config.layers(), &shared, leaf.clone());
         let stack = Arc::new(ArcSwap::from_pointee(stack));
@@ -240,9 +250,11 @@ impl Reloader {
         for strange in config.oddities() {
             tracing::warn!("{strange}");
         }
+        config.discovery.check_interfaces().map_err(ConfigError::Invalid)?;
         let stack = stack::build(&config.layers(), &self.shared, self.leaf.clone());
         self.stack.store(Arc::new(stack));
-        listed.put(&self.members.0, &self.members.1);
+        listed.put(&self.members.pool, &self.members.names);
+        self.members.finder.set(&config.discovery);
         self.origins.store(Arc::new(origins));
         let now = SystemTime::now();
         let last = Some(Attempt { at: now, trigger, error: None });

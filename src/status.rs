@@ -2,6 +2,7 @@
 //! proxy, its servers, the models, the clients and the sessions. All of it is made of what is in memory: nobody is asked.
 
 mod clients;
+mod found;
 mod models;
 mod page;
 mod proxy;
@@ -203,7 +204,9 @@ pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec
         Detail::Servers => {
             let (entries, has_more) = servers::page(&snapshot, wanted, config, &about.pool.specs());
             let next = entries.last().filter(|_| has_more).map(|entry| entry.server);
-            written(about, wanted, &entries, snapshot.servers.len(), next)
+            let found = wanted.after.is_none().then(|| found::all(&about.pool.strangers()));
+            let page = Page { found, ..page_of(about, wanted, &entries, snapshot.servers.len(), next) };
+            as_json(&page)
         }
         Detail::Models => {
             let standings = about.desired.standings();
@@ -233,8 +236,21 @@ fn written<T: Serialize>(
     total: usize,
     next: Option<&str>,
 ) -> Result<Vec<u8>, (StatusCode, String)> {
-    let page = Page { detail: wanted.detail, instance: &about.instance, total, entries, next };
-    serde_json::to_vec(&page).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
+    as_json(&page_of(about, wanted, entries, total, next))
+}
+
+fn page_of<'a, T: Serialize>(
+    about: &'a About,
+    wanted: &Wanted,
+    entries: &'a [T],
+    total: usize,
+    next: Option<&'a str>,
+) -> Page<'a, T> {
+    Page { detail: wanted.detail, instance: &about.instance, total, entries, next, found: None }
+}
+
+fn as_json<T: Serialize>(page: &Page<'_, T>) -> Result<Vec<u8>, (StatusCode, String)> {
+    serde_json::to_vec(page).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
 #[cfg(test)]

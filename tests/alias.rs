@@ -211,6 +211,7 @@ async fn a_rule_may_weigh_servers_otherwise() {
 async fn a_rule_for_servers_that_there_are_not_is_refused_at_the_start() {
     let mut config: Config = toml::from_str("[[alias.rules]]\nname = \"r\"\nservers = [\"gpu3\"]").unwrap();
     config.proxy.port = 0;
+    config.discovery.mdns = false;
     config.proxy.servers = vec!["gpu1@localhost:1".to_owned(), "attic@localhost:2".to_owned()];
     let error = Proxy::start(&config).await.unwrap_err().to_string();
     assert_eq!(error, "alias.rules[0].servers[0]: there is no server `gpu3`; did you mean `gpu1`?");

@@ -65,6 +65,10 @@ pub enum Source {
     Mdns,
     /// It answered a scan of the network.
     Scan,
+    /// An Ollama without an agent that answered a scan, where the operator wants those to be used.
+    ScannedOllama,
+    /// The agent of this machine, where nobody has named a server.
+    Local,
 }
 
 impl Source {
@@ -75,7 +79,8 @@ impl Source {
             Self::Dns => "dns",
             Self::Joined => "joined",
             Self::Mdns => "mdns",
-            Self::Scan => "scan",
+            Self::Scan | Self::ScannedOllama => "scan",
+            Self::Local => "local",
         }
     }
 

@@ -457,7 +457,9 @@ fn known(call: &Call) -> Option<Arc<Known>> {
 fn nobody(call: &Call) -> Error {
     call.note("pick", "nobody is left", []);
     if call.candidates.snapshot().servers.is_empty() {
-        return Error::NoServer("the proxy has no servers; name some with --servers".to_owned());
+        return Error::NoServer(
+            "the proxy has no servers: name some with --servers, or run `olol server` on its network".to_owned(),
+        );
     }
     if let Some(server) = call.candidates.iter().find(|server| server.draining) {
         let more = if call.candidates.count() > 1 { " and others that could be asked are" } else { " is" };

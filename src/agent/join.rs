@@ -225,7 +225,7 @@ impl Joining {
     async fn serve(&self, upgraded: Upgraded, peer: Peer, open: &mut JoinSet<()>) -> Turn {
         let is_known = peer.is_known.clone();
         let door = Arc::new(Door::new(self.grpc.keeper.clone(), peer, Purpose::Join));
-        let visit = Visit { inner: self.grpc.inner.clone(), door: door.clone() };
+        let visit = Visit { inner: self.grpc.inner.clone(), door: door.clone(), tells: self.grpc.tells.clone() };
         let stop = self.stop.clone();
         let (ends, ended) = tokio::sync::oneshot::channel::<()>();
         let known = is_known.clone();

@@ -6,6 +6,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
 use crate::config::{Origin, Set, Source, Threads};
+use crate::discovery::{self, Interface};
 use crate::security::{self, TokenError, token};
 
 /// The flags of a proxy.
@@ -29,6 +30,8 @@ pub(super) struct Flags {
     threads: Option<Threads>,
     #[command(flatten)]
     token: TokenFlag,
+    #[command(flatten)]
+    discovery: DiscoveryFlags,
 }
 
 impl Flags {
@@ -51,8 +54,50 @@ impl Flags {
         if let Some(threads) = self.threads {
             source = source.with(Set::Threads(threads), Origin::Flag("--threads"));
         }
-        self.token.onto(with_origins(source).with_store())
+        self.token.onto(with_origins(self.discovery.onto(source, matches)).with_store())
     }
+}
+
+/// The flags that say whether and where machines find each other.
+#[derive(Debug, Args)]
+pub(super) struct DiscoveryFlags {
+    /// Find agents on the local network, and be found [default]
+    #[arg(long, env = "OLOL_DISCOVERY", value_name = "WORD", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", hide_possible_values = true, hide_env_values = true)]
+    discovery: Option<bool>,
+    /// Use only servers that are named, and tell nobody of this one
+    #[arg(long, conflicts_with = "discovery")]
+    no_discovery: bool,
+    /// Interface of this machine on which others are found, by name or address; may be given more than once [default: all]
+    #[arg(long, value_name = "NAME", value_parser = interface)]
+    interface: Vec<Interface>,
+}
+
+impl DiscoveryFlags {
+    /// A configuration with what they say.
+    pub(super) fn onto(&self, mut source: Source, matches: &ArgMatches) -> Source {
+        let is_flag = matches.value_source("discovery") == Some(ValueSource::CommandLine);
+        match self.discovery {
+            _ if self.no_discovery => source = source.with(Set::Discovery(false), Origin::Flag("--no-discovery")),
+            Some(is_on) if is_flag => source = source.with(Set::Discovery(is_on), Origin::Flag("--discovery")),
+            Some(is_on) => source = source.with(Set::Discovery(is_on), Origin::Environment("OLOL_DISCOVERY")),
+            None => {}
+        }
+        if !self.interface.is_empty() {
+            source = source.with(Set::Interfaces(self.interface.clone()), Origin::Flag("--interface"));
+        }
+        source
+    }
+
+    /// What an agent is told of it.
+    pub(super) fn config(&self) -> discovery::Config {
+        let mdns = !self.no_discovery && self.discovery.unwrap_or(true);
+        discovery::Config { mdns, interface: self.interface.clone(), ..discovery::Config::default() }
+    }
+}
+
+fn interface(text: &str) -> Result<Interface, &'static str> {
+    Interface::try_from(text.to_owned())
 }
 
 /// The flag that names the token of the cluster.

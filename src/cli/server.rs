@@ -6,9 +6,10 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Stop;
-use super::flags::TokenFlag;
+use super::flags::{DiscoveryFlags, TokenFlag};
 use crate::agent::{Agent, Options, ProxyAddress};
 use crate::config::listen_address;
+use crate::discovery;
 use crate::ollama::Endpoint;
 use crate::pool::{AGENT_PORT, OLLAMA_PORT};
 use crate::security::tls::{self, Acceptor, Clients, Connector};
@@ -35,6 +36,11 @@ pub(super) struct Arguments {
     join: Option<String>,
     #[command(flatten)]
     token: TokenFlag,
+    #[command(flatten)]
+    discovery: DiscoveryFlags,
+    /// UDP port of mDNS: that of `mdns-port` of the proxies
+    #[arg(long, default_value_t = discovery::MDNS_PORT, hide_default_value = true, value_name = "PORT")]
+    mdns_port: u16,
     /// Certificate that callers are shown: TLS
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -74,7 +80,9 @@ impl Arguments {
     }
 
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let (tls, token) = (self.tls(), self.token.config()?);
+        let (tls, token, discovery) = (self.tls(), self.token.config()?, self.discovery.config());
+        let discovery = discovery::Config { mdns_port: self.mdns_port, ..discovery };
+        discovery.check_interfaces().map_err(anyhow::Error::msg)?;
         let join = self.join.as_deref().unwrap_or_default();
         let join = join.split(',').filter(|part| !part.trim().is_empty()).map(str::parse::<ProxyAddress>);
         let join = join.collect::<Result<Vec<_>, _>>().map_err(|what| anyhow::anyhow!("--join: {what}"))?;
@@ -105,7 +113,11 @@ impl Arguments {
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };
             let agent = started.map_err(|error| anyhow::anyhow!("cannot listen on {listen}: {error}"))?;
             tracing::info!(address = %agent.address(), %ollama, "the agent listens");
+            let announcement = super::announce(&agent, &discovery);
             stop.asked().await;
+            if let Some(announcement) = announcement {
+                announcement.end().await;
+            }
             stop.gently(agent.stop()).await;
             Ok(())
         })

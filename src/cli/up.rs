@@ -9,10 +9,11 @@ use clap::{ArgMatches, Args};
 use olol_middleware::cluster::State;
 use olol_middleware::{Cluster, ServerId};
 
-use super::flags::{TokenFlag, with_origins};
+use super::flags::{DiscoveryFlags, TokenFlag, with_origins};
 use super::{Hangups, Stop};
 use crate::agent::{Agent, Options};
 use crate::config::{Config, Origin, Set, Source, listen_address};
+use crate::discovery::Announcement;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
@@ -45,6 +46,8 @@ pub(super) struct Arguments {
     config: Option<PathBuf>,
     #[command(flatten)]
     token: TokenFlag,
+    #[command(flatten)]
+    discovery: DiscoveryFlags,
 }
 
 impl Arguments {
@@ -54,8 +57,11 @@ impl Arguments {
         super::runtime(threads)?.block_on(async {
             let (mut stop, mut hangups) = (Stop::listen()?, Hangups::listen()?);
             let Some(running) = stop.unless_asked(self.start(source)).await else { return Ok(()) };
-            let Running { proxy, agent, behind } = running?;
+            let Running { proxy, agent, behind, announcement } = running?;
             let _ = stop.unless_asked(hangups.reload(&proxy)).await;
+            if let Some(announcement) = announcement {
+                announcement.end().await;
+            }
             stop.gently(async {
                 proxy.stop().await;
                 agent.stop().await;
@@ -76,7 +82,7 @@ impl Arguments {
             source = source
                 .with(Set::Port(port), if is_flag { Origin::Flag("--port") } else { Origin::Environment("OLOL_PORT") });
         }
-        Ok(self.token.onto(with_origins(source).with_store())?)
+        Ok(self.token.onto(with_origins(self.discovery.onto(source, matches)).with_store())?)
     }
 
     async fn start(self, source: Source) -> anyhow::Result<Running> {
@@ -96,8 +102,9 @@ impl Arguments {
         let config = source.read()?.config;
         let proxy = Proxy::start_from(&config, Some(source)).await?;
         until_up(proxy.cluster()).await;
+        let announcement = super::announce(&agent, &config.discovery);
         announce(&proxy, &behind, agent.address(), &config);
-        Ok(Running { proxy, agent, behind })
+        Ok(Running { proxy, agent, behind, announcement })
     }
 }
 
@@ -106,6 +113,7 @@ struct Running {
     proxy: Proxy,
     agent: Agent,
     behind: Behind,
+    announcement: Option<Announcement>,
 }
 
 fn near(address: IpAddr) -> IpAddr {

@@ -8,6 +8,7 @@ use toml::Value;
 use super::document::Document;
 use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
+use crate::discovery::{Interface, Scan};
 use crate::security::Token;
 use crate::state::{self, Url};
 
@@ -53,6 +54,10 @@ pub enum Set {
     TokenFile(PathBuf),
     /// The token of the cluster itself.
     Token(Token),
+    /// Whether servers are found that nobody has named: `discovery.mdns`, and without it no scan either.
+    Discovery(bool),
+    /// `discovery.interface`
+    Interfaces(Vec<Interface>),
     /// `state.url`
     State(Url),
 }
@@ -150,6 +155,9 @@ impl Set {
             Self::Keys(_) => &["auth.file"],
             Self::Sessions(_) => &["sessions.dir"],
             Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
+            Self::Discovery(true) => &["discovery.mdns"],
+            Self::Discovery(false) => &["discovery.mdns", "discovery.scan"],
+            Self::Interfaces(_) => &["discovery.interface"],
             Self::State(_) => &["state.url"],
         }
     }
@@ -166,6 +174,13 @@ impl Set {
                 (config.security.token_file, config.security.token) = (file.clone(), None);
             }
             Self::Token(token) => config.security.token = Some(token.clone()),
+            Self::Discovery(is_on) => {
+                config.discovery.mdns = *is_on;
+                if !is_on {
+                    config.discovery.scan = Scan::Off;
+                }
+            }
+            Self::Interfaces(interfaces) => config.discovery.interface.clone_from(interfaces),
             Self::State(url) => config.state.url.clone_from(url),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }

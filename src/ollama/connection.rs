@@ -70,7 +70,12 @@ impl Endpoint {
             Some(v6) => {
                 let (host, after) =
                     v6.split_once(']').ok_or_else(|| bad("the bracket of the IPv6 address is not closed"))?;
-                host.parse::<std::net::Ipv6Addr>().map_err(|_| bad("what stands in brackets is no IPv6 address"))?;
+                // One that only its link knows comes with the name of the interface: fe80::1%eth0.
+                let (bare, scope) = host.split_once('%').map_or((host, None), |(bare, scope)| (bare, Some(scope)));
+                bare.parse::<std::net::Ipv6Addr>().map_err(|_| bad("what stands in brackets is no IPv6 address"))?;
+                if scope.is_some_and(str::is_empty) {
+                    return Err(bad("the name of an interface is missing behind '%'"));
+                }
                 (host, after.strip_prefix(':').or((!after.is_empty()).then_some(after)))
             }
             None if rest.matches(':').count() > 1 => return Err(bad("write an IPv6 address in brackets: [::1]:50051")),
@@ -95,6 +100,10 @@ impl Endpoint {
     /// What stands in the `Host` header of a request to it.
     pub(super) fn host_header(&self) -> HeaderValue {
         let host = match self {
+            // The name of an interface is nobody else's business.
+            Self::Tcp { host, port } if host.contains('%') => {
+                format!("[{}]:{port}", host.split('%').next().unwrap_or_default())
+            }
             Self::Tcp { .. } => self.to_string(),
             Self::Unix(_) => "localhost".to_owned(),
         };
@@ -303,6 +312,7 @@ mod tests {
             ("[::1]:50051", "[::1]:50051"),
             ("[::1]", "[::1]:11434"),
             ("http://[::1]:8", "[::1]:8"),
+            ("[fe80::1%eth0]:8", "[fe80::1%eth0]:8"),
         ] {
             assert_eq!(Endpoint::parse(text, 11434).unwrap().to_string(), shown);
         }
@@ -319,6 +329,7 @@ mod tests {
             ("::1:80", "in brackets"),
             ("[::1:80", "not closed"),
             ("[xyz]:80", "no IPv6 address"),
+            ("[fe80::1%]:80", "interface is missing"),
             ("http://a/path", "remove the path '/path'"),
             ("https://a", "plain HTTP"),
             ("a b", "no blanks"),

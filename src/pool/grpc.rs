@@ -410,10 +410,14 @@ impl Line {
         Some(Channel { sender: Sender::clone(sender) })
     }
 
-    /// A connection to an agent that has proved itself, and knows us.
     async fn connect(&self) -> Result<Sender, BoxError> {
+        Ok(self.meet().await?.0)
+    }
+
+    /// A connection to an agent that has proved itself, and knows us; one that dialled in has done so before.
+    async fn meet(&self) -> Result<(Sender, Option<Known>), BoxError> {
         let (host, port) = match &self.reach.to {
-            To::Take(lobby) => return Ok(lobby.take().await),
+            To::Take(lobby) => return Ok((lobby.take().await, None)),
             To::Dial(Endpoint::Tcp { host, port }) => (host, port),
             To::Dial(Endpoint::Unix(_)) => return Err("an agent is reached over TCP".into()),
         };
@@ -430,9 +434,17 @@ impl Line {
         let is_certified = matches!(stream, Either::Right(_));
         let (sender, _) = shake(stream, PROBE).await?;
         let dialled = Dialled { purpose: Purpose::Call, address, bound: self.reach.bound, is_certified };
-        introduce(&sender, dialled, self.trust.tokens.as_ref()).await?;
-        Ok(sender)
+        let known = introduce(&sender, dialled, self.trust.tokens.as_ref()).await?;
+        Ok((sender, Some(known)))
     }
+}
+
+/// Has an agent that nobody has named prove itself, before it is one of the servers. Returns the id of its process.
+pub(crate) async fn prove(endpoint: Endpoint, limit: Duration, trust: &Trust) -> Result<String, BoxError> {
+    let line = Line::new(Reach { to: To::Dial(endpoint), timeout: limit, bound: true }, trust.clone());
+    let met = tokio::time::timeout(limit, line.meet()).await;
+    let (_, known) = met.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??;
+    Ok(known.map(|known| known.instance).unwrap_or_default())
 }
 
 /// Proves ourselves on a new connection to an agent that has proved itself.

@@ -404,6 +404,8 @@ impl Connector {
 
     /// Shakes hands with the agent of this name or address.
     pub async fn connect(&self, host: &str, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
+        // A certificate knows nothing of our interfaces.
+        let host = host.split('%').next().unwrap_or_default();
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "no certificate can be for this name"))?;
         let side = self.0.current.load_full();

@@ -6,6 +6,7 @@ use axum::extract::Query;
 use http::Uri;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
+use super::found::Found;
 use super::time::rfc3339;
 
 /// Entries of a page, if nobody says how many.
@@ -142,6 +143,8 @@ pub struct Page<'a, T> {
     pub entries: &'a [T],
     /// The cursor of the page after this one; `None`: this is the last.
     pub next: Option<&'a str>,
+    /// What was found on the network and is none of the entries; on the first page of the servers.
+    pub(super) found: Option<Vec<Found>>,
 }
 
 impl<T: Serialize> Serialize for Page<'_, T> {
@@ -153,6 +156,9 @@ impl<T: Serialize> Serialize for Page<'_, T> {
         map.serialize_entry("total", &self.total)?;
         map.serialize_entry(self.detail.as_str(), self.entries)?;
         map.serialize_entry("next", &self.next)?;
+        if let Some(found) = &self.found {
+            map.serialize_entry("found", found)?;
+        }
         map.end()
     }
 }

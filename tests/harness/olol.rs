@@ -57,7 +57,9 @@ impl Olol {
         let keys = Set::Keys(home.path().join("keys.toml"));
         let sessions = Set::Sessions(home.path().join("state"));
         let token = Set::Token(token());
-        let here = [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token];
+        let alone = Set::Discovery(false);
+        let here =
+            [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token, alone];
         let source = here.into_iter().fold(Source::of(file), |source, set| source.with(set, Origin::Program));
         let config = source.read().unwrap_or_else(|error| panic!("{error}")).config;
         let proxy = Proxy::start_from(&config, Some(source)).await.unwrap();
@@ -71,6 +73,8 @@ impl Olol {
         let (spool, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config: Config = toml::from_str(toml).unwrap_or_else(|error| panic!("{error}"));
         config.proxy.port = 0;
+        // Unless a test is about that, nobody on the network of this machine is found.
+        config.discovery.mdns &= toml.contains("mdns");
         config.proxy.servers = servers;
         config.spool.dir = spool.path().to_owned();
         if config.sessions.dir.as_os_str().is_empty() {

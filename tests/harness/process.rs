@@ -157,6 +157,8 @@ fn olol(arguments: &[&str]) -> Command {
     }
     // What the user of this machine has configured counts for nothing.
     command.env("XDG_CONFIG_HOME", "/nowhere").env("XDG_STATE_HOME", "/nowhere").env("OLOL_TOKEN", token().reveal());
+    // Nor do the servers that are on its network.
+    command.env("OLOL_DISCOVERY", "false");
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }

@@ -142,6 +142,15 @@ pub(super) fn servers(page: &Value, look: Look) -> String {
             let _ = write!(out, "\n{}: {}", text(&entry["server"]), clean(why));
         }
     }
+    let found = self::entries(page, "found");
+    if !found.is_empty() {
+        out.truncate(out.trim_end().len());
+        out.push_str("\n\nFound on the network, and not used:");
+    }
+    for one in found {
+        let [name, address, source, reason] = ["name", "address", "source", "reason"].map(|key| text(&one[key]));
+        let _ = write!(out, "\n{name} at {address} ({source}): {reason}");
+    }
     out.trim_end().to_owned() + "\n"
 }
 
