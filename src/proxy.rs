@@ -49,6 +49,7 @@ const SESSIONS: &str = "proxy-sessions.redb";
 pub struct Proxy {
     address: SocketAddr,
     shared: Shared,
+    models: Models,
     reloader: Arc<Reloader>,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
@@ -99,6 +100,7 @@ impl Proxy {
             models: Models::new(pool.clone(), running.clone()),
         };
         let shared = Shared::new(cluster.clone());
+        let models = about.models.clone();
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
             Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
@@ -136,7 +138,7 @@ impl Proxy {
             first_status.first_status().await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
+        Ok(Self { address, shared, models, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys] })
     }
 
     /// Reads its configuration again.
@@ -152,6 +154,11 @@ impl Proxy {
     /// What it knows of its servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.shared.cluster
+    }
+
+    /// What brings models to its servers.
+    pub fn models(&self) -> &Models {
+        &self.models
     }
 
     /// The state of its layers.
