@@ -1,5 +1,6 @@
 //! Takes connections, tells HTTP/1 from HTTP/2, and ends gracefully: what runs may finish, nothing new is taken.
 
+mod paced;
 mod preamble;
 mod wire;
 
@@ -13,7 +14,6 @@ use std::time::Duration;
 
 use futures_util::TryFutureExt;
 use http::{Request, Response};
-use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -28,6 +28,7 @@ use tower::Service;
 
 use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::security::tls::{Accepted, Acceptor};
+use paced::Paced;
 use preamble::Preamble;
 use wire::Brief;
 
@@ -80,29 +81,6 @@ pub trait Answers: Clone + Send + 'static {
     /// other cases such a client has left.
     fn is_brief(_request: &Request<Incoming>) -> bool {
         false
-    }
-}
-
-/// The body of an answer, with what ends with it.
-struct Held<B> {
-    body: B,
-    _brief: Brief,
-}
-
-impl<B: http_body::Body + Unpin> http_body::Body for Held<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 
@@ -203,18 +181,23 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             Ok(())
         }
         Preamble::Http1(io, lines) => {
-            let flag = io.brief();
+            let (flag, line) = (io.brief(), io.line());
             let service = hyper::service::service_fn(move |request| {
                 let brief = Brief::begin(&flag, A::is_brief(&request));
-                service.clone().call(request).map_ok(|answer| answer.map(|body| Held { body, _brief: brief }))
+                let line = line.clone();
+                service.clone().call(request).map_ok(|answer| answer.map(|body| Paced::new(body, line, brief)))
             });
             let mut builder = http1::Builder::new();
             if lines > FEW_LINES {
                 // Only then: room for more than usual is no longer on the stack.
                 builder.max_headers(lines);
             }
-            let connection =
-                builder.title_case_headers(true).max_buf_size(LONGEST_HEAD).serve_connection(TokioIo::new(io), service);
+            let connection = builder
+                .title_case_headers(true)
+                .max_buf_size(LONGEST_HEAD)
+                // A token is written as one piece: see `paced`.
+                .writev(false)
+                .serve_connection(TokioIo::new(io), service);
             Gentle::new(connection, closing, http1::Connection::graceful_shutdown).await
         }
         Preamble::Http2(io) => {

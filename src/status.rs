@@ -132,7 +132,7 @@ fn registry(snapshot: &Snapshot) -> Value {
 }
 
 /// A version as something that can be put in order; a release candidate comes before its release.
-fn in_order(version: &str) -> (Vec<u64>, bool) {
+pub(crate) fn in_order(version: &str) -> (Vec<u64>, bool) {
     let numbers = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
     (numbers, !version.contains('-'))
 }

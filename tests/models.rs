@@ -291,7 +291,8 @@ async fn a_pull_ends_when_nobody_follows_it_and_goes_on_from_there() {
     gate.open();
     assert_eq!(last(&lab.olol.ask(&lab.pull()).await)["status"], "success");
     assert_eq!(lab.having(), 2);
-    assert!(lab.hub.gave() <= 2 * size(), "{} and {gave} before", lab.hub.gave());
+    // What was on its way when the client left is lost, what had come is not.
+    assert!(lab.hub.gave() - gave < 2 * size(), "{} and {gave} before", lab.hub.gave());
 }
 
 #[tokio::test]

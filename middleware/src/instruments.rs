@@ -252,6 +252,16 @@ pub fn arrived(arrival: Arrival) {
     counter!(ARRIVALS, "result" => result).increment(1);
 }
 
+/// What the metric of [`arrived`] means.
+fn describe_arrivals() {
+    describe_counter!(
+        ARRIVALS,
+        Unit::Count,
+        "Models that were to come to a server: from a registry (pulled), from another server (copied), and those that did not \
+         (pull_failed, copy_failed)"
+    );
+}
+
 /// Tells the recorder what the metrics mean. Call once after it was installed.
 pub fn describe() {
     describe_counter!(REQUESTS, Unit::Count, "Requests of clients, by route and status code");
@@ -289,12 +299,7 @@ pub fn describe() {
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
     describe_counter!(NO_BUDGET, Unit::Count, "Failures that were passed on, since the budget for retries was spent");
     describe_counter!(FAILOVERS, Unit::Count, "Calls and streams that went on at another server, since theirs failed");
-    describe_counter!(
-        ARRIVALS,
-        Unit::Count,
-        "Models that were to come to a server: from a registry (pulled), from another server (copied), and those that did not \
-         (pull_failed, copy_failed)"
-    );
+    describe_arrivals();
     describe_counter!(
         HEDGES,
         Unit::Count,

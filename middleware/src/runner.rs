@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::call::{Call, Counters};
@@ -471,10 +472,17 @@ pub fn learn(samples: &[Sample]) -> Option<u32> {
     if samples.iter().filter(waited).count() < WAITED_ENOUGH {
         return None;
     }
-    let begin = |one: &Sample| one.ended - busy(one) / 10 * 9;
-    let at = |moment: u64| samples.iter().filter(|one| begin(one) <= moment && moment < one.ended).count();
+    let mut begins: SmallVec<[u64; WINDOW]> = samples.iter().map(|one| one.ended - busy(one) / 10 * 9).collect();
+    let mut ends: SmallVec<[u64; WINDOW]> = samples.iter().map(|one| one.ended).collect();
+    begins.sort_unstable();
+    ends.sort_unstable();
     // The most that overlap do so where one of them begins.
-    samples.iter().map(begin).map(at).max().and_then(|most| u32::try_from(most.max(1)).ok())
+    let mut over = 0;
+    let most = begins.iter().zip(1..).map(|(begin, begun)| {
+        over += ends[over..].iter().take_while(|end| *end <= begin).count();
+        usize::saturating_sub(begun, over)
+    });
+    most.max().and_then(|most| u32::try_from(most.max(1)).ok())
 }
 
 /// How fast a runner is: averages in which what is old fades.

@@ -20,6 +20,9 @@ const LOAD_EVERY: Duration = Duration::from_millis(50);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
 
+/// Models in one message to who keeps what it was told.
+const PART: usize = 32;
+
 /// The last state, whole.
 #[derive(Clone, Debug, Default)]
 pub struct Told {
@@ -172,6 +175,8 @@ struct Watcher {
     deltas: bool,
     /// What it was told last, and when.
     last: Option<(Arc<Told>, Instant)>,
+    /// The models from here on it is still to be told.
+    rest: Option<usize>,
     others: u32,
 }
 
@@ -187,7 +192,7 @@ pub(super) fn states(
     };
     states.mark_changed();
     let watching = callers.watch(request.caller.as_bytes());
-    let watcher = Watcher { states, watching, interval, deltas: request.deltas, last: None, others: 0 };
+    let watcher = Watcher { states, watching, interval, deltas: request.deltas, last: None, rest: None, others: 0 };
     futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
@@ -196,6 +201,9 @@ pub(super) fn states(
 
 impl Watcher {
     async fn next(&mut self) -> Option<ServerState> {
+        if let Some((told, at)) = self.last.as_ref().map(|(told, _)| told.clone()).zip(self.rest) {
+            return Some(self.part(&told, at, true));
+        }
         loop {
             let all = self.watching.all.clone();
             let begins = all.begins.notified();
@@ -227,21 +235,30 @@ impl Watcher {
         let last = self.last.as_ref().map(|(last, _)| last).filter(|_| self.deltas);
         let same_models = last.is_some_and(|last| Arc::ptr_eq(&last.models, &told.models));
         let same_loaded = last.is_some_and(|last| Arc::ptr_eq(&last.loaded, &told.loaded));
+        let models = if same_models { told.models.len() } else { 0 };
+        let state = self.part(&told, models, same_loaded);
+        self.last = Some((told, Instant::now()));
+        ServerState { same_models, ..state }
+    }
+
+    /// A message with the models from there on, as many as are told at once.
+    fn part(&mut self, told: &Told, from: usize, same_loaded: bool) -> ServerState {
+        let left = told.models.get(from..).unwrap_or_default();
+        let models = if self.deltas { left.get(..PART).unwrap_or(left) } else { left };
+        self.rest = (models.len() < left.len()).then_some(from + models.len());
         let (all, slots) = (self.watching.all.in_flight(), told.slots());
         let queued = if slots == 0 { 0 } else { all.saturating_sub(slots) };
-        let state = ServerState {
+        ServerState {
             in_flight: all - queued,
             queued,
             others: self.others,
-            models: if same_models { Vec::new() } else { told.models.to_vec() },
+            models: models.to_vec(),
             loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
-            same_models,
             same_loaded,
+            more_models: self.rest.is_some(),
             heartbeat_ms: unix_ms_now(),
             ..told.state.clone()
-        };
-        self.last = Some((told, Instant::now()));
-        state
+        }
     }
 }
 
@@ -272,6 +289,28 @@ mod tests {
         assert_eq!(keeps.next().await.unwrap().unwrap().models.len(), 2);
         drop((keeps, forgets));
         assert_eq!(*callers.watchers().borrow(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_list_is_told_in_parts_to_who_keeps_it() {
+        let names: Vec<String> = (0..=PART * 2).map(|number| number.to_string()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (_tell, receiver) = watch::channel(Some(told(&names)));
+        let callers = Arc::default();
+        let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
+        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
+        let mut forgets = Box::pin(states(receiver, &callers, &request(false)));
+        let begun = Instant::now();
+        let mut heard = Vec::new();
+        for more in [true, true, false] {
+            let state = keeps.next().await.unwrap().unwrap();
+            assert!(state.models.len() <= PART && !state.same_models && state.more_models == more);
+            heard.extend(state.models.into_iter().map(|model| model.name));
+        }
+        assert!(heard == names && begun.elapsed().is_zero());
+        let next = keeps.next().await.unwrap().unwrap();
+        assert!(next.same_models && next.models.is_empty() && !next.more_models);
+        assert_eq!(forgets.next().await.unwrap().unwrap().models.len(), names.len());
     }
 
     #[tokio::test(start_paused = true)]

@@ -16,6 +16,8 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
+use super::paced::Line;
+
 /// What Go's server says to what is no request.
 pub(super) const BAD_REQUEST: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request";
@@ -34,6 +36,8 @@ pub(super) struct Wire<S> {
     inner: S,
     /// Whether a request is being answered whose client may have shut down its sending side.
     brief: Arc<AtomicBool>,
+    /// Tells bodies how much of them waits.
+    line: Arc<Line>,
     /// Runs from the moment when the client was seen to send no more.
     patience: Option<Pin<Box<Sleep>>>,
     /// What is written in place of what hyper writes.
@@ -63,12 +67,17 @@ impl Drop for Brief {
 
 impl<S> Wire<S> {
     pub(super) fn new(prefix: Bytes, inner: S) -> Self {
-        Self { prefix, inner, brief: Arc::default(), patience: None, words: b"", linger: None }
+        Self { prefix, inner, brief: Arc::default(), line: Arc::default(), patience: None, words: b"", linger: None }
     }
 
     /// The flag of a brief request.
     pub(super) fn brief(&self) -> Arc<AtomicBool> {
         self.brief.clone()
+    }
+
+    /// What it shares with the bodies that pass it.
+    pub(super) fn line(&self) -> Arc<Line> {
+        self.line.clone()
     }
 
     /// Whether the end of what the client sends is kept back for now.
@@ -106,7 +115,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
         let this = self.get_mut();
         if this.words.is_empty() {
             match words_for(bytes) {
-                None => return Pin::new(&mut this.inner).poll_write(cx, bytes),
+                None => {
+                    let written = ready!(Pin::new(&mut this.inner).poll_write(cx, bytes))?;
+                    this.line.left(bytes.len() - written, cx.waker());
+                    return Poll::Ready(Ok(written));
+                }
                 Some(words) => this.words = words,
             }
         }

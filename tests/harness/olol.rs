@@ -100,7 +100,8 @@ impl Olol {
 
     /// The models that a server lists, in the books of the proxy.
     pub fn listed(&self, server: usize) -> Vec<olol_middleware::cluster::Model> {
-        self.proxy.cluster().snapshot().servers[server].report.models.clone()
+        let snapshot = self.proxy.cluster().snapshot();
+        snapshot.servers[server].report.models.iter().map(|held| olol_middleware::cluster::Model::clone(held)).collect()
     }
 
     /// What brings models to servers.
