@@ -294,7 +294,8 @@ fn agent(listener: std::net::TcpListener, number: usize, models: usize) {
     });
     let description = DescribeResponse { os: "linux".to_owned(), cpu_count: 16, ..DescribeResponse::default() };
     let stop = CancellationToken::new();
-    let about = SelfDescription { description, state, callers: Arc::<Callers>::default(), stop: stop.clone() };
+    let about =
+        SelfDescription { description, state, callers: Arc::<Callers>::default(), stop: stop.clone(), models: None };
     let send: rpc::Send = Arc::new(move |ask| {
         Box::pin(async move {
             let tags = if ask.path.path() == "/api/tags" { listed(number, models).to_string() } else { String::new() };

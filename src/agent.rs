@@ -105,7 +105,7 @@ impl Agent {
             state: watch.state(),
             callers: watch.callers(),
             stop: stop.clone(),
-            models: Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone()),
+            models: Some(Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone())),
         };
         let send: rpc::Send = Arc::new(move |ask| {
             let (ollama, watch, copier) = (ollama.clone(), watch.clone(), copier.clone());

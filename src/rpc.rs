@@ -58,8 +58,8 @@ pub struct SelfDescription {
     pub callers: Arc<Callers>,
     /// When nobody should go on watching: the agent stops.
     pub stop: CancellationToken,
-    /// Its models, for others of the cluster.
-    pub models: Local,
+    /// Its models, for others of the cluster; `None`: it gives none away and takes none.
+    pub models: Option<Local>,
 }
 
 /// The service.
@@ -208,11 +208,11 @@ impl Server for Face {
     }
 
     async fn read_model(&self, request: Request<ReadModelRequest>) -> Result<Response<ReadModelResponse>, Status> {
-        self.about()?.models.manifest(request.into_inner()).await.map(Response::new)
+        self.models()?.manifest(request.into_inner()).await.map(Response::new)
     }
 
     async fn read_blob(&self, request: Request<ReadBlobRequest>) -> Result<Response<Self::ReadBlobStream>, Status> {
-        let blob = self.about()?.models.blob(request.into_inner()).await?;
+        let blob = self.models()?.blob(request.into_inner()).await?;
         Ok(Response::new(blob))
     }
 
@@ -227,11 +227,17 @@ impl Server for Face {
         let order = order.ok_or_else(|| Status::invalid_argument("the first message has no order"))?;
         let stop = about.stop.clone();
         // A graceful stop does not wait for gigabytes: what has come is kept.
-        Ok(Response::new(Box::pin(about.models.copy(order, messages).take_until(stop.cancelled_owned()))))
+        let copying = self.models()?.copy(order, messages);
+        Ok(Response::new(Box::pin(copying.take_until(stop.cancelled_owned()))))
     }
 }
 
 impl Face {
+    fn models(&self) -> Result<&Local, Status> {
+        let models = self.about()?.models.as_ref();
+        models.ok_or_else(|| Status::unimplemented("this server gives no models away and copies none"))
+    }
+
     fn about(&self) -> Result<&SelfDescription, Status> {
         let reason = "an agent describes itself; the state of the proxy is at GET /api/status";
         self.about.as_ref().ok_or_else(|| Status::unimplemented(reason))
