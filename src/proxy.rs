@@ -58,6 +58,7 @@ pub struct Proxy {
     shared: Shared,
     pool: Pool,
     guests: Guests,
+    models: Models,
     reloader: Arc<Reloader>,
     state: Option<State>,
     stop: CancellationToken,
@@ -123,6 +124,7 @@ impl Proxy {
         };
         let shared = Shared::new(cluster.clone());
         shared.affinity.set_key(key);
+        let models = about.models.clone();
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
             Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
@@ -174,6 +176,7 @@ impl Proxy {
         Ok(Self {
             address,
             shared,
+            models,
             pool,
             guests,
             reloader,
@@ -208,6 +211,11 @@ impl Proxy {
     /// What it knows of its servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.shared.cluster
+    }
+
+    /// What brings models to its servers.
+    pub fn models(&self) -> &Models {
+        &self.models
     }
 
     /// The state of its layers.

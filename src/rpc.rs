@@ -245,6 +245,11 @@ impl Server for Face {
 }
 
 impl Face {
+    fn models(&self) -> Result<&Local, Status> {
+        let models = self.about()?.models.as_ref();
+        models.ok_or_else(|| Status::unimplemented("this server gives no models away and copies none"))
+    }
+
     fn about(&self) -> Result<&SelfDescription, Status> {
         let reason = "an agent describes itself; the state of the proxy is at GET /api/status";
         self.about.as_ref().ok_or_else(|| Status::unimplemented(reason))
@@ -255,13 +260,6 @@ impl Face {
         if let Some(about) = &self.about {
             about.active.saw(session);
         }
-    }
-
-    fn models(&self) -> Result<&Local, Status> {
-        self.about()?
-            .models
-            .as_ref()
-            .ok_or_else(|| Status::unimplemented("models cannot be copied from or to this agent"))
     }
 
     /// A call with the key that its caller shows. Keys are the proxy's: what an agent is shown is not for the Ollama beside it.
