@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
 use crate::models::{self, desired, wake};
-use crate::{pool, scatter, security, sessions};
+use crate::{pool, scatter, security, sessions, state};
 
 pub use document::Complaint;
 use document::Document;
@@ -109,6 +109,8 @@ pub struct Config {
     pub desired: desired::Config,
     /// How servers that sleep are woken.
     pub wake: wake::Config,
+    /// What proxies share.
+    pub state: state::Config,
     /// Which layers are on.
     pub stack: stack::Table,
     /// How one of the candidates is picked.
@@ -204,6 +206,7 @@ impl Config {
     fn check(&self) -> Result<(), Wrong> {
         self.resolved_servers()?;
         self.checked_tls()?;
+        self.state.url.check().map_err(|what| Wrong { key: Key::of(["state", "url"]), what })?;
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
@@ -374,6 +377,7 @@ impl Config {
             tls: other.tls.clone(),
             spool: other.spool.clone(),
             sessions: other.sessions.clone(),
+            state: other.state.clone(),
             auth: auth::Config { file: other.auth.file.clone(), ..self.auth.clone() },
             ..self.clone()
         }

@@ -40,6 +40,7 @@ pub mod scatter;
 pub mod security;
 pub mod serve;
 pub mod sessions;
+pub mod state;
 pub mod status;
 pub mod telemetry;
 pub mod watch;

@@ -350,8 +350,8 @@ impl Models {
 
 /// What a server is known to have of a model, if its agent gives models away.
 fn held_by(server: &Server, model: &ModelName) -> Option<Held> {
-    let is_it = |held: &&Model| !held.digest.is_empty() && ModelName::parse(&held.name).as_ref() == Some(model);
-    server.report.models.iter().find(is_it).map(Held::of)
+    let mut models = server.report.models.iter();
+    models.find(|held| !held.digest.is_empty() && held.canonical() == Some(model)).map(|held| Held::of(held))
 }
 
 /// Whether a server has an agent that gives models away, as far as one knows: one that has none yet does not know itself.

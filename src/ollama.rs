@@ -23,8 +23,8 @@ use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 
 pub use connection::{Endpoint, EndpointError};
 pub use state::StateError;
-pub(crate) use state::{IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
-pub(crate) use weights::parameters;
+pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
+pub(crate) use weights::{Lore, parameters};
 
 use connection::{Link, Links};
 use exchange::Outgoing;
@@ -105,14 +105,27 @@ struct Inner {
     id: ServerId,
     links: Links,
     host: HeaderValue,
-    weights: Weights,
+    weights: Arc<Weights>,
 }
 
 impl Ollama {
     /// An Ollama at an address. Connects when it is first asked.
     pub fn new(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Self {
+        Self::with_lore(id, endpoint, connect_timeout, Lore::default())
+    }
+
+    /// The same of one of several, which share what they have learnt about models.
+    pub(crate) fn with_lore(id: ServerId, endpoint: Endpoint, connect_timeout: Duration, lore: Lore) -> Self {
         let host = endpoint.host_header();
-        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host, weights: Weights::default() }))
+        let weights = Arc::new(Weights::new(lore));
+        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host, weights }))
+    }
+
+    /// The same Ollama over a connection of its own that takes little room: for who asks for its state now and then, and
+    /// keeps the connection.
+    pub(crate) fn aside(&self) -> Self {
+        let Inner { id, links, host, weights } = &*self.0;
+        Self(Arc::new(Inner { id: id.clone(), links: links.small(), host: host.clone(), weights: weights.clone() }))
     }
 
     /// Its name.

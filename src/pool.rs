@@ -18,6 +18,7 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use http::HeaderValue;
 use http::header;
+use olol_middleware::affinity::Turn;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::{Member, Source};
 use olol_middleware::keys;
@@ -29,7 +30,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
-use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Ollama};
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Ollama};
 use crate::security::{Trust, Wire, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
@@ -167,13 +168,13 @@ enum Backend {
 }
 
 impl Backend {
-    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust, hop: &HeaderValue) -> Self {
+    fn new(spec: &ServerSpec, connect: Duration, trust: &Trust, hop: &HeaderValue, lore: &Lore) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
                 Self::Agent(Arc::new(grpc::Agent::new(id, endpoint, connect, &trust.over(spec.wire), hop)))
             }
-            Way::Ollama(endpoint) => Self::Ollama(Ollama::new(id, endpoint.clone(), connect)),
+            Way::Ollama(endpoint) => Self::Ollama(Ollama::with_lore(id, endpoint.clone(), connect, lore.clone())),
         }
     }
 
@@ -207,12 +208,15 @@ struct Context {
     deadline: Option<Instant>,
     session: String,
     request_id: String,
+    /// What its other proxies are to know of the conversation.
+    turn: Option<Turn>,
 }
 
 impl Context {
     fn of(call: &Call) -> Self {
         let session = call.headers.get("x-olol-session").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string() }
+        let turn = call.preferred.as_deref().map(|preferred| preferred.turn.clone()).filter(|turn| !turn.is_empty());
+        Self { deadline: call.deadline, session: session.to_owned(), request_id: call.id.to_string(), turn }
     }
 }
 
@@ -230,6 +234,9 @@ struct Inner {
     linger: Arc<Linger>,
     hop: HeaderValue,
     trust: Trust,
+    /// What the bare servers have told about models.
+    lore: Lore,
+    turns: Arc<health::Turns>,
 }
 
 /// Who is a member, and who watches it.
@@ -279,6 +286,8 @@ impl Pool {
             linger: Arc::new(Linger::new(config.load_linger_s.time(), config.load_linger_max)),
             hop: hop.clone(),
             trust: trust.clone(),
+            lore: Lore::default(),
+            turns: Arc::default(),
         }));
         pool.set(Source::Static, servers);
         pool
@@ -350,7 +359,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
-            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust, &self.0.hop))));
+            self.put(index, Some(&Arc::new(Backend::new(spec, connect, &self.0.trust, &self.0.hop, &self.0.lore))));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });
         }
@@ -377,11 +386,11 @@ impl Pool {
 
     /// Keeps true what is known of one server.
     fn keep_true(&self, index: usize) -> AbortOnDropHandle<()> {
-        let (cluster, config) = (self.0.cluster.clone(), self.0.config.clone());
+        let (cluster, config, turns) = (self.0.cluster.clone(), self.0.config.clone(), self.0.turns.clone());
         let backend = self.0.backend(index);
         AbortOnDropHandle::new(tokio::spawn(async move {
             if let Some(backend) = backend {
-                health::keep_true(cluster, index, backend, config).await;
+                health::keep_true(cluster, index, backend, config, turns).await;
             }
         }))
     }

@@ -38,6 +38,7 @@ use crate::security::Trust;
 use crate::security::tls::{Acceptor, Connector};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::Sessions;
+use crate::state::State;
 use crate::status::About;
 
 /// Time between two rounds of keeping histograms small.
@@ -54,6 +55,7 @@ pub struct Proxy {
     address: SocketAddr,
     shared: Shared,
     reloader: Arc<Reloader>,
+    state: Option<State>,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
@@ -85,13 +87,17 @@ impl Proxy {
         let hop = HeaderValue::from_str(&instance)?;
         let listed = config.listed()?;
         let trust = trust(config, &listed)?;
+        let state = State::of(&config.state)?;
+        // Without agents nobody needs to have the same token, and what is told goes by the store.
+        let has_no_token = state.is_some() && !listed.has_agents();
+        let key = trust.turn_key().filter(|_| !has_no_token).unwrap_or_default();
         let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let cluster = pool.cluster().clone();
         let file = source.as_ref().and_then(|source| source.file.clone());
         let running = Running::new(config.clone());
         let started = SystemTime::now();
-        let sessions = Sessions::new(config.sessions.clone(), SESSIONS);
+        let sessions = Sessions::shared(config.sessions.clone(), SESSIONS, state.clone());
         let pins = config.sessions.folder().map(|folder| folder.join(PINS));
         let desired = Desired::open(running.clone(), pins)?;
         let about = About {
@@ -104,8 +110,10 @@ impl Proxy {
             sessions: sessions.clone(),
             desired: desired.clone(),
             models: Models::new(pool.clone(), running.clone()),
+            state: state.clone(),
         };
         let shared = Shared::new(cluster.clone());
+        shared.affinity.set_key(key);
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
             Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
@@ -114,6 +122,7 @@ impl Proxy {
             }
             keys => keys?,
         };
+        let sharing = state.as_ref().map(|state| [state.start(&shared), sessions.keep_shared()]);
         let watching = pool.watch();
         names.set(listed.names);
         let settled = names.settled();
@@ -148,7 +157,16 @@ impl Proxy {
             first_status.first_status().await;
             serving.await
         });
-        Ok(Self { address, shared, reloader, stop, running, _watching: watching, _tasks: vec![upkeep, keys, tasks] })
+        Ok(Self {
+            address,
+            shared,
+            reloader,
+            state,
+            stop,
+            running,
+            _watching: watching,
+            _tasks: [upkeep, keys, tasks].into_iter().chain(sharing.into_iter().flatten()).collect(),
+        })
     }
 
     /// Reads its configuration again.
@@ -169,6 +187,11 @@ impl Proxy {
     /// The state of its layers.
     pub fn shared(&self) -> &Shared {
         &self.shared
+    }
+
+    /// What it shares with other proxies, if it does.
+    pub fn state(&self) -> Option<&State> {
+        self.state.as_ref()
     }
 
     /// Takes nothing new, lets answers finish, and returns whether all of them did in time.

@@ -4,6 +4,7 @@
 //! an agent, or down the proxy's stack.
 
 mod sessions;
+mod turns;
 mod typed;
 mod watching;
 
@@ -32,10 +33,11 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::models::local::Local;
-use crate::ollama::Ask;
+use crate::ollama::{Ask, HOP};
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
 
+pub use turns::{told, wire};
 pub use watching::{Callers, Calling, Told};
 
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
@@ -96,7 +98,9 @@ impl Server for Face {
     async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
         let (metadata, _, mut messages) = request.into_parts();
         let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("the call has no message"))?;
-        let head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
+        let mut head = first.head.ok_or_else(|| Status::invalid_argument("the first message has no head"))?;
+        let turn =
+            self.about.as_ref().zip(head.turn.take()).map(|(about, turn)| (about.callers.clone(), caller(&head), turn));
         let deadline = Duration::from_millis(head.deadline_ms);
         let length = length(&head);
         let is_upload = Route::find(&head.path) == Some(Route::Blob);
@@ -114,6 +118,9 @@ impl Server for Face {
                 .map_err(|_| Status::deadline_exceeded("the caller stopped waiting"))?
         };
         let Reply { status, headers, mut body } = reply.map_err(|error| failure(&error))?;
+        if let Some((callers, caller, turn)) = turn.filter(|_| status.is_success()) {
+            callers.turns().answered(&caller, turn);
+        }
         // What came with the head goes with the head.
         let first = body.next().now_or_never().flatten();
         let (first, broken) = match first {
@@ -260,6 +267,12 @@ impl Face {
 fn length(head: &RelayHead) -> Option<u64> {
     let length = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"))?;
     std::str::from_utf8(&length.value).ok()?.parse().ok()
+}
+
+/// Who sends a call, if it says.
+fn caller(head: &RelayHead) -> Bytes {
+    let hop = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case(HOP.as_str()));
+    hop.map(|header| header.value.clone()).unwrap_or_default()
 }
 
 fn whole(body: Bytes) -> Payload {

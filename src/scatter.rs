@@ -5,6 +5,7 @@
 
 mod blobs;
 mod merge;
+mod needed;
 mod progress;
 mod pull;
 mod status;
@@ -64,6 +65,7 @@ struct Common {
     spool: blobs::Spool,
     models: Models,
     status: status::Status,
+    needed: needed::Needed,
 }
 
 impl<F: Fleet> Scatter<F> {
@@ -72,7 +74,8 @@ impl<F: Fleet> Scatter<F> {
         let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
         let models = about.models.clone();
         let status = status::Status::new(shared.clone(), about);
-        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), models, status });
+        let (spool, needed) = (blobs::Spool::new(config), needed::Needed::default());
+        let shared = Arc::new(Common { cluster, spool, models, status, needed });
         Self { pick: Pick::new(fleet, picking), shared }
     }
 }

@@ -51,6 +51,13 @@ pub enum Wire {
 }
 
 impl Trust {
+    /// The key of what proxies tell each other of conversations, by way of the agents: it comes from the token, so that nobody
+    /// else can try guesses. Machines that know each other by certificates may have a token each, and talk over TLS alone.
+    pub fn turn_key(&self) -> Option<u64> {
+        let token = self.token.as_ref().filter(|_| self.tls.is_none())?;
+        Some(token.number(b"olol turns"))
+    }
+
     /// What is shown to a server that is reached so.
     #[must_use]
     pub fn over(&self, wire: Wire) -> Self {

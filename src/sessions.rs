@@ -8,6 +8,7 @@
 //! is one process's: another one that finds it taken says so to whoever asks for sessions, and serves everything else.
 
 mod record;
+mod shared;
 mod store;
 pub(crate) mod turn;
 
@@ -22,8 +23,12 @@ use olol_middleware::units::{SomeSeconds, Whole};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::sync::OnceCell;
+use tokio::task::JoinSet;
+
+use crate::state::State;
 
 pub use record::{Entry, Page, Session, Status};
+use shared::Shared;
 use store::{Running, Store};
 pub use turn::Turn;
 
@@ -192,6 +197,8 @@ struct Inner {
     config: Config,
     file: &'static str,
     store: OnceCell<Arc<Store>>,
+    /// What is shared with other proxies.
+    shared: Option<Arc<Shared>>,
     /// Whether there is a file that could not be opened when this began: another process may have had it.
     is_missed: AtomicBool,
 }
@@ -199,8 +206,14 @@ struct Inner {
 impl Sessions {
     /// Sessions in a file of this name. One that is there is opened; opening a large one that was not closed takes a while.
     pub fn new(config: Config, file: &'static str) -> Self {
-        let sessions =
-            Self(Arc::new(Inner { config, file, store: OnceCell::new(), is_missed: AtomicBool::new(false) }));
+        Self::shared(config, file, None)
+    }
+
+    /// The same sessions as those of other proxies that share this store, with a copy of each here.
+    pub fn shared(config: Config, file: &'static str, state: Option<State>) -> Self {
+        let shared = state.map(Shared::new).map(Arc::new);
+        let inner = Inner { config, file, store: OnceCell::new(), shared, is_missed: AtomicBool::new(false) };
+        let sessions = Self(Arc::new(inner));
         if sessions.0.path().is_ok_and(|path| path.exists()) {
             match sessions.0.open() {
                 Ok(store) => drop(sessions.0.store.set(store)),
@@ -213,6 +226,11 @@ impl Sessions {
         sessions
     }
 
+    /// Tells other proxies what they have missed, whenever the store is there again, until what is returned is dropped.
+    pub fn keep_shared(&self) -> JoinSet<()> {
+        shared::keep(self.clone())
+    }
+
     /// How many sessions there are, and the bytes of their histories.
     pub fn counts(&self) -> (u64, u64) {
         self.0.store.get().map_or((0, 0), |store| store.counts())
@@ -222,6 +240,10 @@ impl Sessions {
     pub async fn create(&self, visitor: &Visitor, wanted: Wanted) -> Result<(Arc<Session>, bool), Error> {
         let session = self.prepared(visitor, &wanted)?;
         let store = self.store().await?;
+        let key = session.key();
+        if let Some(shared) = &self.0.shared {
+            shared.refresh(&store, &key).await;
+        }
         let entries = wanted.messages.into_iter().map(Entry::sent).collect();
         let (found, is_new) = store.create(session, entries).await?;
         if !is_new && found.model_name != wanted.model {
@@ -229,6 +251,9 @@ impl Sessions {
                 "session '{}' is there already, for model '{}': end it first, or take another id",
                 found.session_id, found.model_name
             )));
+        }
+        if let Some(shared) = self.0.shared.as_ref().filter(|_| is_new) {
+            shared.created(&store, &key).await;
         }
         Ok((found, is_new))
     }
@@ -272,14 +297,14 @@ impl Sessions {
 
     /// A session, and whether it is in the midst of a turn.
     pub async fn find(&self, visitor: &Visitor, id: &str) -> Result<(Arc<Session>, bool), Error> {
-        let store = self.opened().await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+        let store = self.fresh(visitor, id).await?;
         let (session, running) = resolve(&store, visitor, id)?;
         Ok((session, running.is_busy()))
     }
 
     /// A session with its history.
     pub async fn export(&self, visitor: &Visitor, id: &str) -> Result<(Arc<Session>, bool, Vec<Entry>), Error> {
-        let store = self.opened().await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+        let store = self.fresh(visitor, id).await?;
         let (session, running) = resolve(&store, visitor, id)?;
         let entries = store.history(session.key()).await?;
         Ok((session, running.is_busy(), entries))
@@ -287,30 +312,68 @@ impl Sessions {
 
     /// Some of the sessions that somebody may see, in the order of their names, from behind one of them on.
     pub async fn list(&self, visitor: &Visitor, after: &str, limit: usize) -> Result<Page, Error> {
-        let Some(store) = self.opened().await? else { return Ok(Page::default()) };
-        Ok(store.list(|session| visitor.sees(session), after, limit))
+        let here = match self.opened().await? {
+            Some(store) => store.list(|session| visitor.sees(session), after, limit),
+            None => Page::default(),
+        };
+        let Some(shared) = &self.0.shared else { return Ok(here) };
+        let Ok((there, more)) = shared.list(visitor, after, limit).await else { return Ok(here) };
+        Ok(here.joined(there, more, limit))
     }
 
     /// Ends a session and forgets its history; the turns that it had.
     pub async fn end(&self, visitor: &Visitor, id: &str) -> Result<u64, Error> {
-        let store = self.opened().await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+        let store = self.fresh(visitor, id).await?;
         let (session, _) = resolve(&store, visitor, id)?;
+        if let Some(shared) = &self.0.shared {
+            shared.end(&session.key()).await;
+        }
         store.end(session.key()).await?.ok_or_else(|| Error::NotFound(id.to_owned()))
     }
 
     /// Begins a turn of a session with the messages that its client sends.
     pub async fn turn(&self, visitor: &Visitor, id: &str, sent: Vec<Value>) -> Result<Turn, Error> {
-        let store = self.opened().await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+        let store = self.fresh(visitor, id).await?;
         let (session, running) = resolve(&store, visitor, id)?;
         // From here on it does not leave.
         let busy = running.begin();
         let history = store.history(session.key()).await?;
-        Ok(Turn::new(store, session, busy, history, sent))
+        Ok(Turn::new((store, self.0.shared.clone()), session, busy, history, sent))
     }
 
     /// Whether it could be that there is such a session: what is asked of every request that names its conversation.
     pub fn may_know(&self) -> bool {
-        self.0.is_missed.load(Ordering::Relaxed) || self.counts().0 > 0
+        let is_shared = || self.0.shared.as_ref().is_some_and(|shared| shared.is_up());
+        self.0.is_missed.load(Ordering::Relaxed) || self.counts().0 > 0 || is_shared()
+    }
+
+    /// The store, with what is known elsewhere of the session that is meant.
+    async fn fresh(&self, visitor: &Visitor, id: &str) -> Result<Arc<Store>, Error> {
+        let not_found = || Error::NotFound(id.chars().take(LONGEST_ID).collect());
+        let Some(shared) = self.0.shared.as_ref().filter(|shared| shared.is_up()) else {
+            return self.opened().await?.ok_or_else(not_found);
+        };
+        let (bare, owner) = id.split_once('@').map_or((id, None), |(bare, owner)| (bare, Some(owner)));
+        record::check_id(bare)?;
+        let mut key = record::key(bare, owner.unwrap_or(&visitor.owner));
+        let opened = self.opened().await?;
+        let is_here = opened.as_ref().is_some_and(|store| store.find(&key).is_some());
+        let mut others = Vec::new();
+        // Who sees all may mean that of another.
+        if owner.is_none() && visitor.sees_all && !is_here && !shared.knows(&key).await {
+            others = shared.of_anybody(bare).await;
+            key = others.pop().unwrap_or(key);
+        }
+        let store = match opened {
+            Some(store) => store,
+            // Nobody needs a file for what is nowhere.
+            None if shared.knows(&key).await => self.store().await?,
+            None => return Err(not_found()),
+        };
+        for key in others.iter().chain([&key]) {
+            shared.refresh(&store, key).await;
+        }
+        Ok(store)
     }
 
     /// The store, made if there is none.

@@ -55,6 +55,8 @@ pub struct About {
     pub desired: Desired,
     /// What brings models to servers.
     pub models: Models,
+    /// What is shared with other proxies, if anything is.
+    pub state: Option<crate::state::State>,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -93,6 +95,9 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "collected_at": rfc3339(SystemTime::now()),
         }),
     );
+    if let Some(state) = &about.state {
+        summary["state"] = state.shown();
+    }
     summary
 }
 
@@ -135,7 +140,7 @@ fn registry(snapshot: &Snapshot) -> Value {
 }
 
 /// A version as something that can be put in order; a release candidate comes before its release.
-fn in_order(version: &str) -> (Vec<u64>, bool) {
+pub(crate) fn in_order(version: &str) -> (Vec<u64>, bool) {
     let numbers = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
     (numbers, !version.contains('-'))
 }
@@ -259,6 +264,7 @@ mod tests {
             pool: pool.clone(),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
             models: Models::new(pool.clone(), running),
+            state: None,
         };
         (Shared::new(pool.cluster().clone()), about)
     }

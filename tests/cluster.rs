@@ -85,6 +85,27 @@ async fn when_every_server_is_silent_the_list_is_an_error() {
 }
 
 #[tokio::test]
+async fn a_list_of_many_servers_is_whole_without_all_being_asked() {
+    let cluster = Cluster::of(66).await.all_have("tiny");
+    cluster.server(42).has("rare");
+    let olol = Olol::start(&cluster, "").await;
+    let tags = olol.get("/api/tags").await;
+    assert_eq!((sorted(tags.names()), tags.header("x-olol-partial")), (names(["rare", "tiny"]), ""));
+    let is_of_a_list = |seen: &harness::Seen| seen.headers.get("x-olol-hop").is_some();
+    let asked = cluster.servers().iter().filter(|server| server.seen("/api/tags").iter().any(is_of_a_list)).count();
+    assert!(asked <= 2, "{asked}");
+    // Who was needed is silent, or gone: another is asked, and what nobody else has is missing.
+    cluster.server(42).dies();
+    let tags = olol.get("/api/tags").await;
+    assert_eq!((sorted(tags.names()), tags.header("x-olol-partial")), (names(["tiny"]), "42"));
+    // What comes to a bare server is found by those who ask for lists.
+    cluster.server(7).has("new");
+    while !olol.get("/api/tags").await.names().contains(&"new:latest".to_owned()) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
 async fn the_bytes_of_a_single_server_pass_unchanged() {
     for way in Way::BOTH {
         let cluster = Cluster::of(1).await.over(way);
@@ -415,6 +436,11 @@ async fn three_servers(way: Way) -> (Cluster, Olol) {
 
 fn names<const N: usize>(short: [&str; N]) -> Vec<String> {
     short.map(harness::store::full).to_vec()
+}
+
+fn sorted(mut names: Vec<String>) -> Vec<String> {
+    names.sort();
+    names
 }
 
 fn pull(model: &str) -> Request {

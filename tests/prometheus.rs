@@ -13,6 +13,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use harness::olol::{chat, chat_at_once, keep_alive, v1_chat};
+use harness::redis::Store;
 use harness::{Cluster, Connection, Gate, Olol, Request, patiently, until};
 use olol::keys::{self, Order};
 use olol_middleware::rate_limit::Limits;
@@ -120,6 +121,7 @@ struct World {
     cluster: Cluster,
     olol: Olol,
     _config: TempDir,
+    store: tokio::sync::Mutex<Store>,
     admin: String,
     ada: String,
     bob: String,
@@ -135,7 +137,8 @@ impl World {
         cluster.server(3).has("cold").has_loaded("other:q8_0").has("base:f16").says(["word "; 40]);
         let config = tempfile::tempdir().unwrap();
         let file = config.path().join("olol.toml");
-        std::fs::write(&file, CONFIG).unwrap();
+        let store = Store::start().await;
+        std::fs::write(&file, format!("{CONFIG}{}", store.toml())).unwrap();
         let olol = Olol::from_file(&cluster, &file).await;
         // No agent is there, and no graphics processor.
         let (memory, share) = (Space { used: 1, total: 2 }, Some(0.5));
@@ -147,7 +150,7 @@ impl World {
         let admin = add("admin", &Order { admin: true, ..Order::default() });
         let ada = add("ada", &Order::default());
         let bob = add("bob", &Order { limits: once, ..Order::default() });
-        let world = Self { cluster, olol, _config: config, admin, ada, bob };
+        let world = Self { cluster, olol, _config: config, store: store.into(), admin, ada, bob };
         let known = async {
             while world.ask(chat("tiny", "hi")).await != 200 {
                 tokio::task::yield_now().await;
@@ -196,6 +199,12 @@ impl World {
         cluster.server(2).stalls_before_head();
         self.ask(chat("mute", "hi")).await;
         self.queue().await;
+        // A store that is lost: the proxy looks for it twice a second.
+        let mut store = self.store.lock().await;
+        store.dies().await;
+        until("the store is missed", || !olol.shares()).await;
+        store.comes_back().await;
+        drop(store);
         olol.ask(&with(Request::post("/api/status/reload", ""), &self.admin)).await;
     }
 

@@ -37,6 +37,20 @@ async fn a_bare_ollama_tells_nothing_of_its_machine() {
 }
 
 #[tokio::test]
+async fn a_bare_ollama_is_looked_at_over_one_connection_and_tells_its_version_once() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let olol = Olol::start(&cluster, "pool.check-interval-ms = 100").await;
+    let server = cluster.server(0);
+    until("it is looked at again and again", || server.seen("/api/ps").len() > 8).await;
+    let seen = ["/api/tags", "/api/ps", "/api/version"].map(|path| server.seen(path));
+    let connections = seen.iter().flatten().filter(|seen| !seen.is_reused).count();
+    assert!(connections < 3 && seen[2].len() < 3, "{connections} connections, {} versions", seen[2].len());
+    // What is not as before is read.
+    server.has("new").keeps_loaded("tiny");
+    until("it is known", || olol.knows_of(0, "new").0 && olol.knows_of(0, "tiny").1).await;
+}
+
+#[tokio::test]
 async fn a_change_that_nobody_made_through_us_is_known_within_a_tenth_of_a_second() {
     let cluster = Cluster::of(1).await.over(Way::Agents).all_have("tiny");
     let olol = Olol::start(&cluster, "").await;

@@ -18,6 +18,7 @@ mod rendezvous;
 mod table;
 #[cfg(test)]
 mod tests;
+mod turn;
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -35,6 +36,7 @@ pub use self::placed::{Placed, Source};
 pub use self::rendezvous::suits;
 pub use self::table::Table;
 use self::table::{Seen, mark};
+pub use self::turn::Turn;
 use crate::call::{Answer, Call, Preferred, Reply};
 use crate::cluster::{Server, Snapshot};
 use crate::error::Error;
@@ -131,10 +133,8 @@ struct Course {
     decided: Placed,
     /// What is known of the longest link that is.
     known: Option<(Link, Seen)>,
-    /// Whether it goes on from there.
-    goes_on: bool,
-    /// The links that are not known yet.
-    news: SmallVec<[u64; 4]>,
+    /// Where it goes on from, and the links that are not known yet.
+    turn: Turn,
     /// How its client named it.
     session: Option<HeaderValue>,
     /// Where the tokens of its answer are remembered, if it is of a kind that gives them.
@@ -201,14 +201,21 @@ impl Rules {
             }
             (Some(root), _) => self.begin(call, person.or(after).unwrap_or(root), &chain),
         };
+        let turn = Turn {
+            known: known.map(|(link, _)| self.table.keyed(link.hash)),
+            goes_on: after.is_some(),
+            news: chain.news(known.map(|(link, _)| link)).map(|link| self.table.keyed(link)).collect(),
+        };
+        if let Some(preferred) = &mut call.preferred {
+            preferred.turn = turn.clone();
+        }
         note(call, source, decided);
         Course {
             snapshot: call.candidates.snapshot().clone(),
             source,
             decided,
             known,
-            goes_on: after.is_some(),
-            news: chain.news(known.map(|(link, _)| link)).collect(),
+            turn,
             session,
             answers_under: (call.route == Route::Generate).then_some(place),
         }
@@ -240,7 +247,8 @@ impl Rules {
     /// A conversation that goes on: to who has its history, else to the next in the order of its key.
     fn go_on(&self, call: &mut Call, key: u64, chain: &Chain, link: Link, seen: &Seen, is_asked_again: bool) -> Placed {
         let balance = Balance::of(&call.candidates, &self.table, &self.config);
-        let candidate = |held| call.candidates.iter().find(|server| mark(&server.id) == held && server.is_usable());
+        let holds = |server: &Server, held| mark(&server.id) == held && !server.share.has_forgotten(seen);
+        let candidate = |held| call.candidates.iter().find(|server| holds(server, held) && server.is_usable());
         let holders: SmallVec<[&Arc<Server>; CHOICES]> = seen.holders().filter_map(candidate).collect();
         if let (Some(home), false) = (holders.first(), call.dry) {
             balance.find(home);
@@ -267,6 +275,7 @@ impl Rules {
             holders: holders.iter().map(|server| server.index).collect(),
             cached: link.bytes,
             prompt: chain.bytes(),
+            turn: Turn::default(),
         }));
         if stays { Placed::Hit } else { decided }
     }
@@ -276,12 +285,8 @@ impl Rules {
         if course.decided == Placed::None {
             return;
         }
-        if let Some((link, _)) = course.known {
-            self.table.learn_more(link.hash, &server.id, course.goes_on);
-        }
-        course.news.iter().for_each(|link| self.table.learn(*link, &server.id));
-        let turns = self.table.count_turn();
-        server.share.count_turn(balance::half_life(turns, course.snapshot.servers.len()));
+        self.table.answered(&course.turn, server, course.snapshot.servers.len());
+        self.table.tell_others(&course.turn, server);
     }
 }
 

@@ -19,6 +19,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use crate::affinity::Turn;
 use crate::circuit::Limits;
 use crate::cluster::{Candidates, Known};
 use crate::error::Error;
@@ -151,6 +152,8 @@ pub struct Preferred {
     pub cached: u32,
     /// How long the prompt is, in bytes of the body; 0: not known.
     pub prompt: u32,
+    /// What its server tells the other proxies of it.
+    pub turn: Turn,
 }
 
 /// How what a server gets differs from what the client sent.

@@ -4,11 +4,12 @@
 //! a second; what a server is doing right now is a handful of atomics beside it. Reading takes no lock.
 
 mod found;
+mod held;
 mod servers;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -17,7 +18,7 @@ use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::affinity::Share;
+use crate::affinity::{Share, Table, Turn};
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
 use crate::names::{ModelName, ServerId};
@@ -28,10 +29,13 @@ use crate::slots::Load;
 use crate::vitals::{self, Vitals};
 
 use found::{Finding, Found};
+pub use held::{Held, Kept};
 pub use servers::{Iter, Servers};
 
 /// Shortest time between two snapshots.
 const REBUILD_PAUSE: Duration = Duration::from_millis(50);
+/// The same where nothing has changed that decides anything.
+const REBUILD_LATER: Duration = Duration::from_secs(1);
 
 /// The most servers that a process ever knows: each keeps its place, also when it has left.
 pub const MOST_SERVERS: usize = 8192;
@@ -134,7 +138,7 @@ pub struct Report {
 }
 
 /// A model on a server's disk.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Model {
     /// The name as the server lists it.
     pub name: String,
@@ -226,7 +230,7 @@ pub struct Server {
     /// Who named it.
     pub source: Source,
     /// What it said last.
-    pub report: Arc<Report>,
+    pub report: Arc<Kept>,
     /// Live: what it is doing for us.
     pub load: Arc<Load>,
     /// Live: whether it is left alone, after how the last calls went.
@@ -289,18 +293,17 @@ pub struct Known {
 pub struct Make {
     /// Who says so.
     pub servers: Bits,
-    report: Arc<Report>,
-    at: usize,
+    held: Held,
 }
 
 impl Make {
     /// The model, as one of them lists it.
     pub fn model(&self) -> &Model {
-        &self.report.models[self.at]
+        &self.held
     }
 
-    fn is_of(&self, model: &Model) -> bool {
-        self.model().kind() == model.kind()
+    fn is_of(&self, model: &Held) -> bool {
+        self.held.number() == model.number() || self.held.kind() == model.kind()
     }
 }
 
@@ -340,6 +343,12 @@ pub struct Bits(SmallVec<[u64; 2]>);
 impl Clone for Bits {
     fn clone(&self) -> Self {
         Self(SmallVec::from_slice(&self.0))
+    }
+}
+
+impl<'a> Extend<&'a Arc<Server>> for Bits {
+    fn extend<I: IntoIterator<Item = &'a Arc<Server>>>(&mut self, servers: I) {
+        servers.into_iter().for_each(|server| self.insert(server.index));
     }
 }
 
@@ -493,6 +502,10 @@ impl Candidates {
 pub struct Cluster {
     snapshot: ArcSwap<Snapshot>,
     book: Mutex<Book>,
+    /// Taken after the book, if both are.
+    shelf: Mutex<held::Shelf>,
+    /// Who has which conversations, where that is remembered.
+    conversations: OnceLock<Arc<Table>>,
     /// To go on with from a task that must not keep the cluster alive.
     this: Weak<Self>,
 }
@@ -503,7 +516,8 @@ struct Book {
     entries: Vec<Entry>,
     models: found::Before,
     rebuilt: Option<Instant>,
-    scheduled: bool,
+    /// When the next snapshot is due, if one is.
+    due: Option<Instant>,
 }
 
 impl Book {
@@ -528,7 +542,7 @@ struct Entry {
     since: SystemTime,
     failures: u32,
     refresh: Arc<Refresh>,
-    report: Arc<Report>,
+    report: Arc<Kept>,
     load: Arc<Load>,
     circuits: Arc<Circuits>,
     share: Arc<Share>,
@@ -544,22 +558,26 @@ struct Change {
     at: Instant,
     name: ModelName,
     /// What is there now; `None`: nothing.
-    model: Option<Model>,
+    model: Option<Held>,
 }
 
 impl Change {
-    fn apply(&self, report: &mut Report) {
-        let is_it = |name: &str| ModelName::parse(name).as_ref() == Some(&self.name);
+    fn apply(&self, report: &mut Kept) {
         match &self.model {
             // What a server says of a model is better than what is guessed of it.
-            Some(_) if report.models.iter().any(|held| is_it(&held.name)) => {}
-            Some(model) => report.models.push(model.clone()),
-            None => {
-                report.models.retain(|held| !is_it(&held.name));
-                report.loaded.retain(|loaded| !is_it(&loaded.name));
-            }
+            Some(_) if report.models.iter().any(|held| held.is(&self.name)) => {}
+            Some(model) => Arc::make_mut(&mut report.models).push(model.clone()),
+            None => remove(report, &self.name),
         }
     }
+}
+
+/// Takes a model out of what a server is said to have.
+fn remove(report: &mut Kept, name: &ModelName) {
+    if report.models.iter().any(|held| held.is(name)) {
+        Arc::make_mut(&mut report.models).retain(|held| !held.is(name));
+    }
+    report.loaded.retain(|loaded| ModelName::parse(&loaded.name).as_ref() != Some(name));
 }
 
 impl Entry {
@@ -634,10 +652,12 @@ impl Cluster {
     /// Begins with servers of which nothing is known.
     pub fn new(members: Vec<Member>) -> Arc<Self> {
         let entries = members.into_iter().map(Entry::new).collect();
-        let book = Book { entries, models: found::Before::new(), rebuilt: None, scheduled: false };
+        let book = Book { entries, models: found::Before::new(), rebuilt: None, due: None };
         let cluster = Arc::new_cyclic(|this| Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
+            shelf: Mutex::default(),
+            conversations: OnceLock::new(),
             this: this.clone(),
         });
         cluster.rebuild(&mut cluster.book());
@@ -717,43 +737,69 @@ impl Cluster {
     }
 
     /// A server said what it was at some moment after `since`: what calls have changed later still holds.
-    pub fn report_since(&self, index: usize, mut report: Report, since: Instant) {
+    pub fn report_since(&self, index: usize, report: Report, since: Instant) {
+        let Report { version, models, loaded } = report;
+        self.keep_since(index, &Arc::new(Kept { version, models: self.hold(models), loaded }), since);
+    }
+
+    /// Models, as they are kept.
+    pub fn hold(&self, models: Vec<Model>) -> Arc<Vec<Held>> {
+        let mut known = self.shelf();
+        // Collected, they would keep the room of what they are made from, which is ten times theirs.
+        let mut list = Vec::with_capacity(models.len());
+        list.extend(models.into_iter().map(|model| known.hold(model)));
+        Arc::new(list)
+    }
+
+    /// The same as [`Cluster::report_since`] of what is held already. Costs next to nothing if it is what is known.
+    pub fn keep_since(&self, index: usize, kept: &Arc<Kept>, since: Instant) {
         let mut book = self.book();
         let Some(entry) = book.member(index) else { return };
         entry.changes.retain(|change| change.at >= since);
-        entry.changes.iter().for_each(|change| change.apply(&mut report));
+        let mut kept = kept.clone();
+        for change in &entry.changes {
+            change.apply(Arc::make_mut(&mut kept));
+        }
         entry.meters.checked(true);
         entry.meters.health.good();
         entry.circuits.seen_well();
-        let same = entry.state == State::Up && entry.failures == 0 && *entry.report == report;
-        entry.failures = 0;
-        if same {
+        let was_well = entry.state == State::Up && entry.failures == 0;
+        if was_well && (Arc::ptr_eq(&entry.report, &kept) || *entry.report == *kept) {
             return;
         }
+        // Every call puts off when its model goes.
+        let pause = if was_well && entry.report.is_alike(&kept) { REBUILD_LATER } else { REBUILD_PAUSE };
         if entry.state != State::Up {
             tracing::info!(server = %entry.member.id, "server is up");
         }
+        entry.failures = 0;
         entry.is_now(State::Up, String::new());
-        entry.report = Arc::new(report);
-        self.changed(book);
-    }
-
-    /// A server said after `since` that it is as the snapshot has it.
-    pub fn still_since(&self, index: usize, since: Instant) {
-        let mut book = self.book();
-        let Some(entry) = book.member(index) else { return };
-        entry.changes.retain(|change| change.at >= since);
-        entry.meters.checked(true);
-        entry.circuits.seen_well();
-        if std::mem::take(&mut entry.failures) > 0 {
-            self.changed(book);
-        }
+        entry.report = kept;
+        self.changed_for(book, pause);
     }
 
     /// A server's agent told how its machine is.
     pub fn tell_vitals(&self, index: usize, vitals: Vitals) {
         if let Some(server) = self.snapshot().servers.get(index) {
             server.vitals.store(Some(Arc::new(vitals)));
+        }
+    }
+
+    /// Where it is remembered who has which conversations: of use only before anything is told.
+    pub(crate) fn remember_in(&self, conversations: Arc<Table>) {
+        // A second one would be another proxy's: there is one for a cluster.
+        let _ = self.conversations.set(conversations);
+    }
+
+    /// A server's agent told of turns that others have sent there, perhaps after its engine has lost all that it had cached.
+    pub fn tell_turns(&self, index: usize, forgets: bool, turns: &[Turn]) {
+        let snapshot = self.snapshot();
+        let (Some(server), Some(table)) = (snapshot.servers.get(index), self.conversations.get()) else { return };
+        if forgets {
+            table.forget(server);
+        }
+        for turn in turns {
+            table.told(turn, server, snapshot.servers.len());
         }
     }
 
@@ -791,18 +837,15 @@ impl Cluster {
 
     /// A server said that it does not have a model that it was believed to have.
     pub fn forget(&self, server: &ServerId, model: &ModelName) {
-        self.amend(server, |report| {
-            report.models.retain(|held| ModelName::parse(&held.name).as_ref() != Some(model));
-            report.loaded.retain(|loaded| ModelName::parse(&loaded.name).as_ref() != Some(model));
-        });
+        self.amend(server, |report| remove(report, model));
     }
 
     /// A call has brought a model to these servers. Known at once: the next call of the same client may need it.
     pub fn note_installed(&self, servers: &[ServerId], name: &ModelName, like: Option<&ModelName>) {
         self.note(servers, name, |report| {
-            let is_like = |held: &&Model| like.is_some() && ModelName::parse(&held.name).as_ref() == like;
-            let twin = report.models.iter().find(is_like).cloned().unwrap_or_default();
-            Some(Model { name: name.to_string(), ..twin })
+            let twin = like.and_then(|like| report.models.iter().find(|held| held.is(like)));
+            let twin = twin.map(Held::told).unwrap_or_default();
+            Some(self.shelf().hold(Model { name: name.to_string(), ..twin }))
         });
     }
 
@@ -811,14 +854,14 @@ impl Cluster {
         self.note(servers, name, |_| None);
     }
 
-    fn note(&self, servers: &[ServerId], name: &ModelName, model: impl Fn(&Report) -> Option<Model>) {
+    fn note(&self, servers: &[ServerId], name: &ModelName, model: impl Fn(&Kept) -> Option<Held>) {
         if servers.is_empty() {
             return;
         }
         let mut book = self.book();
         for entry in book.entries.iter_mut().filter(|entry| servers.contains(&entry.member.id)) {
             let change = Change { at: Instant::now(), name: name.clone(), model: model(&entry.report) };
-            let mut report = Report::clone(&entry.report);
+            let mut report = Kept::clone(&entry.report);
             change.apply(&mut report);
             entry.report = Arc::new(report);
             entry.changes.retain(|known| known.name != *name);
@@ -828,10 +871,10 @@ impl Cluster {
         self.rebuild(&mut book);
     }
 
-    fn amend(&self, server: &ServerId, change: impl FnOnce(&mut Report)) {
+    fn amend(&self, server: &ServerId, change: impl FnOnce(&mut Kept)) {
         let mut book = self.book();
         let Some(entry) = book.named(server) else { return };
-        let mut report = Report::clone(&entry.report);
+        let mut report = Kept::clone(&entry.report);
         change(&mut report);
         if report != *entry.report {
             entry.report = Arc::new(report);
@@ -872,7 +915,7 @@ impl Cluster {
     pub(crate) async fn catch_up(&self) {
         let due = {
             let book = self.book();
-            if !book.scheduled {
+            if book.due.is_none() {
                 return;
             }
             book.rebuilt.map(|last| last + REBUILD_PAUSE)
@@ -909,24 +952,33 @@ impl Cluster {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn shelf(&self) -> MutexGuard<'_, held::Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes a new snapshot now, or as soon as the pause after the last one is over.
-    fn changed(&self, mut book: MutexGuard<'_, Book>) {
-        if book.scheduled {
+    fn changed(&self, book: MutexGuard<'_, Book>) {
+        self.changed_for(book, REBUILD_PAUSE);
+    }
+
+    fn changed_for(&self, mut book: MutexGuard<'_, Book>, pause: Duration) {
+        let now = Instant::now();
+        let due = book.rebuilt.map_or(now, |last| last + pause);
+        if book.due.is_some_and(|sooner| sooner <= due) {
             return;
         }
-        let due = book.rebuilt.map_or_else(Instant::now, |last| last + REBUILD_PAUSE);
-        if due <= Instant::now() {
+        if due <= now {
             self.rebuild(&mut book);
             return;
         }
-        book.scheduled = true;
+        book.due = Some(due);
         let this = self.this.clone();
         tokio::spawn(async move {
             tokio::time::sleep_until(due).await;
             if let Some(cluster) = this.upgrade() {
                 let mut book = cluster.book();
                 // Somebody who could not wait may have done it in the meantime.
-                if book.scheduled {
+                if book.due.is_some_and(|due| due <= Instant::now()) {
                     cluster.rebuild(&mut book);
                 }
             }
@@ -952,7 +1004,7 @@ impl Cluster {
         let places = servers.iter().map(|server| (server.id.clone(), server.index)).collect();
         self.snapshot.store(Arc::new(Snapshot { servers, models, every, places }));
         book.rebuilt = Some(Instant::now());
-        book.scheduled = false;
+        book.due = None;
         // Who waits decides anew, now that the servers have changed.
         let all = book.models.values().map(|(_, runners)| runners).chain(&left);
         for runners in all.filter(|runners| !runners.line().is_empty()) {
@@ -974,7 +1026,7 @@ mod tests {
         assert_eq!(tiny.installed.iter().collect::<Vec<_>>(), [0, 1]);
         assert!(tiny.loaded.is_empty());
         cluster.note_loaded(&ServerId::new("1"), &tiny.name, true);
-        tokio::time::sleep(REBUILD_PAUSE).await;
+        cluster.catch_up().await;
         let loaded = cluster.snapshot().known(&tiny.name).unwrap().loaded.clone();
         assert_eq!(loaded.iter().collect::<Vec<_>>(), [1]);
     }
@@ -1063,6 +1115,47 @@ mod tests {
         let index = cluster.join(vec![member("new")])[0].unwrap();
         cluster.want_news_of(&ServerId::new("new"));
         cluster.news_wanted(index).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn servers_that_say_the_same_share_it() {
+        let cluster = Cluster::new(vec![member("0"), member("1")]);
+        let said = |modified_at: &str| {
+            let model = Model { name: "tiny".into(), modified_at: modified_at.to_owned(), ..Model::default() };
+            Report { models: vec![model], ..Report::default() }
+        };
+        cluster.report(0, said("2026-01-01"));
+        cluster.report(1, said("2026-01-02"));
+        cluster.catch_up().await;
+        let snapshot = cluster.snapshot();
+        let [one, other] = [0, 1].map(|index| &snapshot.servers[index].report.models[0]);
+        assert_eq!(one.number(), other.number());
+        assert_eq!((&*one.modified_at, &*other.modified_at), ("2026-01-01", "2026-01-02"));
+        assert_eq!(snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap().makes.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_a_model_goes_is_shown_later_than_what_decides_something() {
+        let cluster = testing::cluster(&[&["tiny"]]).await;
+        let said = |expires_at: &str| {
+            let loaded = Loaded { name: "tiny".into(), expires_at: expires_at.to_owned(), ..Loaded::default() };
+            let tiny = Model { name: "tiny".into(), ..Model::default() };
+            Report { models: vec![tiny], loaded: vec![loaded], ..Report::default() }
+        };
+        let shown = || cluster.snapshot().servers[0].report.loaded.first().map(|loaded| loaded.expires_at.clone());
+        cluster.report(0, said("1"));
+        cluster.catch_up().await;
+        tokio::time::sleep(REBUILD_PAUSE * 2).await;
+        cluster.report(0, said("2"));
+        tokio::time::sleep(REBUILD_PAUSE * 2).await;
+        assert_eq!(shown().as_deref(), Some("1"));
+        tokio::time::sleep(REBUILD_LATER).await;
+        assert_eq!(shown().as_deref(), Some("2"));
+        // Whatever decides something takes it along.
+        cluster.report(0, said("3"));
+        cluster.report(0, Report { version: "1".into(), ..said("4") });
+        tokio::time::sleep(REBUILD_PAUSE * 2).await;
+        assert_eq!(shown().as_deref(), Some("4"));
     }
 
     #[tokio::test(start_paused = true)]

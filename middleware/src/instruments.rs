@@ -16,7 +16,8 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_histogram, histogram};
 
 pub use self::observed::{
-    Process, Wish, observe, observe_build, observe_config, observe_process, observe_sessions, observe_wishes,
+    Process, Wish, observe, observe_build, observe_config, observe_process, observe_sessions, observe_state,
+    observe_wishes,
 };
 use crate::affinity::{Placed, Source};
 use crate::call::{Counters, End};
@@ -95,6 +96,8 @@ const SERVER_OTHERS: &str = "olol_server_others_in_flight";
 const SESSIONS: &str = "olol_sessions";
 const SESSIONS_BYTES: &str = "olol_sessions_bytes";
 const SESSION_TURNS: &str = "olol_session_turns_total";
+const STATE_UP: &str = "olol_state_up";
+const STATE_FAILURES: &str = "olol_state_failures_total";
 const SESSION_EVICTIONS: &str = "olol_session_evictions_total";
 const WISHED: &str = "olol_desired_replicas";
 const WISHED_HELD: &str = "olol_desired_replicas_held";
@@ -185,6 +188,8 @@ pub const NAMES: &[&str] = &[
     WISHED_HELD,
     WISH_ACTIONS,
     WAKES,
+    STATE_UP,
+    STATE_FAILURES,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -350,6 +355,11 @@ fn describe_sessions() {
         Unit::Count,
         "Sessions that had to leave, by why: idle for too long (expired), too many (sessions), too much (bytes)"
     );
+    describe_counter!(
+        STATE_FAILURES,
+        Unit::Count,
+        "Times that the store that proxies share did not answer, or not in time"
+    );
 }
 
 fn describe_wishes() {
@@ -383,7 +393,7 @@ pub fn begin() {
     for (name, label, values) in AT_ZERO {
         values.iter().for_each(|value| counter!(*name, *label => *value).increment(0));
     }
-    for name in [FAILOVERS, NO_BUDGET] {
+    for name in [FAILOVERS, NO_BUDGET, STATE_FAILURES] {
         counter!(name).increment(0);
     }
     for action in ["bring", "load"] {
@@ -411,6 +421,11 @@ pub fn session_turn(result: &'static str) {
 /// A session had to leave: `expired`, `sessions` or `bytes`.
 pub fn session_evicted(why: &'static str) {
     counter!(SESSION_EVICTIONS, "why" => why).increment(1);
+}
+
+/// The store that proxies share did not answer.
+pub fn state_failed() {
+    counter!(STATE_FAILURES).increment(1);
 }
 
 /// The metrics that are not of one server or one model. Handles are made once, at first use.

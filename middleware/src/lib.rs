@@ -68,6 +68,7 @@ pub mod trace;
 pub mod trail;
 pub mod units;
 pub mod vitals;
+pub mod window;
 
 #[cfg(test)]
 mod testing;

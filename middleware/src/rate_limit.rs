@@ -15,6 +15,7 @@ mod account;
 mod config;
 mod ledger;
 mod requests;
+mod spent;
 mod table;
 mod ticket;
 mod tokens;
@@ -42,6 +43,7 @@ use tokens::Estimate;
 
 pub use config::{Config, Limits, Models};
 pub use ledger::Ledger;
+pub use spent::Spent;
 
 /// What is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

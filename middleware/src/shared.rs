@@ -46,6 +46,8 @@ pub struct Shared {
 impl Shared {
     /// Fresh state around a cluster.
     pub fn new(cluster: Arc<Cluster>) -> Self {
+        let affinity: Arc<affinity::Table> = Arc::default();
+        cluster.remember_in(affinity.clone());
         Self {
             cluster,
             instruments: Arc::default(),
@@ -55,7 +57,7 @@ impl Shared {
             limits: Arc::default(),
             picking: Arc::default(),
             queue: Arc::default(),
-            affinity: Arc::default(),
+            affinity,
             works: Arc::default(),
             budget: Arc::default(),
             hedges: Arc::default(),

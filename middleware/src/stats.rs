@@ -4,22 +4,16 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
-use tokio::time::Instant;
 
 use crate::call::Counters;
 use crate::runner::Average;
 use crate::time::{unix_ms, unix_ms_now};
-
-/// Slots of the sliding window.
-const SLOTS: u32 = 12;
-/// Seconds that each of them covers.
-const SLOT_S: u32 = 5;
+use crate::window::{LastMinute, Sums};
 
 /// Counts, decayed averages, and the last minute. Whoever adds takes no lock.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Stats {
-    born: Instant,
-    window: [Slot; SLOTS as usize],
+    window: LastMinute,
     attempts: AtomicU64,
     failures: AtomicU64,
     prompt_tokens: AtomicU64,
@@ -32,46 +26,20 @@ pub struct Stats {
     pub per_token: Average,
 }
 
-#[derive(Debug, Default)]
-struct Slot {
-    /// Which slot since the beginning; what is older than the window counts for nothing.
-    number: AtomicU32,
-    attempts: AtomicU32,
-    failures: AtomicU32,
-}
-
-impl Default for Stats {
-    fn default() -> Self {
-        Self {
-            born: Instant::now(),
-            window: Default::default(),
-            attempts: AtomicU64::new(0),
-            failures: AtomicU64::new(0),
-            prompt_tokens: AtomicU64::new(0),
-            output_tokens: AtomicU64::new(0),
-            response: Average::default(),
-            first_token: Average::default(),
-            per_token: Average::default(),
-        }
-    }
-}
-
 impl Stats {
     /// An attempt had an answer, or not.
     pub fn attempt(&self, answered: bool) {
         self.attempts.fetch_add(1, Ordering::Relaxed);
-        let slot = self.slot();
-        slot.attempts.fetch_add(1, Ordering::Relaxed);
+        self.window.add(Sums { calls: 1, failures: u32::from(!answered), ..Sums::default() });
         if !answered {
             self.failures.fetch_add(1, Ordering::Relaxed);
-            slot.failures.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// An answer broke off after its head.
     pub fn broke(&self) {
         self.failures.fetch_add(1, Ordering::Relaxed);
-        self.slot().failures.fetch_add(1, Ordering::Relaxed);
+        self.window.add(Sums { failures: 1, ..Sums::default() });
     }
 
     /// An answer was whole; so long after its request.
@@ -97,39 +65,12 @@ impl Stats {
 
     /// Attempts a second over the last minute, or since there were any.
     pub fn per_second(&self) -> f64 {
-        let lived = self.born.elapsed().as_secs_f64();
-        // The slot that runs now is not full.
-        let covered = f64::from((SLOTS - 1) * SLOT_S) + lived % f64::from(SLOT_S);
-        f64::from(self.last_minute().0) / covered.min(lived).max(1.0)
+        self.window.per_second()
     }
 
     /// The share of the attempts of the last minute that failed; `None` without any.
     pub fn error_rate(&self) -> Option<f64> {
-        let (attempts, failures) = self.last_minute();
-        (attempts > 0).then(|| (f64::from(failures) / f64::from(attempts)).min(1.0))
-    }
-
-    fn last_minute(&self) -> (u32, u32) {
-        let now = self.number();
-        let counts = self.window.iter().filter(|slot| now - slot.number.load(Ordering::Relaxed).min(now) < SLOTS);
-        counts.fold((0, 0), |(attempts, failures), slot| {
-            (attempts + slot.attempts.load(Ordering::Relaxed), failures + slot.failures.load(Ordering::Relaxed))
-        })
-    }
-
-    fn number(&self) -> u32 {
-        u32::try_from(self.born.elapsed().as_secs()).unwrap_or(u32::MAX) / SLOT_S
-    }
-
-    /// The slot of this moment, emptied if it is an old one. Two that come at once may lose a count: it is an estimate.
-    fn slot(&self) -> &Slot {
-        let number = self.number();
-        let slot = &self.window[(number % SLOTS) as usize];
-        if slot.number.swap(number, Ordering::Relaxed) != number {
-            slot.attempts.store(0, Ordering::Relaxed);
-            slot.failures.store(0, Ordering::Relaxed);
-        }
-        slot
+        self.window.sums().error_rate()
     }
 }
 

@@ -1,11 +1,11 @@
 //! The calls that pass through an agent: how many there are, how the last minute's went, and how far pulls have come.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use olol_middleware::call::{Outcome, Watcher};
 use olol_middleware::time::unix_ms_now;
+use olol_middleware::window::{LastMinute, Sums};
 use olol_middleware::{Chunk, End};
 use olol_proto::v1::ServerMetrics;
 use serde::Deserialize;
@@ -13,69 +13,27 @@ use tokio::time::Instant;
 
 use crate::rpc::Calling;
 
-/// Seconds that figures look back.
-const WINDOW: u64 = 60;
 /// Layers of a pull whose progress is added up; more are in no model.
 const MOST_LAYERS: usize = 64;
 
-/// What was counted in one second.
+/// How the calls of the last minute went.
 #[derive(Debug, Default)]
-struct Second {
-    /// Which second it is.
-    number: AtomicU64,
-    calls: AtomicU32,
-    failed: AtomicU32,
-    micros: AtomicU64,
-}
-
-/// How the calls of the last minute went. Counting takes no lock; who counts when a second begins may be counted to another.
-#[derive(Debug)]
-pub(super) struct Figures {
-    born: Instant,
-    seconds: [Second; 60],
-}
-
-impl Default for Figures {
-    fn default() -> Self {
-        Self { born: Instant::now(), seconds: std::array::from_fn(|_| Second::default()) }
-    }
-}
+pub(super) struct Figures(LastMinute);
 
 impl Figures {
     /// A call is over.
     fn count(&self, took: Duration, failed: bool) {
-        // Zero stands for a second that never was.
-        let now = self.born.elapsed().as_secs() + 1;
-        let Some(second) = usize::try_from(now % WINDOW).ok().and_then(|at| self.seconds.get(at)) else { return };
-        if second.number.swap(now, Ordering::Relaxed) != now {
-            second.calls.store(0, Ordering::Relaxed);
-            second.failed.store(0, Ordering::Relaxed);
-            second.micros.store(0, Ordering::Relaxed);
-        }
-        second.calls.fetch_add(1, Ordering::Relaxed);
-        second.failed.fetch_add(u32::from(failed), Ordering::Relaxed);
-        second.micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(0), Ordering::Relaxed);
+        self.0.add(Sums { calls: 1, failures: u32::from(failed), took });
     }
 
     /// The figures of the last minute, or of the time since the start if that is shorter.
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    #[expect(clippy::cast_possible_truncation, reason = "figures for people")]
     pub(super) fn last_minute(&self) -> ServerMetrics {
-        let age = self.born.elapsed();
-        let now = age.as_secs() + 1;
-        let (mut calls, mut failed, mut micros) = (0, 0, 0);
-        for second in &self.seconds {
-            let number = second.number.load(Ordering::Relaxed);
-            if number > 0 && number + WINDOW > now {
-                calls += second.calls.load(Ordering::Relaxed);
-                failed += second.failed.load(Ordering::Relaxed);
-                micros += second.micros.load(Ordering::Relaxed);
-            }
-        }
-        let all = (calls as f32).max(1.0);
+        let sums = self.0.sums();
         ServerMetrics {
-            response_time_seconds: micros as f32 / 1e6 / all,
-            requests_per_second: calls as f32 / age.as_secs_f32().clamp(1.0, WINDOW as f32),
-            error_rate: failed as f32 / all,
+            response_time_seconds: (sums.took / sums.calls.max(1)).as_secs_f32(),
+            requests_per_second: self.0.per_second() as f32,
+            error_rate: sums.error_rate().unwrap_or(0.0) as f32,
             collected_at_ms: unix_ms_now(),
         }
     }
@@ -227,7 +185,7 @@ mod tests {
         let last = figures.last_minute();
         assert!(last.requests_per_second < 0.001 && last.error_rate < 0.001, "{last:?}");
         figures.count(Duration::from_secs(1), false);
-        assert!((figures.last_minute().requests_per_second - 1.0 / 60.0).abs() < 0.001);
+        assert!((figures.last_minute().requests_per_second - 1.0 / 60.0).abs() < 0.002);
     }
 
     #[test]

@@ -247,7 +247,12 @@ impl Shared {
             return result;
         }
         let online = book.disk.is_well() && book.memory.is_well();
-        news |= online != std::mem::replace(&mut book.online, online);
+        let was_online = std::mem::replace(&mut book.online, online);
+        news |= online != was_online;
+        if was_online && !online {
+            // Whatever comes back has nothing cached.
+            self.callers.turns().forget();
+        }
         let told = Told { state: self.state(&book), models: book.models.clone(), loaded: book.loaded.clone() };
         drop(book);
         self.told.send_if_modified(|old| old.replace(Arc::new(told)).is_none() || news);

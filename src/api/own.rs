@@ -110,6 +110,7 @@ fn page(known: &Known) -> String {
         observed,
         sessions,
         instruments::observe_wishes(&known.about.desired.wishes()),
+        instruments::observe_state(known.about.state.as_ref().map(crate::state::State::is_up)),
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
@@ -182,6 +183,9 @@ async fn drain(State(known): State<Known>, Path((server, what)): Path<(String, S
         let names: Vec<&str> = snapshot.servers.iter().map(|server| server.id.as_str()).take(20).collect();
         let error = format!("there is no server '{server}'; the servers are {}", names.join(", "));
         return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+    }
+    if let Some(state) = &known.about.state {
+        state.drain(&id, draining);
     }
     let in_flight = cluster.snapshot().server(&id).map_or(0, |server| server.load.in_flight());
     axum::Json(json!({"server": server, "draining": draining, "in_flight": in_flight})).into_response()

@@ -51,7 +51,7 @@ impl Flags {
         if let Some(threads) = self.threads {
             source = source.with(Set::Threads(threads), Origin::Flag("--threads"));
         }
-        self.token.onto(with_origins(source))
+        self.token.onto(with_origins(source).with_store())
     }
 }
 

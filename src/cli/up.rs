@@ -76,7 +76,7 @@ impl Arguments {
             source = source
                 .with(Set::Port(port), if is_flag { Origin::Flag("--port") } else { Origin::Environment("OLOL_PORT") });
         }
-        Ok(self.token.onto(with_origins(source))?)
+        Ok(self.token.onto(with_origins(source).with_store())?)
     }
 
     async fn start(self, source: Source) -> anyhow::Result<Running> {

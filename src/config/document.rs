@@ -118,7 +118,7 @@ impl Document {
         Place {
             line: before.matches('\n').count() + 1,
             column: self.text[line_start..start].chars().count() + 1,
-            content: content.replace('\t', " "),
+            content: crate::state::masked(content).replace('\t', " "),
             length: marked.chars().count().max(1),
         }
     }

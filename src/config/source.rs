@@ -9,6 +9,7 @@ use super::document::Document;
 use super::key::{self, Key};
 use super::{Config, ConfigError, Threads};
 use crate::security::Token;
+use crate::state::{self, Url};
 
 /// The server that is asked when none is named: an agent on this machine.
 pub(super) const USUAL_SERVER: &str = "localhost:50051";
@@ -52,6 +53,17 @@ pub enum Set {
     TokenFile(PathBuf),
     /// The token of the cluster itself.
     Token(Token),
+    /// `state.url`
+    State(Url),
+}
+
+impl Source {
+    /// The same with the store that the environment names, if it does.
+    #[must_use]
+    pub fn with_store(self) -> Self {
+        let url = std::env::var(state::VARIABLE).unwrap_or_default();
+        if url.is_empty() { self } else { self.with(Set::State(Url::new(url)), Origin::Environment(state::VARIABLE)) }
+    }
 }
 
 /// Where a value comes from.
@@ -138,6 +150,7 @@ impl Set {
             Self::Keys(_) => &["auth.file"],
             Self::Sessions(_) => &["sessions.dir"],
             Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
+            Self::State(_) => &["state.url"],
         }
     }
 
@@ -153,6 +166,7 @@ impl Set {
                 (config.security.token_file, config.security.token) = (file.clone(), None);
             }
             Self::Token(token) => config.security.token = Some(token.clone()),
+            Self::State(url) => config.state.url.clone_from(url),
             Self::Threads(threads) => (config.threads, config.proxy.threads) = (*threads, *threads),
         }
     }

@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -26,6 +27,9 @@ use super::exchange::Outgoing;
 const KEEP_IDLE: usize = 512;
 /// An idle connection is closed after this time.
 const IDLE_FOR: Duration = Duration::from_secs(60);
+
+/// What a small connection reads at once, bytes. Others take what comes, up to hundreds of kilobytes, and keep the room.
+const SMALL: usize = 8 << 10;
 
 /// An idle connection is not looked at again within this time.
 const BELIEVED: Duration = Duration::from_millis(10);
@@ -201,13 +205,27 @@ impl<F: Future<Output = hyper::Result<Response<Incoming>>>> Future for Asking<F>
 pub(super) struct Links {
     endpoint: Endpoint,
     timeout: Duration,
+    /// Whether connections take as little room as they can.
+    are_small: bool,
+    /// Connections that were made so far.
+    made: AtomicU64,
     #[expect(clippy::vec_box, reason = "a link is more than a kilobyte, and goes from hand to hand with every call")]
     idle: Mutex<Vec<Box<Link>>>,
 }
 
 impl Links {
     pub(super) fn new(endpoint: Endpoint, timeout: Duration) -> Self {
-        Self { endpoint, timeout, idle: Mutex::new(Vec::new()) }
+        Self { endpoint, timeout, are_small: false, made: AtomicU64::new(0), idle: Mutex::new(Vec::new()) }
+    }
+
+    /// Others to the same server that take little room.
+    pub(super) fn small(&self) -> Self {
+        Self { are_small: true, ..Self::new(self.endpoint.clone(), self.timeout) }
+    }
+
+    /// Connections that were made so far: whoever answers is the same process as long as there is none more.
+    pub(super) fn made(&self) -> u64 {
+        self.made.load(Ordering::Relaxed)
     }
 
     pub(super) fn endpoint(&self) -> &Endpoint {
@@ -231,7 +249,9 @@ impl Links {
         let limit = limit.unwrap_or(self.timeout);
         let connecting = async {
             let io = TokioIo::new(self.endpoint.connect().await?);
-            let (sender, connection) = http1::Builder::new().handshake(io).await?;
+            let (sender, connection) =
+                http1::Builder::new().read_buf_exact_size(self.are_small.then_some(SMALL)).handshake(io).await?;
+            self.made.fetch_add(1, Ordering::Relaxed);
             Ok(Box::new(Link { sender, connection, closed: false, idle_since: Instant::now() }))
         };
         match tokio::time::timeout(limit, connecting).await {

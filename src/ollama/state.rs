@@ -1,17 +1,22 @@
 //! What an Ollama says of itself: version, models on its disk, models in its memory.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use olol_middleware::cluster::{Loaded, Model, Report};
-use olol_middleware::{BoxError, ModelName};
+use olol_middleware::cluster::{Kept, Loaded, Model};
+use olol_middleware::{BoxError, Cluster, ModelName};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use super::{Ask, Ollama};
 
 /// The longest answer to one question about its state, bytes.
 const LONGEST: usize = 64 << 20;
+
+/// A version is asked for again after this time even from who has not gone: something may stand before it.
+const BELIEVED: Duration = Duration::from_secs(30);
 
 /// Why there is no state.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +32,38 @@ pub enum StateError {
         /// What is wrong with the answer.
         source: BoxError,
     },
+}
+
+/// What an Ollama has told of itself so far. What it says again is not read again.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    kept: Arc<Kept>,
+    /// Fingerprints of the lists that were read.
+    disk: Option<u64>,
+    memory: Option<u64>,
+    /// With which connection, and when, it told its version.
+    version: Option<(u64, Instant)>,
+}
+
+impl Heard {
+    /// Changes what is kept, if that is a change.
+    fn changes(&mut self, change: impl FnOnce(&mut Kept)) {
+        let mut kept = Kept::clone(&self.kept);
+        change(&mut kept);
+        if kept != *self.kept {
+            self.kept = Arc::new(kept);
+        }
+    }
+
+    /// A process does not change its version, nor does a connection its process.
+    fn knows_version(&self, ollama: &Ollama) -> bool {
+        self.version.is_some_and(|(made, at)| made == ollama.0.links.made() && at.elapsed() < BELIEVED)
+    }
+}
+
+/// What stands for an answer.
+fn print(answer: &[u8]) -> u64 {
+    rapidhash::v3::rapidhash_v3(answer)
 }
 
 #[derive(Deserialize)]
@@ -63,19 +100,42 @@ struct Details {
 }
 
 impl Ollama {
-    /// Asks for everything at once. While a model loads, Ollama does not say which models are in memory: after `patience`
-    /// those of the last report stand.
-    pub async fn report(&self, last: &[Loaded], patience: Duration) -> Result<Report, StateError> {
-        let in_memory = async {
-            match tokio::time::timeout(patience, self.told(IN_MEMORY)).await {
-                Ok(answer) => in_memory(&answer?),
-                Err(_) => Ok(last.to_vec()),
+    /// Asks for everything, one thing after the other over one connection. While a model loads, Ollama does not say which
+    /// models are in memory: after `patience` those of the last report stand.
+    pub(crate) async fn hear(
+        &self,
+        heard: &mut Heard,
+        cluster: &Cluster,
+        last: &[Loaded],
+        patience: Duration,
+    ) -> Result<Arc<Kept>, StateError> {
+        let disk = self.told(ON_DISK).await?;
+        if heard.disk != Some(print(&disk)) {
+            heard.disk = None;
+            let mut models = on_disk(&disk)?;
+            let is_whole = self.look_into(&mut models, patience / 2).await;
+            let models = cluster.hold(models);
+            heard.changes(|kept| kept.models = models);
+            heard.disk = is_whole.then(|| print(&disk));
+        }
+        drop(disk);
+        if !heard.knows_version(self) {
+            let version = self.version().await?;
+            heard.version = Some((self.0.links.made(), Instant::now()));
+            heard.changes(|kept| kept.version = version);
+        }
+        if let Ok(memory) = tokio::time::timeout(patience, self.told(IN_MEMORY)).await {
+            let memory = memory?;
+            if heard.memory != Some(print(&memory)) {
+                let loaded = in_memory(&memory)?;
+                heard.memory = Some(print(&memory));
+                heard.changes(|kept| kept.loaded = loaded);
             }
-        };
-        let (version, tags, loaded) = tokio::try_join!(self.version(), self.told(ON_DISK), in_memory)?;
-        let mut models = on_disk(&tags)?;
-        self.look_into(&mut models, patience / 2).await;
-        Ok(Report { version, models, loaded })
+        } else {
+            heard.memory = None;
+            heard.changes(|kept| kept.loaded = last.to_vec());
+        }
+        Ok(heard.kept.clone())
     }
 
     /// Its version alone.

@@ -1,11 +1,12 @@
 //! What models are made of, where that tells whether two names share a runner.
 //!
 //! Lists tell the digest of a model's manifest, which differs for the same weights with another template. Only `/api/show`
-//! tells the weights, in the Modelfile that it writes; so it is asked for models that look alike, once for each manifest.
+//! tells the weights, in the Modelfile that it writes; so it is asked for models that look alike, once for each manifest, and
+//! what one server has told need not be asked of another: a manifest is the same wherever its digest is.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use olol_middleware::cluster::Model;
 use olol_middleware::modelfile;
@@ -19,9 +20,40 @@ const LONGEST: usize = 64 << 20;
 /// Models whose weights are the same differ in size by less than this, bytes: templates, licences, parameters.
 const SLACK: u64 = 1 << 20;
 
-/// What was found out, by digest of the manifest; `None`: the server does not tell.
+/// Manifests that are remembered. When there are more, all are forgotten, and asked for again where they are needed.
+const MOST: usize = 16_384;
+
+/// What was found out about manifests, by their digests; shared by all servers.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lore(Arc<Mutex<HashMap<String, Made>>>);
+
+impl Lore {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Made>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, digest: &str) -> bool {
+        self.lock().contains_key(digest)
+    }
+
+    fn learn(&self, digest: String, made: Made) {
+        let mut known = self.lock();
+        if known.len() >= MOST {
+            known.clear();
+        }
+        known.insert(digest, made);
+    }
+}
+
+/// What is known of the models of one server.
 #[derive(Debug, Default)]
-pub(super) struct Weights(Mutex<HashMap<String, Option<Made>>>);
+pub(super) struct Weights {
+    lore: Lore,
+    /// Hashes of the digests of those about which it does not tell.
+    silent: Mutex<HashSet<u64>>,
+    /// The folder of the files, as it names it.
+    folder: Mutex<Option<PathBuf>>,
+}
 
 /// What a model is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,8 +63,6 @@ struct Made {
     architecture: String,
     context_length: u32,
     capabilities: Vec<String>,
-    /// The folder of the files, as the server names it.
-    folder: Option<PathBuf>,
 }
 
 /// The answer of `/api/show`, as far as it is of use here.
@@ -46,30 +76,51 @@ struct Shown {
 }
 
 impl Weights {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Made>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Nothing is known but what other servers have told.
+    pub(super) fn new(lore: Lore) -> Self {
+        Self { lore, ..Self::default() }
+    }
+
+    fn silent(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.silent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn folder(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.folder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The models about which the server must be asked. What is gone is forgotten.
     fn unknown(&self, models: &[Model]) -> Vec<(String, String)> {
-        let mut known = self.lock();
-        let here: HashSet<&str> = models.iter().map(|model| model.digest.as_str()).collect();
-        known.retain(|digest, _| here.contains(digest.as_str()));
+        let here: HashSet<u64> = models.iter().map(|model| hash(&model.digest)).collect();
+        let mut silent = self.silent();
+        silent.retain(|digest| here.contains(digest));
+        let lore = self.lore.lock();
         let mut asked = HashSet::new();
         // Older Ollamas do not list what their models can do.
         let tells_less = |model: &&Model| model.capabilities.is_empty() && !model.digest.is_empty();
         let unknown = alike(models).into_iter().chain(models.iter().filter(tells_less));
         unknown
-            .filter(|model| !known.contains_key(&model.digest) && asked.insert(model.digest.as_str()))
+            .filter(|model| !silent.contains(&hash(&model.digest)) && !lore.contains_key(&model.digest))
+            .filter(|model| asked.insert(model.digest.as_str()))
             .map(|model| (model.name.clone(), model.digest.clone()))
             .collect()
     }
 
+    fn learn(&self, digest: String, shown: Option<(Made, Option<PathBuf>)>) {
+        let Some((made, folder)) = shown else {
+            self.silent().insert(hash(&digest));
+            return;
+        };
+        self.lore.learn(digest, made);
+        let mut known = self.folder();
+        *known = known.take().or(folder);
+    }
+
     /// Writes down what is known.
     fn fill(&self, models: &mut [Model]) {
-        let known = self.lock();
+        let lore = self.lore.lock();
         for model in models {
-            if let Some(Some(made)) = known.get(&model.digest) {
+            if let Some(made) = lore.get(&model.digest) {
                 model.weights.clone_from(&made.weights);
                 model.parameters.clone_from(&made.parameters);
                 model.architecture.clone_from(&made.architecture);
@@ -84,36 +135,45 @@ impl Weights {
     }
 }
 
+fn hash(digest: &str) -> u64 {
+    rapidhash::v3::rapidhash_v3(digest.as_bytes())
+}
+
 impl Ollama {
     /// Finds out, as far as the caller's patience goes, which of these models have their weights in common. True if it went
     /// far enough.
     pub(crate) async fn look_into(&self, models: &mut [Model], patience: std::time::Duration) -> bool {
-        let unknown = self.0.weights.unknown(models);
+        let weights = &self.0.weights;
+        let unknown = weights.unknown(models);
         let asking = async {
             for (name, digest) in unknown {
+                // Another server may have told it by now.
+                if weights.lore.has(&digest) {
+                    continue;
+                }
                 let Some(answer) = self.show(&name).await else { return false };
-                self.0.weights.lock().insert(digest, answer);
+                weights.learn(digest, answer);
             }
             true
         };
         // What was not told in time is asked for with the next report.
         let is_done = tokio::time::timeout(patience, asking).await.unwrap_or(false);
-        self.0.weights.fill(models);
+        weights.fill(models);
         is_done
     }
 
     /// The folder in which the server keeps the files of its models, as it names it; it is asked about this one, if it was
     /// asked about none so far.
     pub(crate) async fn folder(&self, model: &str) -> Option<PathBuf> {
-        let known = self.0.weights.lock().values().flatten().find_map(|made| made.folder.clone());
+        let known = self.0.weights.folder().clone();
         match known {
             Some(folder) => Some(folder),
-            None => self.show(model).await??.folder,
+            None => self.show(model).await??.1,
         }
     }
 
     /// What the server shows of a model; nothing if it did not answer.
-    async fn show(&self, name: &str) -> Option<Option<Made>> {
+    async fn show(&self, name: &str) -> Option<Option<(Made, Option<PathBuf>)>> {
         let ask = Ask { infers: false, ..Ask::post("/api/show", json!({ "model": name }).to_string()) };
         let reply = self.send(ask).await.ok()?;
         let is_shown = reply.status.is_success();
@@ -129,9 +189,8 @@ impl Ollama {
                 architecture: architecture.to_owned(),
                 context_length: context.and_then(|tokens| tokens.try_into().ok()).unwrap_or(0),
                 capabilities: shown.capabilities.unwrap_or_default(),
-                folder: folder_of(&shown.modelfile),
             };
-            (!made.weights.is_empty()).then_some(made)
+            (!made.weights.is_empty()).then(|| (made, folder_of(&shown.modelfile)))
         }))
     }
 }
@@ -198,12 +257,37 @@ mod tests {
         let weights = Weights::default();
         let asked: HashSet<_> = weights.unknown(&models).into_iter().map(|(_, digest)| digest).collect();
         assert_eq!(asked, HashSet::from(["1".to_owned(), "2".to_owned()]));
-        weights.lock().insert("1".to_owned(), None);
+        weights.learn("1".to_owned(), None);
         assert_eq!(weights.unknown(&models), [("a-with-template".to_owned(), "2".to_owned())]);
         let old = [Model { capabilities: Vec::new(), ..models[3].clone() }];
         assert_eq!(Weights::default().unknown(&old), [("alone".to_owned(), "3".to_owned())]);
         assert!(weights.unknown(&models[3..]).is_empty());
-        assert!(weights.lock().is_empty(), "what is gone is forgotten");
+        assert!(weights.silent().is_empty(), "what is gone is forgotten");
+    }
+
+    fn made(weights: &str) -> Made {
+        let (weights, nothing) = (weights.to_owned(), String::new);
+        Made { weights, parameters: nothing(), architecture: nothing(), context_length: 1, capabilities: Vec::new() }
+    }
+
+    #[test]
+    fn what_one_server_has_told_is_not_asked_of_another() {
+        let mut models = [model("a", "1", "Q4_0", 4 << 30), model("b", "2", "Q4_0", 4 << 30)];
+        let lore = Lore::default();
+        let [one, other] = [Weights::new(lore.clone()), Weights::new(lore)];
+        one.learn("1".to_owned(), Some((made("w"), Some("/one".into()))));
+        assert_eq!(other.unknown(&models), [("b".to_owned(), "2".to_owned())]);
+        other.fill(&mut models);
+        assert_eq!((models[0].weights.as_str(), other.folder().is_none()), ("w", true));
+    }
+
+    #[test]
+    fn no_more_manifests_are_remembered_than_there_is_room_for() {
+        let lore = Lore::default();
+        for number in 0..MOST + 2 {
+            lore.learn(number.to_string(), made("w"));
+        }
+        assert_eq!(lore.lock().len(), 2);
     }
 
     #[test]

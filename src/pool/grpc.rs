@@ -27,6 +27,7 @@ use tokio_util::either::Either;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::ollama::{Ask, Endpoint};
+use crate::rpc;
 use crate::security::{Token, Trust, token};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
@@ -123,7 +124,7 @@ impl Agent {
     pub(super) async fn watch(&self, limit: Duration) -> Result<Streaming<ServerState>, BoxError> {
         let watching = async {
             let (channel, _) = self.calls.get(false, None).await?;
-            let request = WatchRequest { interval_ms: 1000, deltas: true, caller: self.caller.clone() };
+            let request = WatchRequest { interval_ms: 1000, deltas: true, caller: self.caller.clone(), turns: true };
             let states = client(channel).watch(request).await;
             states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
                 Code::Unauthenticated => Refused(status.message().to_owned()).into(),
@@ -211,6 +212,7 @@ fn messages(ask: Ask, context: super::Context) -> BoxStream {
         session: context.session,
         request_id: context.request_id,
         fresh: ask.fresh,
+        turn: context.turn.map(rpc::wire),
     };
     match ask.payload {
         Payload::Whole(pieces) => {

@@ -6,10 +6,12 @@ use std::time::Duration;
 use olol_middleware::Cluster;
 use olol_middleware::cluster::State;
 use olol_middleware::vitals::Vitals;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::{Backend, Config, grpc, told};
-use crate::ollama::Ollama;
+use crate::ollama::{Heard, Ollama};
+use crate::rpc;
 
 /// Shortest time between two rounds that somebody asked for.
 const SHORTEST: Duration = Duration::from_millis(20);
@@ -20,25 +22,66 @@ const AGENT_LAG: Duration = Duration::from_secs(3);
 /// The shortest time, and the usual one, until a server that has refused us is asked again: nothing but a person mends that.
 const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
+/// Looks at bare servers that should be under way at the same time: a thousand answers at once would take up more room and
+/// time than one after the other.
+const AT_ONCE: usize = 64;
+/// The longest that a look waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest that a turn lasts: a server that does not answer is waited for beside the others.
+const TURN: Duration = Duration::from_millis(250);
+
+/// Lets not all look at once.
+#[derive(Debug)]
+pub(super) struct Turns(Semaphore);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Semaphore::new(AT_ONCE))
+    }
+}
+
+impl Turns {
+    /// Looks when it is its turn.
+    async fn run<T>(&self, looking: impl Future<Output = T>) -> T {
+        let turn = tokio::time::timeout(PATIENCE, self.0.acquire()).await;
+        tokio::pin!(looking);
+        if let Ok(seen) = tokio::time::timeout(TURN, &mut looking).await {
+            return seen;
+        }
+        drop(turn);
+        looking.await
+    }
+}
+
 /// Runs until it is dropped.
-pub(super) async fn keep_true(cluster: Arc<Cluster>, index: usize, backend: Arc<Backend>, config: Config) {
+pub(super) async fn keep_true(
+    cluster: Arc<Cluster>,
+    index: usize,
+    backend: Arc<Backend>,
+    config: Config,
+    turns: Arc<Turns>,
+) {
     match &*backend {
-        Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config).await,
+        Backend::Ollama(ollama) => ask(&cluster, index, ollama, &config, &turns).await,
         Backend::Agent(agent) => listen(&cluster, index, agent, &config).await,
     }
 }
 
 /// Asks a bare Ollama, at intervals and whenever somebody wants news: often after a change and while it works for us, ever
 /// less often while nothing happens.
-async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config) {
+async fn ask(cluster: &Cluster, index: usize, ollama: &Ollama, config: &Config, turns: &Turns) {
     let limit = config.check_timeout_ms.time();
     let longest = config.check_interval_ms.time();
     let mut pause = longest / 10;
+    let aside = ollama.aside();
+    let mut heard = Heard::default();
     loop {
         let round = cluster.round_begins(index);
-        let is_still = look(cluster, index, ollama, limit, config.check_failures.get()).await;
+        let looking = look(cluster, index, &aside, &mut heard, limit, config.check_failures.get());
+        let is_still = turns.run(looking).await;
         cluster.round_ends(index, round);
         ollama.sweep();
+        aside.sweep();
         let is_idle = cluster.snapshot().servers.get(index).is_none_or(|server| server.load.in_flight() == 0);
         pause = next_pause(pause, is_still && is_idle, longest);
         tokio::time::sleep(SHORTEST).await;
@@ -55,13 +98,20 @@ fn next_pause(last: Duration, is_quiet: bool, longest: Duration) -> Duration {
 }
 
 /// Asks once. True if it says what it said before.
-async fn look(cluster: &Cluster, index: usize, ollama: &Ollama, limit: Duration, failures: u32) -> bool {
+async fn look(
+    cluster: &Cluster,
+    index: usize,
+    ollama: &Ollama,
+    heard: &mut Heard,
+    limit: Duration,
+    failures: u32,
+) -> bool {
     let last = cluster.snapshot().servers.get(index).map(|server| server.report.clone()).unwrap_or_default();
     let begun = Instant::now();
-    match tokio::time::timeout(limit, ollama.report(&last.loaded, limit / 2)).await {
-        Ok(Ok(report)) => {
-            let is_still = report == *last;
-            cluster.report_since(index, report, begun);
+    match tokio::time::timeout(limit, ollama.hear(heard, cluster, &last.loaded, limit / 2)).await {
+        Ok(Ok(kept)) => {
+            let is_still = Arc::ptr_eq(&kept, &last) || kept == last;
+            cluster.keep_since(index, &kept, begun);
             return is_still;
         }
         Ok(Err(error)) => cluster.check_failed(index, error.to_string(), failures),
@@ -96,7 +146,13 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                     Some(Err(_)) => break format!("the agent was silent for {} ms", silence.as_millis()),
                     Some(Ok(Err(refusal))) => break refusal.message().to_owned(),
                     Some(Ok(Ok(None))) => break "the agent ended".to_owned(),
-                    Some(Ok(Ok(Some(state)))) => {
+                    Some(Ok(Ok(Some(mut state)))) => {
+                        let turns: Vec<_> = std::mem::take(&mut state.turns).into_iter().map(rpc::told).collect();
+                        cluster.tell_turns(index, state.forgets_turns, &turns);
+                        if state.only_turns {
+                            tell_others(cluster, index, state.others);
+                            continue;
+                        }
                         if about.is_none() && !std::mem::replace(&mut asked, true) {
                             about = agent.describe(config.check_timeout_ms.time()).await.ok();
                         }
@@ -104,8 +160,8 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                         let is_online = state.online;
                         let now = Instant::now();
                         let since = now.checked_sub(AGENT_LAG).unwrap_or(now);
-                        known.take(state, cluster, index, since, config.check_failures.get());
-                        if let Some(round) = told.take_if(|_| is_online) {
+                        let is_whole = known.take(state, cluster, index, since, config.check_failures.get());
+                        if let Some(round) = told.take_if(|_| is_online && is_whole) {
                             cluster.round_ends(index, round);
                         }
                     }
@@ -120,9 +176,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         }
         // Whoever answers next may be another, or of another version.
         about = None;
-        if let Some(server) = cluster.snapshot().servers.get(index) {
-            server.load.tell_others(0);
-        }
+        tell_others(cluster, index, 0);
         if refused {
             // Once is enough: it answers, and says no.
             cluster.check_failed(index, error, 1);
@@ -141,10 +195,14 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
 
 /// Takes in how a machine is, and what others have it do.
 fn tell(cluster: &Cluster, index: usize, vitals: Vitals) {
-    if let Some(server) = cluster.snapshot().servers.get(index) {
-        server.load.tell_others(vitals.others);
-    }
+    tell_others(cluster, index, vitals.others);
     cluster.tell_vitals(index, vitals);
+}
+
+fn tell_others(cluster: &Cluster, index: usize, others: u32) {
+    if let Some(server) = cluster.snapshot().servers.get(index) {
+        server.load.tell_others(others);
+    }
 }
 
 fn jittered(pause: Duration) -> Duration {
@@ -165,5 +223,19 @@ mod tests {
             pauses.push(pause.as_millis());
         }
         assert_eq!(pauses, [500, 1000, 2000, 4000, 5000, 5000]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_answer_is_waited_for_beside_the_others() {
+        let turns = Arc::new(Turns::default());
+        let begun = Instant::now();
+        for _ in 0..AT_ONCE {
+            let turns = turns.clone();
+            tokio::spawn(async move { turns.run(std::future::pending::<()>()).await });
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(turns.0.available_permits(), 0);
+        turns.run(std::future::ready(())).await;
+        assert!((TURN..PATIENCE).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     }
 }

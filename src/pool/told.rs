@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::Cluster;
-use olol_middleware::cluster::{Loaded, Model, Report, State};
+use olol_middleware::cluster::{Kept, Loaded, Model};
 use olol_middleware::vitals::{Figures, Gpu, Space, Vitals};
 use olol_proto::v1::{self, DescribeResponse, ServerState};
 use tokio::time::Instant;
@@ -12,42 +12,53 @@ use tokio::time::Instant;
 /// Graphics processors that are believed of one machine.
 const MOST_GPUS: usize = 64;
 
+/// Models that are believed of one machine.
+const MOST_MODELS: usize = 65_536;
+
 /// What an agent has told so far, on one stream.
 #[derive(Debug, Default)]
 pub(super) struct Told {
-    report: Report,
-    /// The report as the cluster has it, once it has it.
-    known: Option<Arc<Report>>,
+    kept: Arc<Kept>,
+    /// The beginning of a list that goes on.
+    models: Vec<Model>,
 }
 
 impl Told {
-    /// Tells the cluster what a state says; what it leaves out is as it was. An agent without its engine is no server.
-    pub(super) fn take(&mut self, state: ServerState, cluster: &Cluster, index: usize, since: Instant, failures: u32) {
-        let same = state.same_models && state.same_loaded && state.ollama_version == self.report.version;
-        if let Err(reason) = self.read(state) {
-            cluster.check_failed(index, reason, failures);
-            return;
+    /// Tells the cluster what a state says; what it leaves out is as it was. An agent without its engine is no server. False
+    /// if more is to come before there is anything to tell.
+    pub(super) fn take(
+        &mut self,
+        mut state: ServerState,
+        cluster: &Cluster,
+        index: usize,
+        since: Instant,
+        failures: u32,
+    ) -> bool {
+        if self.models.len() < MOST_MODELS {
+            self.models.extend(std::mem::take(&mut state.models).into_iter().map(model));
         }
-        let snapshot = cluster.snapshot();
-        let Some(server) = snapshot.servers.get(index) else { return };
-        // Mostly nothing has changed, neither there nor, by what calls have shown, here.
-        let is_known = self.known.as_ref().is_some_and(|known| Arc::ptr_eq(known, &server.report));
-        if same && is_known && server.state == State::Up {
-            cluster.still_since(index, since);
-            return;
+        if state.more_models {
+            return false;
         }
-        self.known = (*server.report == self.report).then(|| server.report.clone());
-        cluster.report_since(index, self.report.clone(), since);
+        match self.read(state, cluster) {
+            Err(reason) => cluster.check_failed(index, reason, failures),
+            // Mostly nothing has changed, neither there nor, by what calls have shown, here.
+            Ok(()) => cluster.keep_since(index, &self.kept, since),
+        }
+        true
     }
 
-    fn read(&mut self, state: ServerState) -> Result<(), String> {
-        if !state.same_models {
-            self.report.models = state.models.into_iter().map(model).collect();
+    fn read(&mut self, state: ServerState, cluster: &Cluster) -> Result<(), String> {
+        let models = std::mem::take(&mut self.models);
+        if !(state.same_models && state.same_loaded && state.ollama_version == self.kept.version) {
+            let models = if state.same_models { self.kept.models.clone() } else { cluster.hold(models) };
+            let loaded = if state.same_loaded {
+                self.kept.loaded.clone()
+            } else {
+                state.loaded.into_iter().map(loaded).collect()
+            };
+            self.kept = Arc::new(Kept { version: state.ollama_version, models, loaded });
         }
-        if !state.same_loaded {
-            self.report.loaded = state.loaded.into_iter().map(loaded).collect();
-        }
-        self.report.version = state.ollama_version;
         if state.online {
             return Ok(());
         }
@@ -137,32 +148,53 @@ mod tests {
     use std::num::NonZeroU32;
 
     use super::*;
-    use olol_middleware::cluster::{Member, Source};
+    use olol_middleware::cluster::{Member, Source, State};
     use olol_middleware::{ModelName, ServerId};
 
-    #[test]
-    fn what_a_state_leaves_out_is_as_it_was() {
-        let mut told = Told::default();
-        let models = vec![v1::Model { name: "tiny".into(), ..v1::Model::default() }];
-        let first = ServerState { online: true, models, ..ServerState::default() };
-        told.read(first).unwrap();
+    fn cluster() -> Arc<Cluster> {
+        Cluster::new(vec![Member { id: ServerId::new("0"), weight: NonZeroU32::MIN, source: Source::Static }])
+    }
+
+    fn models(names: &[&str]) -> Vec<v1::Model> {
+        names.iter().map(|name| v1::Model { name: (*name).to_owned(), ..v1::Model::default() }).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_state_leaves_out_is_as_it_was() {
+        let (mut told, cluster) = (Told::default(), cluster());
+        let mut take = |state| told.take(state, &cluster, 0, Instant::now(), 1);
+        let holds = async || {
+            cluster.refresh(Duration::ZERO).await;
+            let server = cluster.snapshot().servers[0].clone();
+            (server.report.models.iter().map(|model| model.name.clone()).collect::<Vec<_>>(), server.reason.clone())
+        };
+        take(ServerState { online: true, models: models(&["tiny"]), ..ServerState::default() });
         let same = || ServerState { online: true, same_models: true, same_loaded: true, ..ServerState::default() };
-        told.read(same()).unwrap();
-        assert_eq!(told.report.models[0].name, "tiny");
-        let gone = told.read(ServerState { online: false, ..same() });
-        assert_eq!(gone.unwrap_err(), "the agent's engine does not answer");
-        told.read(ServerState { same_models: false, ..same() }).unwrap();
-        assert!(told.report.models.is_empty());
+        take(same());
+        assert_eq!(holds().await, (vec!["tiny".to_owned()], String::new()));
+        take(ServerState { online: false, ..same() });
+        assert_eq!(holds().await.1, "the agent's engine does not answer");
+        take(ServerState { same_models: false, ..same() });
+        assert_eq!(holds().await, (Vec::new(), String::new()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_in_parts_is_one_list() {
+        let (mut told, cluster) = (Told::default(), cluster());
+        let first = ServerState { online: true, models: models(&["a"]), more_models: true, ..ServerState::default() };
+        assert!(!told.take(first, &cluster, 0, Instant::now(), 1));
+        assert_eq!(cluster.snapshot().servers[0].state, State::Unknown);
+        let last = ServerState { online: true, models: models(&["b"]), same_loaded: true, ..ServerState::default() };
+        assert!(told.take(last, &cluster, 0, Instant::now(), 1));
+        cluster.refresh(Duration::ZERO).await;
+        let report = cluster.snapshot().servers[0].report.clone();
+        assert_eq!(report.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_same_again_mends_what_calls_have_changed_wrongly() {
-        let server = ServerId::new("0");
-        let cluster =
-            Cluster::new(vec![Member { id: server.clone(), weight: NonZeroU32::MIN, source: Source::Static }]);
-        let mut told = Told::default();
-        let models = vec![v1::Model { name: "tiny".into(), ..v1::Model::default() }];
-        let first = ServerState { online: true, models, ..ServerState::default() };
+        let (mut told, cluster, server) = (Told::default(), cluster(), ServerId::new("0"));
+        let first = ServerState { online: true, models: models(&["tiny"]), ..ServerState::default() };
         let same = || ServerState { online: true, same_models: true, same_loaded: true, ..ServerState::default() };
         let holds = || cluster.snapshot().servers[0].report.models.len();
         told.take(first, &cluster, 0, Instant::now(), 2);

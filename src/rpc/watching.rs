@@ -15,10 +15,15 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
+use super::turns::{Followed, Turns};
+
 /// Time between two looks at what others have this server do, while it does anything.
 const LOAD_EVERY: Duration = Duration::from_millis(50);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
+
+/// Models in one message to who keeps what it was told.
+const PART: usize = 32;
 
 /// The last state, whole.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +52,7 @@ pub struct Callers {
     /// The first call after a rest has come.
     begins: Notify,
     watchers: watch::Sender<usize>,
+    turns: Turns,
 }
 
 #[derive(Debug)]
@@ -69,6 +75,7 @@ impl Default for Callers {
             in_flight: AtomicU32::new(0),
             begins: Notify::new(),
             watchers: watch::Sender::new(0),
+            turns: Turns::default(),
         }
     }
 }
@@ -89,6 +96,11 @@ impl Callers {
     /// Calls that are on their way.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// The turns of conversations that they have sent.
+    pub fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// How many watch, to be followed.
@@ -172,7 +184,11 @@ struct Watcher {
     deltas: bool,
     /// What it was told last, and when.
     last: Option<(Arc<Told>, Instant)>,
+    /// The models from here on it is still to be told.
+    rest: Option<usize>,
     others: u32,
+    /// How far it was told of the turns of others, if it wants that.
+    turns: Option<Followed>,
 }
 
 /// The states for one who watches: the first at once, others when something changed, and at intervals as a sign of life.
@@ -187,7 +203,9 @@ pub(super) fn states(
     };
     states.mark_changed();
     let watching = callers.watch(request.caller.as_bytes());
-    let watcher = Watcher { states, watching, interval, deltas: request.deltas, last: None, others: 0 };
+    let turns = (request.deltas && request.turns).then(|| callers.turns.follow(request.caller.as_bytes()));
+    let deltas = request.deltas;
+    let watcher = Watcher { states, watching, interval, deltas, last: None, rest: None, others: 0, turns };
     futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
@@ -196,6 +214,9 @@ pub(super) fn states(
 
 impl Watcher {
     async fn next(&mut self) -> Option<ServerState> {
+        if let Some((told, at)) = self.last.as_ref().map(|(told, _)| told.clone()).zip(self.rest) {
+            return Some(self.part(&told, at, true));
+        }
         loop {
             let all = self.watching.all.clone();
             let begins = all.begins.notified();
@@ -204,6 +225,13 @@ impl Watcher {
             let rests = self.others == 0 && all.in_flight() == 0;
             let left = self.last.as_ref().map_or(LOAD_EVERY, |(_, at)| self.interval.saturating_sub(at.elapsed()));
             let pause = if rests { left } else { left.min(LOAD_EVERY) };
+            let turns = async {
+                match &mut self.turns {
+                    // The first message is the whole state.
+                    Some(turns) if self.last.is_some() => turns.changed().await,
+                    _ => std::future::pending().await,
+                }
+            };
             let is_news = tokio::select! {
                 changed = self.states.changed() => {
                     changed.ok()?;
@@ -211,15 +239,35 @@ impl Watcher {
                 }
                 () = tokio::time::sleep(pause) => false,
                 () = begins => false,
+                () = turns => false,
             };
             let others = self.watching.others();
             let is_due = self.last.as_ref().is_none_or(|(_, at)| at.elapsed() >= self.interval);
-            if !is_news && !is_due && others == self.others {
+            let is_whole = is_news || is_due || others != self.others;
+            let Some(told) = self.states.borrow_and_update().clone() else { continue };
+            let (turns, forgets_turns) = match &mut self.turns {
+                Some(turns) => turns.take(&all.turns),
+                None => (Vec::new(), false),
+            };
+            if !is_whole && turns.is_empty() && !forgets_turns {
                 continue;
             }
-            let Some(told) = self.states.borrow_and_update().clone() else { continue };
             self.others = others;
-            return Some(self.tell(told));
+            let state = if is_whole { self.tell(told) } else { self.load(&told) };
+            return Some(ServerState { turns, forgets_turns, only_turns: !is_whole, ..state });
+        }
+    }
+
+    /// What it is doing now, and nothing else.
+    fn load(&self, told: &Told) -> ServerState {
+        let (all, slots) = (self.watching.all.in_flight(), told.slots());
+        let queued = if slots == 0 { 0 } else { all.saturating_sub(slots) };
+        ServerState {
+            in_flight: all - queued,
+            queued,
+            others: self.others,
+            heartbeat_ms: unix_ms_now(),
+            ..ServerState::default()
         }
     }
 
@@ -227,21 +275,29 @@ impl Watcher {
         let last = self.last.as_ref().map(|(last, _)| last).filter(|_| self.deltas);
         let same_models = last.is_some_and(|last| Arc::ptr_eq(&last.models, &told.models));
         let same_loaded = last.is_some_and(|last| Arc::ptr_eq(&last.loaded, &told.loaded));
-        let (all, slots) = (self.watching.all.in_flight(), told.slots());
-        let queued = if slots == 0 { 0 } else { all.saturating_sub(slots) };
-        let state = ServerState {
-            in_flight: all - queued,
-            queued,
-            others: self.others,
-            models: if same_models { Vec::new() } else { told.models.to_vec() },
-            loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
-            same_models,
-            same_loaded,
-            heartbeat_ms: unix_ms_now(),
-            ..told.state.clone()
-        };
+        let models = if same_models { told.models.len() } else { 0 };
+        let state = self.part(&told, models, same_loaded);
         self.last = Some((told, Instant::now()));
-        state
+        ServerState { same_models, ..state }
+    }
+
+    /// A message with the models from there on, as many as are told at once.
+    fn part(&mut self, told: &Told, from: usize, same_loaded: bool) -> ServerState {
+        let left = told.models.get(from..).unwrap_or_default();
+        let models = if self.deltas { left.get(..PART).unwrap_or(left) } else { left };
+        self.rest = (models.len() < left.len()).then_some(from + models.len());
+        let ServerState { in_flight, queued, others, heartbeat_ms, .. } = self.load(told);
+        ServerState {
+            in_flight,
+            queued,
+            others,
+            models: models.to_vec(),
+            loaded: if same_loaded { Vec::new() } else { told.loaded.to_vec() },
+            same_loaded,
+            more_models: self.rest.is_some(),
+            heartbeat_ms,
+            ..told.state.clone()
+        }
     }
 }
 
@@ -272,6 +328,28 @@ mod tests {
         assert_eq!(keeps.next().await.unwrap().unwrap().models.len(), 2);
         drop((keeps, forgets));
         assert_eq!(*callers.watchers().borrow(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_list_is_told_in_parts_to_who_keeps_it() {
+        let names: Vec<String> = (0..=PART * 2).map(|number| number.to_string()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (_tell, receiver) = watch::channel(Some(told(&names)));
+        let callers = Arc::default();
+        let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
+        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
+        let mut forgets = Box::pin(states(receiver, &callers, &request(false)));
+        let begun = Instant::now();
+        let mut heard = Vec::new();
+        for more in [true, true, false] {
+            let state = keeps.next().await.unwrap().unwrap();
+            assert!(state.models.len() <= PART && !state.same_models && state.more_models == more);
+            heard.extend(state.models.into_iter().map(|model| model.name));
+        }
+        assert!(heard == names && begun.elapsed().is_zero());
+        let next = keeps.next().await.unwrap().unwrap();
+        assert!(next.same_models && next.models.is_empty() && !next.more_models);
+        assert_eq!(forgets.next().await.unwrap().unwrap().models.len(), names.len());
     }
 
     #[tokio::test(start_paused = true)]

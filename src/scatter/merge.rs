@@ -1,59 +1,79 @@
 //! Lists of several servers as one: models, loaded models, versions, and the status.
 //!
-//! Entries are joined as the bytes that the servers sent, so that fields of tomorrow's Ollama come through. Every server is
-//! asked live; who is silent for a second is left out and named.
+//! Entries are joined as the bytes that the servers sent, so that fields of tomorrow's Ollama come through. Servers are asked
+//! live, all of a few and of many those who are [`needed`](super::needed); who is silent for a second is left out and named.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
 use http::StatusCode;
+use olol_middleware::cluster::Bits;
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Error, ModelName, Reply, Route, Server, ServerId};
+use olol_middleware::{Call, Error, ModelName, Reply, Route, Server};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::needed::Cover;
 use super::{LONGEST, MERGE_LIMIT, Scatter, is_head, json_reply};
+use crate::status::in_order;
+
+/// So often servers are asked for a list: who is silent may have to be replaced.
+const ROUNDS: usize = 2;
 
 /// Ollama's content type for its own JSON.
 pub(super) const NATIVE: &str = "application/json; charset=utf-8";
 
 impl<F: Fleet> Scatter<F> {
-    /// Asks every server and joins what they say.
+    /// Asks the servers and joins what they say.
     pub(super) async fn merged(self, call: Call) -> Result<Reply, Error> {
         let snapshot = call.candidates.snapshot().clone();
         let servers = &snapshot.servers;
-        let asking =
-            servers.iter().filter(|server| server.is_reachable() || servers.iter().all(|other| !other.is_reachable()));
-        let asked: Vec<Arc<Server>> = asking.cloned().collect();
-        let answers = join_all(asked.iter().map(|server| {
-            let call = call.again();
-            let scatter = &self;
-            async move { tokio::time::timeout(MERGE_LIMIT, scatter.list(call?, server)).await.ok().flatten() }
-        }))
-        .await;
-        let mut absent: Vec<ServerId> = servers
-            .iter()
-            .filter(|server| !asked.iter().any(|other| other.id == server.id))
-            .map(|server| server.id.clone())
-            .collect();
-        let mut bodies = Vec::new();
-        for (server, answer) in asked.iter().zip(answers) {
-            match answer {
-                Some(body) => bodies.push((server.clone(), body)),
-                None => absent.push(server.id.clone()),
+        let needed = &self.shared.needed;
+        let mut absent = Bits::default();
+        if servers.iter().any(|server| server.is_reachable()) {
+            absent.extend(servers.iter().filter(|server| !server.is_reachable()));
+        }
+        let mut left_out = absent.clone();
+        let mut bodies: Vec<(usize, Bytes)> = Vec::new();
+        let mut cover = None;
+        for _ in 0..ROUNDS {
+            let (asked, known) = needed.of(call.route, &snapshot, &left_out);
+            cover = cover.or(known);
+            let answers = join_all(asked.iter().filter_map(|index| servers.get(index)).map(|server| {
+                let call = call.again();
+                let scatter = &self;
+                let asking = async move { scatter.list(call?, server).await };
+                async move { (server.index, tokio::time::timeout(MERGE_LIMIT, asking).await.ok().flatten()) }
+            }));
+            let mut is_whole = true;
+            for (index, answer) in answers.await {
+                left_out.insert(index);
+                if let Some(body) = answer {
+                    bodies.push((index, body));
+                } else {
+                    absent.insert(index);
+                    is_whole = false;
+                }
+            }
+            // What somebody was to tell who is silent, others may have.
+            if is_whole {
+                break;
             }
         }
+        needed.look(&self.shared.cluster, &snapshot);
         if bodies.is_empty() {
             return Err(Error::NoServer("no server answered within a second".to_owned()));
         }
-        let parts: Vec<Bytes> = bodies.iter().map(|(_, body)| body.clone()).collect();
+        bodies.sort_unstable_by_key(|(index, _)| *index);
+        let absent = absent.iter().filter_map(|index| Some(servers.get(index)?.id.clone())).collect();
+        let parts: Vec<Bytes> = bodies.into_iter().map(|(_, body)| body).collect();
+        let cover = cover.as_deref();
         let mut reply = match call.route {
             Route::Version => json_reply(StatusCode::OK, NATIVE, lowest_version(&parts)),
             Route::V1Models => json_reply(StatusCode::OK, "application/json", models_v1(&parts)),
-            Route::Ps => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Expiry)),
-            _ => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Modified)),
+            Route::Ps => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Expiry, None)),
+            _ => json_reply(StatusCode::OK, NATIVE, list(&parts, Order::Modified, cover)),
         };
         reply.body.outcome_mut().absent = absent;
         if is_head(&call) {
@@ -113,10 +133,10 @@ struct Key {
 }
 
 /// `/api/tags` and `/api/ps`: each model once, in Ollama's order.
-fn list(bodies: &[Bytes], order: Order) -> String {
+fn list(bodies: &[Bytes], order: Order, cover: Option<&Cover>) -> String {
     let lists: Vec<Models<'_>> = bodies.iter().filter_map(|body| serde_json::from_slice(body).ok()).collect();
     let entries = lists.iter().flat_map(|list| list.models.iter().flatten()).copied();
-    let mut kept = distinct(entries, |key| key.name.as_str());
+    let mut kept = distinct(entries, |key| key.name.as_str(), cover);
     // Times are compared as text: one writer, one zone, and what differs in precision differs below a second.
     kept.sort_by(|(a, _), (b, _)| match order {
         Order::Modified => stamp(&b.modified_at).cmp(stamp(&a.modified_at)),
@@ -130,15 +150,20 @@ fn list(bodies: &[Bytes], order: Order) -> String {
 fn models_v1(bodies: &[Bytes]) -> String {
     let lists: Vec<DataList<'_>> = bodies.iter().filter_map(|body| serde_json::from_slice(body).ok()).collect();
     let entries = lists.iter().flat_map(|list| list.data.iter().flatten()).copied();
-    let mut kept = distinct(entries, |key| key.id.as_str());
+    let mut kept = distinct(entries, |key| key.id.as_str(), None);
     kept.sort_by_key(|(key, _)| std::cmp::Reverse(key.created));
     let items: Vec<&str> = kept.iter().map(|(_, raw)| raw.get()).collect();
     let data = if items.is_empty() { "null".to_owned() } else { format!("[{}]", items.join(",")) };
     format!("{{\"object\":\"list\",\"data\":{data}}}\n")
 }
 
-/// Each model once. Of several with one name the one that most servers have, else the first.
-fn distinct<'a>(entries: impl Iterator<Item = &'a RawValue>, name: impl Fn(&Key) -> &str) -> Vec<(Key, &'a RawValue)> {
+/// Each model once. Of several with one name the one that most servers have, as far as that is known before or seen here, else
+/// the first.
+fn distinct<'a>(
+    entries: impl Iterator<Item = &'a RawValue>,
+    name: impl Fn(&Key) -> &str,
+    cover: Option<&Cover>,
+) -> Vec<(Key, &'a RawValue)> {
     let entries: Vec<(Key, &RawValue)> =
         entries.filter_map(|raw| Some((serde_json::from_str::<Key>(raw.get()).ok()?, raw))).collect();
     // What is being copied has no name yet.
@@ -148,6 +173,14 @@ fn distinct<'a>(entries: impl Iterator<Item = &'a RawValue>, name: impl Fn(&Key)
         |key: &Key| ModelName::parse(name(key)).map_or_else(|| name(key).to_owned(), |name| name.to_string());
     for (key, _) in &entries {
         *counts.entry((canonical(key), &key.digest)).or_default() += 1;
+    }
+    if let Some(cover) = cover {
+        for ((name, digest), count) in &mut counts {
+            let usual = ModelName::parse(name).and_then(|name| Some(cover.digest(&name)? == *digest));
+            if usual == Some(true) {
+                *count = usize::MAX;
+            }
+        }
     }
     let mut best: HashMap<String, (usize, usize)> = HashMap::new();
     for (at, (key, _)) in entries.iter().enumerate() {
@@ -174,10 +207,7 @@ struct Version {
 /// The lowest version: what every server can do.
 fn lowest_version(bodies: &[Bytes]) -> Bytes {
     let order = |body: &Bytes| {
-        let version = serde_json::from_slice::<Version>(body).map(|version| version.version).unwrap_or_default();
-        let numbers: Vec<u64> = version.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect();
-        // A release candidate comes before its release.
-        (numbers, !version.contains('-'))
+        in_order(&serde_json::from_slice::<Version>(body).map(|version| version.version).unwrap_or_default())
     };
     bodies.iter().min_by_key(|body| order(body)).cloned().unwrap_or_default()
 }
@@ -198,6 +228,7 @@ mod tests {
                 r#"{"models":[{"name":"New:latest","digest":"2","modified_at":"2026-02-01T00:00:00Z"},{"name":"old:latest","digest":"1","modified_at":"2025-01-01T00:00:00Z"}]}"#,
             ]),
             Order::Modified,
+            None,
         );
         assert_eq!(
             merged,
@@ -216,12 +247,12 @@ mod tests {
     fn of_two_digests_the_more_common_one_is_shown() {
         let one = r#"{"models":[{"name":"m","digest":"1"}]}"#;
         let two = r#"{"models":[{"name":"m","digest":"2"}]}"#;
-        assert_eq!(list(&bytes(&[one, two, two]), Order::Modified), two);
+        assert_eq!(list(&bytes(&[one, two, two]), Order::Modified, None), two);
     }
 
     #[test]
     fn empty_lists_look_like_ollamas() {
-        assert_eq!(list(&bytes(&[r#"{"models":[]}"#, r#"{"models":null}"#]), Order::Expiry), r#"{"models":[]}"#);
+        assert_eq!(list(&bytes(&[r#"{"models":[]}"#, r#"{"models":null}"#]), Order::Expiry, None), r#"{"models":[]}"#);
         assert_eq!(models_v1(&bytes(&[r#"{"object":"list","data":null}"#])), "{\"object\":\"list\",\"data\":null}\n");
     }
 

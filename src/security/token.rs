@@ -111,6 +111,14 @@ impl Token {
         self.is(shown.as_bytes())
     }
 
+    /// A number that only who has the token can tell, another for every purpose.
+    pub fn number(&self, purpose: &[u8]) -> u64 {
+        let digest = Sha256::new().chain_update(purpose).chain_update([0]).chain_update(self.0.as_bytes()).finalize();
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&digest[..8]);
+        u64::from_le_bytes(bytes)
+    }
+
     fn is(&self, other: &[u8]) -> bool {
         Sha256::digest(self.0.as_bytes()).as_slice().ct_eq(Sha256::digest(other).as_slice()).into()
     }

@@ -170,6 +170,27 @@ pub struct Page {
     pub next: Option<String>,
 }
 
+impl Page {
+    /// This page with sessions that another place has from the same name on; that goes on behind `more`.
+    pub(super) fn joined(self, there: Vec<Session>, more: Option<String>, limit: usize) -> Self {
+        let mut all: BTreeMap<String, (Arc<Session>, bool)> =
+            there.into_iter().map(|session| (session.key(), (Arc::new(session), false))).collect();
+        for (session, is_busy) in self.sessions {
+            let newer =
+                all.get(&session.key()).map(|(there, _)| there).filter(|there| there.next > session.next).cloned();
+            all.insert(session.key(), (newer.unwrap_or(session), is_busy));
+        }
+        // Nobody knows what comes behind the nearer of the two ends.
+        let end = [self.next, more].into_iter().flatten().min();
+        if let Some(end) = &end {
+            all.retain(|key, _| key <= end);
+        }
+        let last = all.keys().nth(limit.saturating_sub(1)).filter(|_| all.len() > limit).cloned();
+        let next = last.or(end);
+        Self { sessions: all.into_values().take(limit).collect(), next }
+    }
+}
+
 /// The name of a session of somebody.
 pub(super) fn key(id: &str, owner: &str) -> String {
     if owner.is_empty() { id.to_owned() } else { format!("{id}@{owner}") }

@@ -71,10 +71,14 @@ enum Order {
     Create(Box<Session>, Vec<Entry>, oneshot::Sender<Result<(Arc<Session>, bool), Error>>),
     Append(Box<Append>, oneshot::Sender<Result<Option<Arc<Session>>, Error>>),
     End(String, oneshot::Sender<Result<Option<u64>, Error>>),
+    Adopt(Box<Session>, Vec<Numbered>, oneshot::Sender<Result<(), Error>>),
 }
 
+/// A turn with its number, as it is written.
+pub(super) type Numbered = (u64, Vec<u8>);
+
 /// A turn that is over.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Append {
     /// The name of its session.
     pub(super) key: String,
@@ -156,6 +160,22 @@ impl Store {
     /// Ends a session; the turns that it had.
     pub(super) async fn end(&self, key: String) -> Result<Option<u64>, Error> {
         self.order(|told| Order::End(key, told)).await
+    }
+
+    /// Puts a session of another proxy, whole, in the place of what is here of it.
+    pub(super) async fn adopt(&self, session: Session, turns: Vec<Numbered>) -> Result<(), Error> {
+        if turns.iter().any(|(_, turn)| decoded(turn).is_err()) {
+            return Err(Error::Storage("what the store has of it cannot be read".to_owned()));
+        }
+        self.order(|told| Order::Adopt(Box::new(session), turns, told)).await
+    }
+
+    /// The turns of a session, as they are written.
+    pub(super) async fn turns(&self, key: String) -> Result<Vec<Numbered>, Error> {
+        let file = self.file.clone();
+        let read = move || file.with(|database| read_turns(database, &key)).map_err(|error| broken(&error));
+        let reading = tokio::task::spawn_blocking(read);
+        reading.await.map_err(|error| Error::Storage(error.to_string()))?
     }
 
     /// Whether messages are not more than may be kept at all.
@@ -302,6 +322,19 @@ fn read_history(database: &Database, key: &str) -> Result<Vec<Entry>, Broken> {
         entries.extend(decoded(turn?.1.value())?);
     }
     Ok(entries)
+}
+
+fn read_turns(database: &Database, key: &str) -> Result<Vec<Numbered>, Broken> {
+    let turns = match database.begin_read()?.open_table(TURNS) {
+        Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+        turns => turns?,
+    };
+    let mut found = Vec::new();
+    for turn in turns.range((key, 0)..=(key, u64::MAX))? {
+        let (at, bytes) = turn?;
+        found.push((at.value().1, bytes.value().to_vec()));
+    }
+    Ok(found)
 }
 
 /// Counts the turns that a session is in the midst of.
@@ -520,6 +553,12 @@ impl Writer {
                     kept.push(turn.key);
                     tell.push(Box::new(|done| drop(told.send(done.map(|()| appended)))));
                 }
+                Order::Adopt(session, turns, told) => {
+                    let key = session.key();
+                    self.adopt(*session, &turns, &mut tables, book)?;
+                    kept.push(key);
+                    tell.push(Box::new(|done| drop(told.send(done))));
+                }
                 Order::End(key, told) => {
                     let ended = book.sessions.get(&key).map(|session| session.turns);
                     self.remove(&key, &mut tables, book)?;
@@ -581,6 +620,26 @@ impl Writer {
         }
         self.shorten(&mut session, tables)?;
         self.put(session, tables, book).map(Some)
+    }
+
+    /// Puts a session as another proxy has it in the place of what is here.
+    fn adopt(
+        &mut self,
+        mut session: Session,
+        turns: &[Numbered],
+        tables: &mut Tables<'_>,
+        book: &mut Book,
+    ) -> Result<(), Broken> {
+        let key = session.key();
+        self.remove(&key, tables, book)?;
+        (session.messages, session.bytes) = (0, 0);
+        for (number, turn) in turns.iter().filter(|(number, _)| *number < session.next) {
+            tables.turns.insert((key.as_str(), *number), turn.as_slice())?;
+            session.messages += decoded(turn)?.len() as u64;
+            session.bytes += turn.len() as u64;
+        }
+        self.shorten(&mut session, tables)?;
+        self.put(session, tables, book).map(drop)
     }
 
     /// Forgets the first turns of a session that is too long: never its last, nor what came before all turns.

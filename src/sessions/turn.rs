@@ -18,16 +18,21 @@ use olol_middleware::{Chunk, Error, Reply, instruments};
 use serde_json::{Map, Value};
 
 use super::record::{self, Entry, Session};
+use super::shared::Shared;
 use super::store::{Append, Busy, Store};
 use super::{HEADER, MOVED};
 
 /// The longest answer that is kept, bytes.
 const LONGEST: usize = 16 << 20;
 
+/// Where sessions are kept, and with whom they are shared.
+type Kept = (Arc<Store>, Option<Arc<Shared>>);
+
 /// A turn that has begun.
 #[derive(Debug)]
 pub struct Turn {
     store: Arc<Store>,
+    shared: Option<Arc<Shared>>,
     session: Arc<Session>,
     history: Vec<Entry>,
     sent: Vec<Value>,
@@ -41,13 +46,23 @@ pub struct Turn {
 
 impl Turn {
     pub(super) fn new(
-        store: Arc<Store>,
+        (store, shared): Kept,
         session: Arc<Session>,
         busy: Busy,
         history: Vec<Entry>,
         sent: Vec<Value>,
     ) -> Self {
-        Self { store, session, history, sent, temperature: None, request: String::new(), begun: unix_ms_now(), busy }
+        Self {
+            store,
+            shared,
+            session,
+            history,
+            sent,
+            temperature: None,
+            request: String::new(),
+            begun: unix_ms_now(),
+            busy,
+        }
     }
 
     /// Its session as it was when the turn began.
@@ -108,7 +123,7 @@ impl Turn {
     }
 
     /// What is stored of it.
-    fn stored(self, said: Said, server: String) -> (Arc<Store>, Append, Busy) {
+    fn stored(self, said: Said, server: String) -> (Kept, Append, Busy) {
         let Said { message, end, .. } = said;
         let number = |key: &str| end.get(key).and_then(Value::as_u64).unwrap_or(0);
         #[expect(clippy::cast_precision_loss, reason = "nanoseconds of some hours")]
@@ -135,7 +150,7 @@ impl Turn {
         let (timestamp, temperature) = (self.begun, self.temperature);
         let sent = self.sent.into_iter().map(|message| Entry { timestamp, temperature, ..Entry::sent(message) });
         let entries = sent.chain([answer]).collect();
-        (self.store, Append { key: self.session.key(), entries, server }, self.busy)
+        ((self.store, self.shared), Append { key: self.session.key(), entries, server }, self.busy)
     }
 }
 
@@ -263,10 +278,13 @@ impl Recorder {
         let Some(turn) = self.turn.take() else { return };
         self.chunks.tell(&mut self.outcome);
         let server = self.outcome.servers.last().map(ToString::to_string).unwrap_or_default();
-        let (store, append, busy) = turn.stored(std::mem::take(&mut self.said), server);
+        let ((store, shared), append, busy) = turn.stored(std::mem::take(&mut self.said), server);
         // A task of its own: a client that leaves now does not undo it.
         let saving = tokio::spawn(async move {
-            let stored = store.append(append).await;
+            let stored = match shared {
+                Some(shared) => shared.append(&store, append).await,
+                None => store.append(append).await,
+            };
             drop(busy);
             stored
         });

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use olol_middleware::cluster::{Bits, Known, Model};
+use olol_middleware::cluster::{Bits, Held, Known};
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{ModelName, Snapshot};
 use serde::Serialize;
@@ -84,7 +84,7 @@ struct Pull<'a> {
 /// What servers say of one model.
 #[derive(Default)]
 struct Said<'a> {
-    by_digest: BTreeMap<&'a str, (&'a Model, Vec<&'a str>)>,
+    by_digest: BTreeMap<&'a str, (&'a Held, Vec<&'a str>)>,
 }
 
 /// Who has room for what.
@@ -128,9 +128,8 @@ pub(super) fn page<'a>(
     let (chosen, has_more) = wanted.cut(all, |one, other| one.name.cmp(&other.name), is_after);
     let mut said: HashMap<&ModelName, Said<'a>> = chosen.iter().map(|known| (&known.name, Said::default())).collect();
     for server in &snapshot.servers {
-        for model in &server.report.models {
-            let Some(name) = ModelName::parse(&model.name) else { continue };
-            let Some(said) = said.get_mut(&name) else { continue };
+        for model in server.report.models.iter() {
+            let Some(said) = model.canonical().and_then(|name| said.get_mut(name)) else { continue };
             said.by_digest.entry(&model.digest).or_insert((model, Vec::new())).1.push(server.id.as_str());
         }
     }
@@ -152,7 +151,7 @@ fn machine(server: &olol_middleware::Server) -> Option<Machine<'_>> {
 }
 
 fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines: &[Machine<'a>]) -> Entry<'a> {
-    let mut variants: Vec<(&str, &Model, Vec<&str>)> =
+    let mut variants: Vec<(&str, &Held, Vec<&str>)> =
         said.by_digest.into_iter().map(|(digest, (model, servers))| (digest, model, servers)).collect();
     // What most servers have stands first.
     variants.sort_by_key(|(_, _, servers)| std::cmp::Reverse(servers.len()));
@@ -167,12 +166,12 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
         let pulls = machine.vitals.pending_pulls.iter().filter(|(name, _)| is_it(name));
         pulls.map(|(_, done)| Pull { server: machine.name, done: share(*done) })
     });
-    let text = |of: fn(&Model) -> &str| model.and_then(|model| some(of(model)));
+    let text = |of: fn(&Held) -> &str| model.and_then(|model| some(of(model)));
     Entry {
         name: known.name.as_str(),
         tag: known.name.tag(),
         family: text(|model| &model.family),
-        architecture: text(Model::architecture),
+        architecture: text(|model| model.architecture()),
         size: known.size,
         size_mb: known.size / 1_000_000,
         digest: text(|model| &model.digest),
@@ -186,7 +185,7 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
         },
         quantization: Quantization {
             level: text(|model| &model.quantization),
-            bits_per_weight: model.and_then(Model::bits_per_weight).map(share),
+            bits_per_weight: model.and_then(|model| model.bits_per_weight()).map(share),
         },
         compatible_servers: Places {
             installed: names(&known.installed),

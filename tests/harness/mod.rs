@@ -38,6 +38,7 @@ pub mod grpc;
 pub mod keeper;
 pub mod olol;
 pub mod process;
+pub mod redis;
 pub mod script;
 pub mod server;
 mod serving;

@@ -114,6 +114,21 @@ impl Olol {
         self.proxy.cluster().snapshot().servers[server].load.in_flight()
     }
 
+    /// Links of conversations that it remembers.
+    pub fn links(&self) -> usize {
+        self.proxy.shared().affinity.len()
+    }
+
+    /// Whether the store that it shares with others answers.
+    pub fn shares(&self) -> bool {
+        self.proxy.state().is_some_and(olol::state::State::is_up)
+    }
+
+    /// Whether a server is drained.
+    pub fn drains(&self, server: &str) -> bool {
+        self.proxy.cluster().snapshot().servers.iter().any(|known| known.id.as_str() == server && known.draining)
+    }
+
     /// Calls that wait for a slot.
     pub fn waiting(&self) -> usize {
         self.proxy.shared().queue.len()

@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::Config;
-use super::table::Table;
+use super::table::{Seen, Table};
 use crate::cluster::{Candidates, Server};
 
 /// Turns, per server, after which those before count half.
@@ -29,11 +29,13 @@ pub struct Share {
     found: AtomicU32,
     /// Turns that it has answered lately, in 16ths, and in which half-life.
     turns: AtomicU64,
+    /// When it has lost all that it had cached, by the clock of the table; 0: never.
+    forgot: AtomicU32,
 }
 
 impl Default for Share {
     fn default() -> Self {
-        Self { found: AtomicU32::new(EVEN), turns: AtomicU64::new(0) }
+        Self { found: AtomicU32::new(EVEN), turns: AtomicU64::new(0), forgot: AtomicU32::new(0) }
     }
 }
 
@@ -56,6 +58,16 @@ impl Share {
         let packed = self.turns.load(Ordering::Relaxed);
         let passed = half_life.saturating_sub(u32::try_from(packed >> 32).unwrap_or_default());
         (packed & u64::from(u32::MAX)).checked_shr(passed).unwrap_or(0)
+    }
+
+    /// Its engine has begun anew.
+    pub(super) fn forget(&self, now: u32) {
+        self.forgot.store(now, Ordering::Relaxed);
+    }
+
+    /// Whether it has lost what it had of some link.
+    pub(super) fn has_forgotten(&self, seen: &Seen) -> bool {
+        seen.at() < self.forgot.load(Ordering::Relaxed)
     }
 
     /// It has answered another turn.
@@ -92,7 +104,7 @@ impl Balance {
         for server in candidates.iter().filter(|server| server.is_usable()) {
             servers += 1;
             weight += u64::from(server.weight.get());
-            calls += u64::from(server.load.in_flight());
+            calls += u64::from(server.load.total());
             turns += server.share.turns(half_life);
         }
         let weight = weight.max(1) as f64;
@@ -137,7 +149,7 @@ impl Balance {
     /// Remembers how much of the calls a server had when another one came for it.
     pub(super) fn find(&self, server: &Server) {
         if self.calls_before > 0.0 {
-            let share = f64::from(server.load.in_flight()) / (self.calls_before * weight(server));
+            let share = f64::from(server.load.total()) / (self.calls_before * weight(server));
             server.share.find(share);
         }
     }
@@ -145,7 +157,7 @@ impl Balance {
 
 /// Calls at a server, this one included.
 fn calls(server: &Server) -> f64 {
-    f64::from(server.load.in_flight()) + 1.0
+    f64::from(server.load.total()) + 1.0
 }
 
 fn weight(server: &Server) -> f64 {

@@ -1,13 +1,19 @@
 //! Which servers have what of which conversations: what `affinity` remembers.
 
 use std::num::NonZeroU32;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction};
+use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction, EntryResult};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, UnitWeighter};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::Turn;
+use super::balance::half_life;
+use super::chain::join;
+use crate::cluster::Server;
 use crate::names::ServerId;
 
 /// Servers that are remembered for one link: a beginning that many conversations share may be everywhere.
@@ -19,8 +25,12 @@ const SHARED: u16 = 8;
 /// What is remembered of conversations, and for how long. Bounded; the links that nobody asked for go first.
 #[derive(Debug)]
 pub struct Table {
+    /// By what [`Table::keyed`] makes of them.
     links: Cache<u64, Seen>,
     born: Instant,
+    key: AtomicU64,
+    /// Where turns go that no agent tells the other proxies of.
+    others: OnceLock<mpsc::Sender<(ServerId, Turn)>>,
     /// Turns that were answered so far.
     turns: AtomicU64,
 }
@@ -42,7 +52,7 @@ impl Default for Table {
                 Cache::with_options(options, UnitWeighter, DefaultHashBuilder::default(), DefaultLifecycle::default())
             },
         );
-        Self { links, born: Instant::now(), turns: AtomicU64::new(0) }
+        Self { links, born: Instant::now(), key: AtomicU64::new(0), others: OnceLock::new(), turns: AtomicU64::new(0) }
     }
 }
 
@@ -61,6 +71,11 @@ impl Seen {
     /// Who has it in a cache, by [`mark`], the last one first.
     pub(super) fn holders(&self) -> impl Iterator<Item = u32> + '_ {
         self.holders.iter().copied().take_while(|mark| *mark != 0)
+    }
+
+    /// When it was last of use, by the clock of the table.
+    pub(super) fn at(&self) -> u32 {
+        self.at
     }
 
     /// Whether so many conversations go on from here that it says nothing about any of them.
@@ -90,28 +105,86 @@ impl Table {
         }
     }
 
+    /// From now on links are known by what this key makes of them. Those who tell each other of turns must have the same.
+    pub fn set_key(&self, key: u64) {
+        self.key.store(key, Ordering::Relaxed);
+    }
+
+    /// What a link is known by, here and wherever it is told.
+    pub(super) fn keyed(&self, link: u64) -> u64 {
+        join(self.key.load(Ordering::Relaxed), link).max(1)
+    }
+
     /// What is known of a link, if that is no older than `ttl`.
     pub(super) fn seen(&self, link: u64, ttl: Duration) -> Option<Seen> {
-        let seen = self.links.get(&link)?;
+        let seen = self.links.get(&self.keyed(link))?;
         let age = u64::from(self.now().saturating_sub(seen.at));
         (age < ttl.as_secs()).then_some(seen)
     }
 
-    /// A server was asked for a link that is new.
-    pub(super) fn learn(&self, link: u64, server: &ServerId) {
-        self.links.insert(link, Seen { holders: [mark(server), 0, 0, 0], at: self.now(), branches: 0 });
+    /// A server, one of so many, has answered a turn that was sent from here.
+    pub(super) fn answered(&self, turn: &Turn, server: &Server, servers: usize) {
+        if let Some(known) = turn.known {
+            self.learn_more(known, &server.id, turn.goes_on);
+        }
+        turn.news.iter().for_each(|link| self.insert(*link, &server.id));
+        server.share.count_turn(half_life(self.count_turn(), servers));
     }
 
-    /// A server was asked for a link that is known, or for something that goes on from it in a new way.
-    pub(super) fn learn_more(&self, link: u64, server: &ServerId, goes_on: bool) {
+    /// From now on turns of servers without an agent go there. What finds no room is dropped.
+    pub fn tell_others_by(&self, others: mpsc::Sender<(ServerId, Turn)>) {
+        // A second one would be another proxy's: there is one for a table.
+        let _ = self.others.set(others);
+    }
+
+    /// Tells the other proxies of a turn, unless the agent of its server does that.
+    pub(super) fn tell_others(&self, turn: &Turn, server: &Server) {
+        if let Some(others) = self.others.get()
+            && server.vitals.load().is_none()
+            && !turn.is_empty()
+        {
+            let _ = others.try_send((server.id.clone(), turn.clone()));
+        }
+    }
+
+    /// A server, one of so many, has answered a turn that another proxy has sent there. What that proxy took for new may be
+    /// known here, and the other way round.
+    pub fn told(&self, turn: &Turn, server: &Server, servers: usize) {
+        let known = turn.known.map(|known| (known, turn.goes_on));
+        for (link, goes_on) in known.into_iter().chain(turn.news.iter().map(|link| (*link, false))) {
+            if !self.learn_more(link, &server.id, goes_on) {
+                self.insert(link, &server.id);
+            }
+        }
+        server.share.count_turn(half_life(self.count_turn(), servers));
+    }
+
+    /// A server has lost all that it had cached.
+    pub fn forget(&self, server: &Server) {
+        // What was learnt within this second may be older or younger: to take it for lost costs a hint, and no more.
+        server.share.forget(self.now().saturating_add(1));
+    }
+
+    /// A server was asked for a link that is new.
+    pub(super) fn learn(&self, link: u64, server: &ServerId) {
+        self.insert(self.keyed(link), server);
+    }
+
+    fn insert(&self, keyed: u64, server: &ServerId) {
+        self.links.insert(keyed, Seen { holders: [mark(server), 0, 0, 0], at: self.now(), branches: 0 });
+    }
+
+    /// A server was asked for a link that is known, or for something that goes on from it in a new way. False if it is not
+    /// known: if it has gone in the meantime, it was of no use to anybody.
+    fn learn_more(&self, keyed: u64, server: &ServerId, goes_on: bool) -> bool {
         let (mark, at) = (mark(server), self.now());
-        // If it has gone in the meantime, it was of no use to anybody.
-        let _ = self.links.entry(&link, Some(Duration::ZERO), |_, seen| {
+        let found = self.links.entry(&keyed, Some(Duration::ZERO), |_, seen| {
             seen.held_by(mark);
             seen.at = at;
             seen.branches = seen.branches.saturating_add(u16::from(goes_on));
             EntryAction::Retain(())
         });
+        matches!(found, EntryResult::Retained(()))
     }
 
     /// Links that are remembered.
@@ -160,7 +233,7 @@ mod tests {
         table.learn(7, &server("a"));
         tokio::time::advance(NEARLY).await;
         assert!(table.seen(7, TTL).is_some());
-        table.learn_more(7, &server("a"), true);
+        table.learn_more(table.keyed(7), &server("a"), true);
         tokio::time::advance(NEARLY).await;
         assert!(table.seen(7, TTL).is_some(), "a turn makes it young again");
         tokio::time::advance(Duration::from_secs(1)).await;
@@ -173,7 +246,7 @@ mod tests {
         let table = Table::default();
         table.learn(7, &server("a"));
         for name in ["b", "c", "b", "d", "e"] {
-            table.learn_more(7, &server(name), false);
+            table.learn_more(table.keyed(7), &server(name), false);
         }
         let wanted: Vec<u32> = ["e", "d", "b", "c"].map(|name| mark(&server(name))).to_vec();
         assert_eq!(names(table.seen(7, TTL).unwrap()), wanted);
@@ -184,10 +257,10 @@ mod tests {
         let table = Table::default();
         table.learn(7, &server("a"));
         for _ in 1..SHARED {
-            table.learn_more(7, &server("a"), true);
+            table.learn_more(table.keyed(7), &server("a"), true);
         }
         assert!(!table.seen(7, TTL).unwrap().is_shared());
-        table.learn_more(7, &server("a"), true);
+        table.learn_more(table.keyed(7), &server("a"), true);
         assert!(table.seen(7, TTL).unwrap().is_shared());
     }
 

@@ -77,7 +77,7 @@ async fn a_later_turn_goes_where_the_one_before_went() {
         assert_eq!(decision(&reply), "affinity-miss");
         for count in 2..5 {
             let (asked, reply) = answered(&layer, chat(&cluster, &turns(name, count)), "2").await;
-            let Preferred { servers, yields, holders, cached, prompt } = preferred(&asked);
+            let Preferred { servers, yields, holders, cached, prompt, .. } = preferred(&asked);
             assert_eq!((servers[0], *yields, &holders[..]), (2, false, &[2][..]));
             assert!(*cached > 0 && cached < prompt);
             assert_eq!(decision(&reply), "affinity-hit");
@@ -271,6 +271,42 @@ async fn a_turn_that_comes_by_another_proxy_finds_its_server() {
             assert_eq!(home(&proxies[count % 2], chat(&cluster, &turns(&name, count))).await.0, first);
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_another_proxy_has_sent_is_known_when_it_is_told() {
+    let cluster = servers(4).await;
+    let [one, other] = [7, 7].map(|key| {
+        let layer = layer();
+        layer.rules.table.set_key(key);
+        layer
+    });
+    for count in 1..6 {
+        let (here, there) = if count % 2 == 0 { (&one, &other) } else { (&other, &one) };
+        let (asked, reply) = answered(here, chat(&cluster, &turns("ada", count)), "3").await;
+        assert_eq!(decision(&reply), if count == 1 { "affinity-miss" } else { "affinity-hit" });
+        let snapshot = cluster.snapshot();
+        there.rules.table.told(&preferred(&asked).turn, &snapshot.servers[3], 4);
+    }
+    assert_eq!(one.rules.table.turns(), other.rules.table.turns());
+    let stranger = layer();
+    let (asked, _) = answered(&one, chat(&cluster, &turns("ada", 6)), "3").await;
+    stranger.rules.table.told(&preferred(&asked).turn, &cluster.snapshot().servers[3], 4);
+    let (_, reply) = answered(&stranger, chat(&cluster, &turns("ada", 7)), "3").await;
+    assert_eq!(decision(&reply), "affinity-miss", "without the key they say nothing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_has_forgotten_has_no_history() {
+    let (cluster, layer) = (servers(4).await, layer());
+    answered(&layer, chat(&cluster, &turns("ada", 1)), "2").await;
+    layer.rules.table.forget(&cluster.snapshot().servers[2]);
+    let (asked, reply) = answered(&layer, chat(&cluster, &turns("ada", 2)), "1").await;
+    assert!(preferred(&asked).holders.is_empty());
+    assert_eq!(decision(&reply), "affinity-repin");
+    tokio::time::advance(Duration::from_secs(2)).await;
+    answered(&layer, chat(&cluster, &turns("bob", 1)), "2").await;
+    assert_eq!(decision(&answered(&layer, chat(&cluster, &turns("bob", 2)), "2").await.1), "affinity-hit");
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,9 +7,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use rapidhash::RapidHashMap;
 use smallvec::SmallVec;
 
-use super::{Bits, Loaded, Make, Model, Server, Servers};
+use super::{Bits, Held, Loaded, Make, Server, Servers};
 use crate::instruments::ModelMeters;
 use crate::names::ModelName;
 use crate::place::LoadOptions;
@@ -18,7 +19,9 @@ use crate::runner::Runners;
 /// Everything that the servers say of models.
 #[derive(Default)]
 pub(super) struct Found<'a> {
-    numbers: HashMap<ModelName, usize>,
+    numbers: RapidHashMap<ModelName, usize>,
+    /// Where that of which a server says the same is among the holdings, and among the makes there.
+    seen: RapidHashMap<usize, (usize, usize)>,
     /// By number, in the order in which they were met.
     holdings: Vec<Holding<'a>>,
 }
@@ -38,15 +41,13 @@ struct Holding<'a> {
 }
 
 impl Holding<'_> {
-    /// A server says what it is.
-    fn is_made(&mut self, server: &Server, at: usize, model: &Model) {
-        if let Some(make) = self.makes.iter_mut().find(|make| make.is_of(model)) {
-            make.servers.insert(server.index);
-            return;
-        }
-        let mut servers = Bits::default();
-        servers.insert(server.index);
-        self.makes.push(Make { servers, report: server.report.clone(), at });
+    /// A server says what it is. Returns the place among the makes.
+    fn is_made(&mut self, model: &Held) -> usize {
+        let known = self.makes.iter().position(|make| make.is_of(model));
+        known.unwrap_or_else(|| {
+            self.makes.push(Make { servers: Bits::default(), held: model.clone() });
+            self.makes.len() - 1
+        })
     }
 }
 
@@ -71,7 +72,7 @@ impl<'a> Found<'a> {
     /// Hears every server.
     pub(super) fn on(servers: &'a Servers) -> Self {
         let mut found = Self::default();
-        let mut families = HashMap::new();
+        let mut families = RapidHashMap::default();
         for server in servers {
             found.hear(server, &mut families);
         }
@@ -79,22 +80,13 @@ impl<'a> Found<'a> {
     }
 
     /// Hears one server. `families` knows the first model of each identity.
-    fn hear(&mut self, server: &'a Server, families: &mut HashMap<&'a str, usize>) {
-        let mut here: Vec<(usize, &Model)> = Vec::with_capacity(server.report.models.len());
-        for (at, model) in server.report.models.iter().enumerate() {
-            let Some(name) = ModelName::parse(&model.name) else { continue };
-            let number = self.number(name);
+    fn hear(&mut self, server: &'a Server, families: &mut RapidHashMap<&'a str, usize>) {
+        let mut here: Vec<(usize, &Held)> = Vec::with_capacity(server.report.models.len());
+        for model in server.report.models.iter() {
+            let Some((number, make)) = self.place(model, families) else { continue };
             let holding = &mut self.holdings[number];
             holding.installed.insert(server.index);
-            holding.size = holding.size.max(model.size);
-            holding.is_made(server, at, model);
-            if holding.defaults.is_none() && !model.parameters.is_empty() {
-                holding.defaults = Some(Arc::new(LoadOptions::in_object(&model.parameters)));
-            }
-            if let Some(identity) = model.identity() {
-                let first = *families.entry(identity).or_insert(number);
-                self.unite(first, number);
-            }
+            holding.makes[make].servers.insert(server.index);
             here.push((number, model));
         }
         for loaded in &server.report.loaded {
@@ -109,6 +101,26 @@ impl<'a> Found<'a> {
                 }
             }
         }
+    }
+
+    /// Where a model is among the holdings and their makes. Of what many servers say alike, all is found out once.
+    fn place(&mut self, model: &'a Held, families: &mut RapidHashMap<&'a str, usize>) -> Option<(usize, usize)> {
+        if let Some(place) = self.seen.get(&model.number()) {
+            return Some(*place);
+        }
+        let number = self.number(model.canonical()?.clone());
+        let holding = &mut self.holdings[number];
+        holding.size = holding.size.max(model.size);
+        let make = holding.is_made(model);
+        if holding.defaults.is_none() && !model.parameters.is_empty() {
+            holding.defaults = Some(Arc::new(LoadOptions::in_object(&model.parameters)));
+        }
+        if let Some(identity) = model.identity() {
+            let first = *families.entry(identity).or_insert(number);
+            self.unite(first, number);
+        }
+        self.seen.insert(model.number(), (number, make));
+        Some((number, make))
     }
 
     fn number(&mut self, name: ModelName) -> usize {
@@ -193,7 +205,7 @@ impl<'a> Found<'a> {
 mod tests {
     use std::time::Duration;
 
-    use super::super::{Cluster, Known, Member, Report};
+    use super::super::{Cluster, Known, Member, Model, Report};
     use super::*;
     use crate::ServerId;
     use crate::slots::Lease;

@@ -11,7 +11,7 @@ use super::{
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
     SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL, SERVER_IN_FLIGHT,
     SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_UP, SESSIONS,
-    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, THREADS, WISHED, WISHED_HELD,
+    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS, WISHED, WISHED_HELD,
 };
 use crate::cluster::{Known, Server, Snapshot, State};
 use crate::names::ModelName;
@@ -71,6 +71,12 @@ pub fn observe_wishes(wishes: &[Wish]) -> String {
         held.add([&*label], wish.held as f64);
     }
     written([wanted, held])
+}
+
+/// Whether the store that proxies share answers; nothing where there is none.
+pub fn observe_state(is_up: Option<bool>) -> String {
+    let gauge = |is_up| Gauge::of(STATE_UP, "Whether the store that proxies share answers", f64::from(u8::from(is_up)));
+    is_up.map_or_else(String::new, |is_up| written([gauge(is_up)]))
 }
 
 /// What this program is.

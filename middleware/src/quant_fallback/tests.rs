@@ -564,7 +564,7 @@ proptest! {
             let reports = |name: &ModelName| -> Vec<(Model, usize)> {
                 snapshot.servers.iter().flat_map(|server| {
                     let models = server.report.models.iter();
-                    models.filter(|held| ModelName::parse(&held.name).as_ref() == Some(name)).map(|held| (held.clone(), server.index))
+                    models.filter(|held| held.canonical() == Some(name)).map(|held| (Model::clone(held), server.index))
                 }).collect()
             };
             let served: Vec<Model> = reports(&model).into_iter()

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::requests::{Rate, Requests};
+use super::spent::{Amount, Untold};
 use super::tokens::{Estimate, Tokens};
 use super::{Kind, Limits, Refusal};
 use crate::error::Standing;
@@ -58,6 +59,8 @@ pub(super) struct Account {
     running: AtomicU32,
     /// Made when tokens are first counted: most accounts have none.
     tokens: Mutex<Option<Box<Tokens>>>,
+    /// What other proxies are to be told.
+    untold: Untold,
 }
 
 impl Account {
@@ -83,7 +86,10 @@ impl Account {
         }
         if let Some(rate) = Rate::of(limits) {
             match self.requests.take(rate, now) {
-                Ok(standing) => standings.requests = Some(standing),
+                Ok(standing) => {
+                    self.untold.requests(1);
+                    standings.requests = Some(standing);
+                }
                 Err((wait, standing)) => {
                     self.leave(&taken);
                     return Err(Refusal { kind: Kind::Requests, wait, standing });
@@ -98,6 +104,7 @@ impl Account {
         self.leave(taken);
         if let Some(rate) = Rate::of(limits) {
             self.requests.give_back(rate);
+            self.untold.requests(-1);
         }
     }
 
@@ -120,6 +127,7 @@ impl Account {
         *reserved -= part;
         tokens.release(part);
         tokens.charge(limits, used, now);
+        self.untold.tokens(signed(used));
     }
 
     /// Makes what was counted what was used, and gives up what is left of the reservation.
@@ -130,6 +138,7 @@ impl Account {
         tokens.release(reserved);
         tokens.charge(limits, bill.missing, now);
         tokens.refund(bill.too_much);
+        self.untold.tokens(signed(bill.missing) - signed(bill.too_much));
         if bill.answer > 0 {
             tokens.learn(bill.answer);
         }
@@ -161,6 +170,25 @@ impl Account {
         (Standings { requests, tokens }, refusal)
     }
 
+    /// What other proxies are to be told, if anything is.
+    pub(super) fn untold(&self) -> Option<Amount> {
+        self.untold.take(self.requests.cost())
+    }
+
+    /// They could not be told.
+    pub(super) fn untell(&self, amount: &Amount) {
+        self.untold.requests(amount.requests);
+        self.untold.tokens(amount.tokens);
+    }
+
+    /// Another proxy tells what was used there so long ago.
+    pub(super) fn absorb(&self, amount: &Amount, now: u64, age: u64) {
+        self.requests.absorb(amount, now);
+        if amount.tokens != 0 {
+            self.tokens().get_or_insert_default().absorb(amount.tokens, now, age);
+        }
+    }
+
     /// When it says no more than a new one would: `u64::MAX` while a call holds a part of it.
     pub(super) fn idle_at(&self) -> u64 {
         if self.running.load(Ordering::Relaxed) > 0 {
@@ -179,6 +207,11 @@ impl Account {
     fn tokens(&self) -> MutexGuard<'_, Option<Box<Tokens>>> {
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Nobody uses 2^63 tokens.
+fn signed(tokens: u64) -> i64 {
+    i64::try_from(tokens).unwrap_or(i64::MAX)
 }
 
 /// As many run as may.

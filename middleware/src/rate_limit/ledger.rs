@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::table::Table;
@@ -35,8 +36,24 @@ impl Ledger {
 }
 
 /// Where a client comes from: an address of IPv4, or a network of IPv6 (/64), of which one machine has all addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub(super) struct Address(u128);
+
+/// JSON has no numbers of this size.
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        format!("{:x}", address.0)
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = std::num::ParseIntError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        u128::from_str_radix(&text, 16).map(Self)
+    }
+}
 
 impl Address {
     /// The address of a client. All of whom it is not known share one.

@@ -16,10 +16,13 @@ use governor::state::{NotKeyed, StateStore};
 use governor::{Quota, RateLimiter};
 
 use super::Limits;
+use super::spent::Amount;
 use crate::error::Standing;
 
 /// A minute in nanoseconds.
 const MINUTE: u64 = 60_000_000_000;
+/// The longest that others may have somebody wait: a day.
+const LONGEST_DEBT: u64 = 24 * 60 * MINUTE;
 /// The largest burst: with one request a minute, refilling it takes 190 years, and no sum overflows.
 const LARGEST_BURST: u32 = 100_000_000;
 
@@ -85,6 +88,29 @@ impl Requests {
     pub(super) fn give_back(&self, rate: Rate) {
         let back = |full_at: u64| Some(full_at.saturating_sub(rate.cost));
         let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, back);
+    }
+
+    /// What a request costs here.
+    pub(super) fn cost(&self) -> u64 {
+        self.cost.load(Ordering::Relaxed)
+    }
+
+    /// Another proxy tells what was spent there. More than there can be is cut off by who spends next.
+    pub(super) fn absorb(&self, amount: &Amount, now: u64) {
+        if amount.requests == 0 || amount.cost == 0 {
+            return;
+        }
+        // Who has not asked here yet has the rate of where he asks.
+        let _ = self.cost.compare_exchange(0, amount.cost, Ordering::Relaxed, Ordering::Relaxed);
+        let cost = self.cost.load(Ordering::Relaxed).min(MINUTE);
+        let time = cost.saturating_mul(amount.requests.unsigned_abs()).min(LONGEST_DEBT);
+        let spent = |full_at: u64| {
+            if amount.requests < 0 {
+                return full_at.saturating_sub(time);
+            }
+            full_at.max(now).saturating_add(time).min(now.saturating_add(LONGEST_DEBT))
+        };
+        let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| Some(spent(full_at)));
     }
 
     /// When all of them are there again.

@@ -89,6 +89,13 @@ impl<K: Hash + Eq + Clone> Table<K> {
         shard.accounts.find(hash, |(other, _)| other == key).map(|(_, account)| account.clone())
     }
 
+    /// Visits all of them, a shard at a time.
+    pub(super) fn each(&self, mut visit: impl FnMut(&K, &Account)) {
+        for shard in &self.shards {
+            lock(shard).accounts.iter().for_each(|(key, account)| visit(key, account));
+        }
+    }
+
     fn shard(&self, hash: u64) -> &Mutex<Shard<K>> {
         // The table below takes the low bits, and the highest seven.
         &self.shards[(hash >> 32) as usize % self.shards.len()]

@@ -124,6 +124,19 @@ impl Tokens {
         self.day.take_back(tokens);
     }
 
+    /// Another proxy tells what was used there so long ago; less than nothing: what was counted too much.
+    pub(super) fn absorb(&mut self, tokens: i64, now: u64, age: u64) {
+        if tokens < 0 {
+            return self.refund(tokens.unsigned_abs());
+        }
+        let at = now.saturating_sub(age);
+        // A process that has just begun has no time before itself.
+        if age < MINUTE.length {
+            self.minute.add(tokens.unsigned_abs(), at, MINUTE);
+        }
+        self.day.add(tokens.unsigned_abs(), at, DAY);
+    }
+
     /// Remembers how long an answer was.
     pub(super) fn learn(&mut self, tokens: u64) {
         let tokens = tokens.clamp(1, LONGEST_ANSWER);

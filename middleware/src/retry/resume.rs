@@ -523,8 +523,7 @@ fn digest(snapshot: &Snapshot, server: &ServerId, model: Option<&ModelName>) -> 
 }
 
 fn digest_of<'a>(server: &'a Server, model: Option<&ModelName>) -> Option<&'a String> {
-    let mut models = server.report.models.iter();
-    let found = models.find(|held| ModelName::parse(&held.name).as_ref() == model)?;
+    let found = server.report.models.iter().find(|held| held.canonical() == model)?;
     Some(&found.digest).filter(|digest| !digest.is_empty())
 }
 

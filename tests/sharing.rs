@@ -1,0 +1,224 @@
+//! What proxies share in a store: a real Redis or Valkey, which comes and goes.
+//!
+//! `./dev test` unpacks the distribution's package. Elsewhere `OLOL_REDIS` names the program, or one is on the path.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod harness;
+
+use harness::redis::Store;
+use harness::{Cluster, Olol, Request, patiently, until};
+
+#[tokio::test]
+async fn a_server_that_one_proxy_drains_is_drained_at_all() {
+    let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    say(&one, "drain").await;
+    until("the other proxy drains it", || other.drains("0")).await;
+    say(&other, "undrain").await;
+    until("the first one takes it back", || !one.drains("0")).await;
+    say(&other, "drain").await;
+    let late = Olol::start(&cluster, &store.toml()).await;
+    until("who starts later drains it, too", || late.drains("0")).await;
+}
+
+#[tokio::test]
+async fn while_the_store_is_away_each_goes_by_what_it_has_and_all_is_told_when_it_is_back() {
+    let (cluster, mut store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    store.dies().await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    say(&one, "drain").await;
+    assert!(one.drains("0"), "it holds at once where it was said");
+    for olol in [&one, &other] {
+        assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+        let status = olol.get("/api/status").await.json();
+        assert_eq!(status["olol"]["state"]["state"], "degraded", "{status}");
+    }
+    assert!(!other.drains("0"));
+    store.comes_back().await;
+    until("the other proxy hears of it", || other.drains("0")).await;
+    until("both share again", || one.shares() && other.shares()).await;
+    assert_eq!(one.get("/api/status").await.json()["olol"]["state"]["state"], "up");
+}
+
+#[tokio::test]
+async fn a_store_that_has_forgotten_all_is_told_again() {
+    let (cluster, mut store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    say(&one, "drain").await;
+    until("the other proxy drains it", || other.drains("0")).await;
+    store.dies().await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    store.comes_back().await;
+    until("both share again", || one.shares() && other.shares()).await;
+    let late = Olol::start(&cluster, &store.toml()).await;
+    until("who starts later drains it, too", || late.drains("0")).await;
+    assert!(one.drains("0") && other.drains("0"));
+}
+
+#[tokio::test]
+async fn a_store_that_was_never_there_is_in_nobodys_way() {
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    let toml = "[state]\nurl = \"redis://ada:open-sesame@127.0.0.1:1\"";
+    let olol = Olol::start(&cluster, toml).await;
+    assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+    let status = olol.get("/api/status").await.text();
+    assert!(status.contains("redis://ada:***@127.0.0.1:1") && !status.contains("open-sesame"), "{status}");
+}
+
+async fn both_share(one: &Olol, other: &Olol) {
+    until("both share", || one.shares() && other.shares()).await;
+}
+
+async fn say(olol: &Olol, what: &str) {
+    let path = format!("/api/status/servers/0/{what}");
+    let answer = olol.ask(&Request::post(&path, "")).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+#[tokio::test]
+async fn a_store_that_does_not_answer_holds_nobody_up() {
+    let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let olol = Olol::start(&cluster, &store.toml().replace("5000", "300")).await;
+    until("it shares", || olol.shares()).await;
+    make(&olol, "a").await;
+    store.freezes(true).await;
+    assert_eq!(turn(&olol, "a").await, 1, "by the copy here");
+    until("it has noticed", || !olol.shares()).await;
+    let begun = tokio::time::Instant::now();
+    assert_eq!(turn(&olol, "a").await, 2);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(2), "nobody waits any more: {:?}", begun.elapsed());
+    store.freezes(false).await;
+    until("it shares again", || olol.shares()).await;
+    assert_eq!(turn(&olol, "a").await, 3);
+}
+
+#[tokio::test]
+async fn a_session_goes_on_at_any_proxy() {
+    let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    make(&one, "a").await;
+    for (count, olol) in [&other, &one, &one, &other].into_iter().enumerate() {
+        assert_eq!(turn(olol, "a").await, count + 1);
+        for olol in [&one, &other] {
+            assert_eq!(turns(olol, "a").await, Some(count as u64 + 1));
+        }
+    }
+    let late = Olol::start(&cluster, &store.toml()).await;
+    until("it shares", || late.shares()).await;
+    let listed = late.get("/api/status/sessions").await.json();
+    assert_eq!(listed["sessions"][0]["session_id"], "a", "{listed}");
+    assert_eq!(turns(&late, "a").await, Some(4));
+    let ended = late.ask(&Request::new("DELETE", "/api/status/sessions/a")).await;
+    assert_eq!(ended.json()["turns"], 4);
+    for olol in [&one, &other, &late] {
+        assert_eq!(turns(olol, "a").await, None);
+        assert_eq!(olol.get("/api/status/sessions").await.json()["sessions"], serde_json::json!([]));
+    }
+}
+
+#[tokio::test]
+async fn a_session_goes_on_without_the_store_and_nothing_is_lost() {
+    let (cluster, mut store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    for id in ["a", "b", "c"] {
+        make(&one, id).await;
+        turn(&one, id).await;
+        assert_eq!(turn(&other, id).await, 2);
+    }
+    store.dies().await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    assert_eq!(turn(&other, "a").await, 3, "the copy at the other proxy is whole");
+    assert_eq!(turn(&other, "a").await, 4);
+    assert_eq!(turn(&one, "b").await, 2, "what the other has added since is there, and will be here");
+    let ended = one.ask(&Request::new("DELETE", "/api/status/sessions/c")).await;
+    assert_eq!(ended.status, 200, "{}", ended.text());
+    store.comes_back().await;
+    until("both share again", || one.shares() && other.shares()).await;
+    // What was said alone is told when the store is back, a little later.
+    patiently("all is told", async {
+        while turns(&one, "a").await != Some(4) || turns(&other, "c").await.is_some() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(turn(&one, "a").await, 5);
+    assert_eq!(turns(&other, "a").await, Some(5));
+}
+
+#[tokio::test]
+async fn turns_at_two_proxies_at_once_are_both_kept() {
+    let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    make(&one, "a").await;
+    for _ in 0..5 {
+        tokio::join!(turn(&one, "a"), turn(&other, "a"));
+    }
+    for olol in [&one, &other] {
+        assert_eq!(turns(olol, "a").await, Some(10));
+        let shown = olol.get("/api/status/sessions/a").await.json();
+        assert_eq!(shown["messages"].as_array().unwrap().len(), 20, "{shown}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_used_at_one_proxy_counts_at_the_other() {
+    let (cluster, mut store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let toml = format!("{}{LIMITS}", store.toml());
+    let [one, other] = [Olol::start(&cluster, &toml).await, Olol::start(&cluster, &toml).await];
+    both_share(&one, &other).await;
+    for _ in 0..3 {
+        assert_eq!(one.chat("tiny", "hi").await.status, 200);
+    }
+    patiently("the other proxy hears of it", async {
+        // Looking costs nothing.
+        let look = Request::post(
+            "/api/status/explain?route=/api/chat",
+            serde_json::json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}),
+        );
+        while !other.ask(&look).await.text().contains("would be refused") {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(other.chat("tiny", "hi").await.status, 429);
+    store.dies().await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    assert_eq!(one.chat("tiny", "hi").await.status, 429, "what was told before still holds");
+}
+
+/// Three requests, and another one after a minute.
+const LIMITS: &str = "
+[stack]
+order = [\"rate-limit\", \"model-route\"]
+
+[rate-limit.client]
+requests-per-minute = 1
+burst = 3
+";
+
+async fn make(olol: &Olol, id: &str) {
+    let body = serde_json::json!({"session_id": id, "model": "tiny"});
+    let answer = olol.ask(&Request::post("/api/status/sessions", body)).await;
+    assert!((200..300).contains(&answer.status), "{}", answer.text());
+}
+
+/// Takes a turn; which one it was.
+async fn turn(olol: &Olol, id: &str) -> usize {
+    let answer = olol.ask(&harness::olol::chat("tiny", "more").header("x-olol-session", id)).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.header("x-olol-session-turn").parse().unwrap_or_else(|_| panic!("no turn of a session: {:?}", answer.text()))
+}
+
+/// The turns that a session has had, if there is one.
+async fn turns(olol: &Olol, id: &str) -> Option<u64> {
+    let answer = olol.get(&format!("/api/status/sessions/{id}")).await;
+    (answer.status == 200).then(|| answer.json()["turns"].as_u64().unwrap())
+}
