@@ -32,6 +32,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use olol_middleware::call::Body;
 use olol_middleware::cluster::{Cluster, Model};
+use olol_middleware::instruments::{Arrival, arrived};
 use olol_middleware::units::Whole;
 use olol_middleware::{ModelName, Reply, Server, ServerId};
 use olol_proto::v1::{CopyModelRequest, CopyOrder, CopyPiece, CopySource, CopyWant, PullModelResponse};
@@ -207,17 +208,25 @@ impl Models {
                 self.room(server, held.size)?;
                 match self.copy(&held.name, &held, server, &sources, tell).await {
                     Ok(()) => {
+                        arrived(Arrival::Copied);
                         self.has_now(server, &name);
                         return Ok(Brought::Copied);
                     }
-                    Err(error) => tracing::warn!(model, server = %to, %error, "no copy: the registry is asked"),
+                    Err(error) => {
+                        arrived(Arrival::CopyFailed);
+                        tracing::warn!(model, server = %to, %error, "no copy: the registry is asked");
+                    }
                 }
             }
         }
         let body = json!({"model": model, "stream": true}).to_string();
         let ask = Ask { infers: false, ..Ask::post("/api/pull", body) };
-        let reply = self.pool.ask(server, ask).await.map_err(|error| BringError::Pull(error.to_string()))?;
-        self.follow(server, reply, tell).await?;
+        let pulled = match self.pool.ask(server, ask).await {
+            Ok(reply) => self.follow(server, reply, tell).await,
+            Err(error) => Err(BringError::Pull(error.to_string())),
+        };
+        arrived(if pulled.is_ok() { Arrival::Pulled } else { Arrival::PullFailed });
+        pulled?;
         self.has_now(server, &name);
         Ok(Brought::Pulled)
     }

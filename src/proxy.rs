@@ -54,6 +54,7 @@ const PINS: &str = "proxy-models.toml";
 pub struct Proxy {
     address: SocketAddr,
     shared: Shared,
+    models: Models,
     reloader: Arc<Reloader>,
     state: Option<State>,
     stop: CancellationToken,
@@ -114,6 +115,7 @@ impl Proxy {
         };
         let shared = Shared::new(cluster.clone());
         shared.affinity.set_key(key);
+        let models = about.models.clone();
         // Also where nobody asks for them yet: a reload may bring `auth`.
         let keys = match keys::start(&config.auth, &shared.keys) {
             Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
@@ -130,7 +132,7 @@ impl Proxy {
         let first_status = leaf.clone();
         let waker = Waker::new(running.clone(), cluster.clone());
         let mut tasks = JoinSet::new();
-        let bring = desired::by(about.models.clone());
+        let bring = desired::by(models.clone());
         tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
         let leaf = Waking::new(desired::Leaf::new(leaf, desired, cluster.clone()), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
@@ -160,6 +162,7 @@ impl Proxy {
         Ok(Self {
             address,
             shared,
+            models,
             reloader,
             state,
             stop,
@@ -182,6 +185,11 @@ impl Proxy {
     /// What it knows of its servers.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.shared.cluster
+    }
+
+    /// What brings models to its servers.
+    pub fn models(&self) -> &Models {
+        &self.models
     }
 
     /// The state of its layers.

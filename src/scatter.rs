@@ -74,8 +74,8 @@ impl<F: Fleet> Scatter<F> {
         let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
         let models = about.models.clone();
         let status = status::Status::new(shared.clone(), about);
-        let (spool, needed) = (blobs::Spool::new(config), needed::Needed::default());
-        let shared = Arc::new(Common { cluster, spool, models, status, needed });
+        let needed = needed::Needed::default();
+        let shared = Arc::new(Common { cluster, spool: blobs::Spool::new(config), models, status, needed });
         Self { pick: Pick::new(fleet, picking), shared }
     }
 }

@@ -61,6 +61,7 @@ const QUEUE_DEPTH: &str = "olol_queue_depth";
 const QUEUE_WAIT: &str = "olol_queue_wait_seconds";
 const LOADS: &str = "olol_model_loads_total";
 const LOAD_TIME: &str = "olol_model_load_seconds";
+const ARRIVALS: &str = "olol_model_arrivals_total";
 const AUTH: &str = "olol_auth_total";
 const KEYS: &str = "olol_keys";
 const CLIENTS: &str = "olol_clients";
@@ -149,6 +150,7 @@ pub const NAMES: &[&str] = &[
     QUEUE_WAIT,
     LOADS,
     LOAD_TIME,
+    ARRIVALS,
     AUTH,
     KEYS,
     KEYS_READ,
@@ -241,6 +243,40 @@ const CODES: [u16; 20] =
 /// Hundreds of status codes.
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
+/// How a model was to come to a server, and whether it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// From a registry.
+    Pulled,
+    /// From another server.
+    Copied,
+    /// A registry did not give it, or the server did not take it.
+    PullFailed,
+    /// It was not copied.
+    CopyFailed,
+}
+
+/// A model has come to a server, or has not.
+pub fn arrived(arrival: Arrival) {
+    let result = match arrival {
+        Arrival::Pulled => "pulled",
+        Arrival::Copied => "copied",
+        Arrival::PullFailed => "pull_failed",
+        Arrival::CopyFailed => "copy_failed",
+    };
+    counter!(ARRIVALS, "result" => result).increment(1);
+}
+
+/// What the metric of [`arrived`] means.
+fn describe_arrivals() {
+    describe_counter!(
+        ARRIVALS,
+        Unit::Count,
+        "Models that were to come to a server: from a registry (pulled), from another server (copied), and those that did not \
+         (pull_failed, copy_failed)"
+    );
+}
+
 /// Tells the recorder what the metrics mean. Call once after it was installed.
 pub fn describe() {
     describe_counter!(REQUESTS, Unit::Count, "Requests of clients, by route and status code");
@@ -278,6 +314,7 @@ pub fn describe() {
     describe_counter!(RETRIES, Unit::Count, "Attempts after the first, by what made the one before fail");
     describe_counter!(NO_BUDGET, Unit::Count, "Failures that were passed on, since the budget for retries was spent");
     describe_counter!(FAILOVERS, Unit::Count, "Calls and streams that went on at another server, since theirs failed");
+    describe_arrivals();
     describe_counter!(
         HEDGES,
         Unit::Count,

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use http::HeaderMap;
+use olol_middleware::instruments::{Arrival, arrived};
 use olol_middleware::{Error, ModelName, Reply, Server, ServerId};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -277,11 +278,16 @@ impl Work {
         while let Some((part, ended)) = tasks.next().await {
             match ended {
                 Ended::Pulled(Ok(line)) => {
+                    arrived(Arrival::Pulled);
                     self.success.get_or_insert(line);
                     self.pulled(part).await;
                 }
-                Ended::Pulled(Err(failure)) => self.failed(&part, failure, &mut tasks),
+                Ended::Pulled(Err(failure)) => {
+                    arrived(Arrival::PullFailed);
+                    self.failed(&part, failure, &mut tasks);
+                }
                 Ended::Copied(Ok(())) => {
+                    arrived(Arrival::Copied);
                     self.copying -= 1;
                     if let Some((_, held)) = self.sources.first().filter(|_| shares(&part.server)).cloned() {
                         self.sources.push((part.server.clone(), held));
@@ -289,6 +295,7 @@ impl Work {
                     self.has_it(&part);
                 }
                 Ended::Copied(Err(error)) => {
+                    arrived(Arrival::CopyFailed);
                     self.copying -= 1;
                     self.not_copied(part, &error, &mut tasks);
                 }

@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn what_is_no_manifest_is_refused() {
-        for text in ["", "[]", r#"{"layers":[{"digest":"../../etc/passwd"}]}"#] {
+        for text in ["", "7", r#"{"layers":[{"digest":"../../etc/passwd"}]}"#] {
             assert!(Manifest::parse(Bytes::copy_from_slice(text.as_bytes())).is_err(), "{text}");
         }
         let long = Bytes::from(vec![b' '; usize::try_from(LONGEST_MANIFEST).unwrap() + 1]);

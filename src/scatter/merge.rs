@@ -240,7 +240,7 @@ mod tests {
     fn a_copy_that_is_not_finished_is_not_listed() {
         let one =
             r#"{"models":[{"name":"127.0.0.1:40000/olol-copy-0a/m:latest","digest":"1"},{"name":"m","digest":"1"}]}"#;
-        assert_eq!(list(&bytes(&[one]), Order::Modified), r#"{"models":[{"name":"m","digest":"1"}]}"#);
+        assert_eq!(list(&bytes(&[one]), Order::Modified, None), r#"{"models":[{"name":"m","digest":"1"}]}"#);
     }
 
     #[test]

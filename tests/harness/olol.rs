@@ -98,6 +98,17 @@ impl Olol {
         &self.agents
     }
 
+    /// The models that a server lists, in the books of the proxy.
+    pub fn listed(&self, server: usize) -> Vec<olol_middleware::cluster::Model> {
+        let snapshot = self.proxy.cluster().snapshot();
+        snapshot.servers[server].report.models.iter().map(|held| olol_middleware::cluster::Model::clone(held)).collect()
+    }
+
+    /// What brings models to servers.
+    pub fn models(&self) -> &olol::models::Models {
+        self.proxy.models()
+    }
+
     /// Blobs that wait in the spool, and their parts.
     pub fn spooled(&self) -> Vec<String> {
         let files = std::fs::read_dir(self.spool.path()).unwrap();
