@@ -142,7 +142,7 @@ impl Proxy {
         let first_status = leaf.clone();
         let waker = Waker::new(running.clone(), cluster.clone());
         let mut tasks = JoinSet::new();
-        let bring = desired::by(about.models.clone());
+        let bring = desired::by(models.clone());
         tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
         let leaf = Waking::new(desired::Leaf::new(leaf, desired, cluster.clone()), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
