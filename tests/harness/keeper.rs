@@ -427,7 +427,6 @@ fn pull(files: Files, state: &State, name: &str) -> Response<Body> {
     let (tell, lines) = mpsc::channel::<Value>(1);
     let (name, counted) = (name.to_owned(), state.pulling.clone());
     let pulling = async move {
-        let _counted = counted;
         // Gone clients end it.
         let gone = tell.clone();
         tokio::select! {
@@ -437,6 +436,7 @@ fn pull(files: Files, state: &State, name: &str) -> Response<Body> {
                 let _ = tell.send(last).await;
             }
         }
+        drop(counted);
     };
     let mut tasks = JoinSet::new();
     tasks.spawn(pulling);
