@@ -303,6 +303,7 @@ fn agent(listener: std::net::TcpListener, number: usize, models: usize) {
         callers: Arc::<Callers>::default(),
         active: Arc::default(),
         stop: stop.clone(),
+        models: None,
     };
     let send: rpc::Send = Arc::new(move |ask| {
         Box::pin(async move {

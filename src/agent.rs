@@ -22,7 +22,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use olol_middleware::ServerId;
+use olol_middleware::{Route, ServerId};
 use olol_proto::v1::DescribeResponse;
 use olol_proto::v1::server_server::ServerServer;
 use tokio::task::JoinSet;
@@ -31,11 +31,13 @@ use tonic::Status;
 use tower::Service;
 
 use crate::discovery::{self, Badge, Tells};
+use crate::models::copy::Copier;
+use crate::models::local::{self, Local};
 use crate::ollama::{Endpoint, Ollama};
 use crate::rpc::{self, Face, SelfDescription};
-use crate::security::Tokens;
 use crate::security::proof::Purpose;
 use crate::security::tls::{Acceptor, Connector};
+use crate::security::{Tokens, Trust};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::{self, Sessions};
 use door::{Door, Doorkeeper};
@@ -48,6 +50,8 @@ const FILE: &str = "agent-sessions.redb";
 
 /// How long proxies have to hear that an agent goes, before it takes nothing more.
 const GOODBYE: Duration = Duration::from_millis(150);
+/// The longest that a connection may take, to the Ollama and to other agents.
+const CONNECT: Duration = Duration::from_secs(3);
 
 /// What an agent needs to know.
 #[derive(Clone, Debug)]
@@ -68,6 +72,8 @@ pub struct Options {
     pub join: Vec<ProxyAddress>,
     /// How those at `https://` are dialled.
     pub join_tls: Option<Connector>,
+    /// TLS with other agents, when models are copied from them.
+    pub connector: Option<Connector>,
     /// How long calls may go on after a stop was asked for.
     pub grace: Duration,
     /// Where the sessions of those lie who talk with it over gRPC.
@@ -99,7 +105,7 @@ impl Agent {
         let name = if is_named { options.name } else { host() };
         // Several agents on one machine are told apart.
         let joins_as = if is_named { name.clone() } else { format!("{name}:{}", address.port()) };
-        let ollama = Ollama::new(ServerId::new(&name), options.ollama, Duration::from_secs(3));
+        let ollama = Ollama::new(ServerId::new(&name), options.ollama, CONNECT);
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
@@ -117,18 +123,34 @@ impl Agent {
             let cluster = tokens.all().first().map(discovery::cluster).unwrap_or_default();
             Badge { cluster, ..badge.clone() }
         });
+        let trust = Trust { tls: options.connector, tokens: Some(options.tokens.clone()), ..Trust::default() };
         let instance = description.instance_id.clone();
         let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
+        let copier = {
+            let (watch, pulling) = (watch.clone(), watch.clone());
+            Copier::new(ollama.clone(), trust, CONNECT, move || watch.look(), move |model| pulling.pulling(model))
+        };
+        watching.spawn(copier.clone().keep_clean());
         let about = SelfDescription {
             description,
             state: watch.state(),
             callers: watch.callers(),
             active: watch.active(),
             stop: stop.clone(),
+            models: Some(Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone())),
         };
         let send: rpc::Send = Arc::new(move |ask| {
-            let (ollama, watch) = (ollama.clone(), watch.clone());
-            Box::pin(async move { watch.follow(ask, &ollama).await })
+            let (ollama, watch, copier) = (ollama.clone(), watch.clone(), copier.clone());
+            Box::pin(async move {
+                let route = Route::find(ask.path.path());
+                let reply = watch.follow(ask, &ollama).await?;
+                match route {
+                    Some(Route::Tags | Route::Ps | Route::V1Models) if copier.is_busy() => {
+                        local::without_copies(reply).await
+                    }
+                    _ => Ok(reply),
+                }
+            })
         });
         if !address.ip().is_loopback() && options.tls.is_none() {
             tracing::warn!(
@@ -187,6 +209,20 @@ impl Agent {
         let (finished, joined) = tokio::join!(self.running, tokio::time::timeout(self.grace, joined));
         finished.unwrap_or(false) && joined.is_ok()
     }
+}
+
+/// Where an Ollama keeps its models, if that is on this machine and the Ollama says so.
+fn folder_of(ollama: Ollama, watch: state::Watch) -> local::Folder {
+    Arc::new(move |model| {
+        let (ollama, known) = (ollama.clone(), watch.folder());
+        Box::pin(async move {
+            if known.is_some() {
+                return known;
+            }
+            let found = folder::of(&ollama, Some(&model)).await;
+            found.filter(|found| found.is_certain).map(|found| found.path)
+        })
+    })
 }
 
 fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {

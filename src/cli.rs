@@ -10,6 +10,7 @@ mod engine;
 mod explain;
 mod flags;
 mod keys;
+mod models;
 mod proxy;
 mod server;
 mod status;
@@ -55,6 +56,8 @@ enum Command {
     Explain(explain::Arguments),
     /// Show the servers, models or clients of a running proxy
     Status(status::Arguments),
+    /// Show which models the servers of a running proxy have, pull, copy and delete them, and say which should be where
+    Models(models::Arguments),
     /// Have a server of a running proxy finish what it has, and give it nothing new
     Drain(drain::Arguments),
     /// Let a server take calls again
@@ -86,6 +89,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Check(arguments) => arguments.run(given),
         Command::Explain(arguments) => arguments.run(),
         Command::Status(arguments) => arguments.run(),
+        Command::Models(arguments) => arguments.run(),
         Command::Drain(arguments) => arguments.run(true),
         Command::Undrain(arguments) => arguments.run(false),
         Command::Keys(arguments) => arguments.run(),

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Network, Origins};
 use crate::discovery::{self, Listed};
+use crate::models::{self, desired, wake};
 use crate::{pool, scatter, security, sessions, state};
 
 pub use document::Complaint;
@@ -96,12 +97,20 @@ pub struct Config {
     pub security: security::Config,
     /// TLS with clients and agents.
     pub tls: security::tls::Config,
+    /// How models are pulled, and copied from server to server.
+    pub pull: models::Config,
     /// Where blobs wait.
     pub spool: scatter::Config,
     /// Where histories of sessions are kept, and how many.
     pub sessions: sessions::Config,
     /// What proxies share.
     pub state: state::Config,
+    /// Which models should be where.
+    pub models: Vec<desired::Wanted>,
+    /// How that is kept true.
+    pub desired: desired::Config,
+    /// How servers that sleep are woken.
+    pub wake: wake::Config,
     /// Which layers are on.
     pub stack: stack::Table,
     /// How one of the candidates is picked.
@@ -201,6 +210,7 @@ impl Config {
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
+        self.checked_models()?;
         self.checked_rules()
     }
 
@@ -218,6 +228,16 @@ impl Config {
             Wrong { key, what: what.to_owned() }
         };
         self.distribute.check().map_err(distribute)
+    }
+
+    fn checked_models(&self) -> Result<(), Wrong> {
+        if let Some((at, what)) = desired::fault(&self.models) {
+            return Err(Wrong { key: Key::of(["models"]).at(at).child("name"), what });
+        }
+        let wake = self.wake.fault();
+        wake.map_or(Ok(()), |(server, what)| {
+            Err(Wrong { key: Key::of(["wake", "servers", server]), what: what.to_owned() })
+        })
     }
 
     /// Rules name servers that there are.
@@ -261,7 +281,25 @@ impl Config {
 
     /// What is strange, but may be meant so.
     pub fn oddities(&self) -> Vec<String> {
-        self.strangers().into_iter().map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
+        let strangers = self.strangers().into_iter().chain(self.absent());
+        strangers.map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
+    }
+
+    /// The servers that models are wanted on, or that can be woken, and that nobody is. They may join later.
+    fn absent(&self) -> Vec<(Key, Pattern)> {
+        let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
+        if !names.is_empty() {
+            return Vec::new();
+        }
+        let mut named: Vec<(Key, Pattern)> = Vec::new();
+        for (at, wanted) in self.models.iter().enumerate() {
+            let key = |number| Key::of(["models"]).at(at).child("servers").at(number);
+            named.extend(wanted.servers.iter().enumerate().map(|(number, server)| (key(number), server.clone())));
+        }
+        let sleepers = self.wake.servers.keys().filter_map(|name| Some((name, Pattern::parse(name).ok()?)));
+        named.extend(sleepers.map(|(name, server)| (Key::of(["wake", "servers", name]), server)));
+        named.retain(|(_, server)| !servers.iter().any(|other| server.matches(other.id.as_str())));
+        named
     }
 
     /// Address to listen on.

@@ -12,10 +12,13 @@
 //! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
+//! | [`models`] | where models are, and how they come there |
 //! | [`discovery`] | who the servers are |
+//! | [`models`] | where models are, and where they should be |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
 //! | [`sessions`] | conversations whose history is kept here |
+//! | [`state`] | what several proxies share in a Redis or a Valkey |
 //! | [`config`] | what stands in the file, where it comes from, what is wrong with it |
 //! | [`reload`] | a new configuration without a restart |
 //! | `engine` | llama.cpp as a small Ollama, in a child process (feature `engine`) |
@@ -28,6 +31,7 @@ pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod keys;
+pub mod models;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;

@@ -23,7 +23,7 @@ use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 
 pub use connection::{Endpoint, EndpointError};
 pub use state::StateError;
-pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, in_memory, on_disk};
+pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
 pub(crate) use weights::{Lore, parameters};
 
 use connection::{Link, Links};

@@ -7,6 +7,7 @@ mod grpc;
 mod health;
 mod linger;
 mod lobby;
+mod peers;
 mod told;
 
 use std::collections::HashSet;
@@ -40,6 +41,7 @@ pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_
 pub(crate) use grpc::{prove, told};
 pub use linger::Linger;
 pub use lobby::{Arrival, Lobby, meet};
+pub use peers::Peer;
 
 /// Port of an agent when none is given.
 pub const AGENT_PORT: u16 = 50051;

@@ -29,6 +29,9 @@ use crate::config::{Config, Source};
 use crate::discovery::join::{self, Guests};
 use crate::discovery::{Finder, Listed, Names};
 use crate::keys;
+use crate::models::Models;
+use crate::models::desired::{self, Desired, Driver};
+use crate::models::wake::{Waker, Waking};
 use crate::pool::{Pool, Watching};
 use crate::reload::{Members, ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
@@ -45,6 +48,8 @@ const UPKEEP: Duration = Duration::from_secs(5);
 
 /// The file of a proxy's sessions.
 const SESSIONS: &str = "proxy-sessions.redb";
+/// The file of a proxy's pins, beside it.
+const PINS: &str = "proxy-models.toml";
 
 /// A proxy that listens.
 #[derive(Debug)]
@@ -101,6 +106,8 @@ impl Proxy {
         let running = Running::new(config.clone());
         let started = SystemTime::now();
         let sessions = Sessions::shared(config.sessions.clone(), SESSIONS, state.clone());
+        let pins = config.sessions.folder().map(|folder| folder.join(PINS));
+        let desired = Desired::open(running.clone(), pins)?;
         let about = About {
             instance,
             address,
@@ -111,6 +118,8 @@ impl Proxy {
             guests: guests.clone(),
             sessions: sessions.clone(),
             state: state.clone(),
+            desired: desired.clone(),
+            models: Models::new(pool.clone(), running.clone()),
         };
         let shared = Shared::new(cluster.clone());
         shared.affinity.set_key(key);
@@ -129,6 +138,11 @@ impl Proxy {
         let settled = names.settled();
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let first_status = leaf.clone();
+        let waker = Waker::new(running.clone(), cluster.clone());
+        let mut tasks = JoinSet::new();
+        let bring = desired::by(about.models.clone());
+        tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
+        let leaf = Waking::new(desired::Leaf::new(leaf, desired, cluster.clone()), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
         let members = Members { pool, names, finder };
         let reloader =
@@ -167,7 +181,7 @@ impl Proxy {
             stop,
             running,
             _watching: watching,
-            _tasks: [upkeep, keys].into_iter().chain(sharing.into_iter().flatten()).collect(),
+            _tasks: [upkeep, keys, tasks].into_iter().chain(sharing.into_iter().flatten()).collect(),
         })
     }
 

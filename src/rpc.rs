@@ -21,9 +21,10 @@ use olol_middleware::keys::Keys;
 use olol_middleware::{Chunk, Error, Payload, Reply, Route, keys};
 use olol_proto::v1::server_server::{Server, ServerServer};
 use olol_proto::v1::{
-    ChatMessageRequest, ChatRequest, ChatResponse, CreateSessionRequest, DescribeRequest, DescribeResponse,
-    EmbedRequest, EmbedResponse, EndSessionRequest, EndSessionResponse, GenerateRequest, GenerateResponse,
-    GetSessionRequest, ListModelsRequest, ListModelsResponse, PullModelRequest, PullModelResponse, RelayCounters,
+    ChatMessageRequest, ChatRequest, ChatResponse, CopyModelRequest, CopyModelResponse, CreateSessionRequest,
+    DescribeRequest, DescribeResponse, EmbedRequest, EmbedResponse, EndSessionRequest, EndSessionResponse,
+    GenerateRequest, GenerateResponse, GetSessionRequest, ListModelsRequest, ListModelsResponse, PullModelRequest,
+    PullModelResponse, ReadBlobRequest, ReadBlobResponse, ReadModelRequest, ReadModelResponse, RelayCounters,
     RelayHead, RelayRequest, RelayResponse, RelayResponseHead, ServerState, Session, ShowModelRequest,
     ShowModelResponse, WatchRequest,
 };
@@ -32,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::models::local::Local;
 use crate::ollama::{Ask, HOP};
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
@@ -62,6 +64,8 @@ pub struct SelfDescription {
     pub active: Arc<Active>,
     /// When nobody should go on watching: the agent stops.
     pub stop: CancellationToken,
+    /// Its models, for others of the cluster; `None`: nobody can copy any.
+    pub models: Option<Local>,
 }
 
 /// The service.
@@ -92,6 +96,8 @@ impl Server for Face {
     type ChatStream = Answers<ChatResponse>;
     type PullModelStream = Answers<PullModelResponse>;
     type ChatMessageStream = Answers<ChatResponse>;
+    type ReadBlobStream = Answers<ReadBlobResponse>;
+    type CopyModelStream = Answers<CopyModelResponse>;
 
     async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
         let (metadata, _, mut messages) = request.into_parts();
@@ -213,6 +219,29 @@ impl Server for Face {
         let (metadata, _, request) = request.into_parts();
         self.exported(&metadata, request).await.map(Response::new)
     }
+
+    async fn read_model(&self, request: Request<ReadModelRequest>) -> Result<Response<ReadModelResponse>, Status> {
+        self.models()?.manifest(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_blob(&self, request: Request<ReadBlobRequest>) -> Result<Response<Self::ReadBlobStream>, Status> {
+        let blob = self.models()?.blob(request.into_inner()).await?;
+        Ok(Response::new(blob))
+    }
+
+    async fn copy_model(
+        &self,
+        request: Request<Streaming<CopyModelRequest>>,
+    ) -> Result<Response<Self::CopyModelStream>, Status> {
+        let (about, models) = (self.about()?, self.models()?);
+        let mut messages = request.into_inner();
+        let first = messages.message().await?;
+        let order = first.and_then(|first| first.order);
+        let order = order.ok_or_else(|| Status::invalid_argument("the first message has no order"))?;
+        let stop = about.stop.clone();
+        // A graceful stop does not wait for gigabytes: what has come is kept.
+        Ok(Response::new(Box::pin(models.copy(order, messages).take_until(stop.cancelled_owned()))))
+    }
 }
 
 impl Face {
@@ -226,6 +255,13 @@ impl Face {
         if let Some(about) = &self.about {
             about.active.saw(session);
         }
+    }
+
+    fn models(&self) -> Result<&Local, Status> {
+        self.about()?
+            .models
+            .as_ref()
+            .ok_or_else(|| Status::unimplemented("models cannot be copied from or to this agent"))
     }
 
     /// A call with the key that its caller shows. Keys are the proxy's: what an agent is shown is not for the Ollama beside it.

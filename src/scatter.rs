@@ -1,12 +1,13 @@
 //! The leaf below the layers: calls for one server go on to [`Pick`], calls that concern several are sent to each of them.
 //!
 //! With a single server everything goes to it and its bytes pass unchanged. With several, lists are merged (`merge`), and
-//! what changes models is told to everybody it concerns (`tell`, `progress`, `blobs`).
+//! what changes models is told to everybody it concerns (`tell`, `pull`, `progress`, `blobs`).
 
 mod blobs;
 mod merge;
 mod needed;
 mod progress;
+mod pull;
 mod status;
 mod tell;
 
@@ -24,6 +25,7 @@ use olol_middleware::{Call, Candidates, Cluster, Error, ModelName, Reply, Route,
 use serde::{Deserialize, Serialize};
 use tower::Service;
 
+use crate::models::Models;
 use crate::status::About;
 
 /// How long silent servers are waited for when lists are merged.
@@ -61,6 +63,7 @@ pub struct Scatter<F> {
 struct Common {
     cluster: Arc<Cluster>,
     spool: blobs::Spool,
+    models: Models,
     status: status::Status,
     needed: needed::Needed,
 }
@@ -69,9 +72,10 @@ impl<F: Fleet> Scatter<F> {
     /// A leaf over a fleet.
     pub fn new(fleet: F, shared: &olol_middleware::Shared, config: &Config, about: About) -> Self {
         let (cluster, picking) = (shared.cluster.clone(), shared.picking.clone());
+        let models = about.models.clone();
         let status = status::Status::new(shared.clone(), about);
-        let shared =
-            Arc::new(Common { cluster, spool: blobs::Spool::new(config), status, needed: needed::Needed::default() });
+        let (spool, needed) = (blobs::Spool::new(config), needed::Needed::default());
+        let shared = Arc::new(Common { cluster, spool, models, status, needed });
         Self { pick: Pick::new(fleet, picking), shared }
     }
 }
@@ -115,7 +119,8 @@ impl<F: Fleet> Service<Call> for Scatter<F> {
             Scope::All if !several => Box::pin(self.clone().change_one(call)),
             Scope::All => match call.route {
                 Route::Blob => Box::pin(self.clone().blob(call)),
-                Route::Pull | Route::Create => Box::pin(self.clone().progress(call)),
+                Route::Pull => Box::pin(self.clone().pull(call)),
+                Route::Create => Box::pin(self.clone().progress(call)),
                 _ => Box::pin(self.clone().tell(call)),
             },
         }

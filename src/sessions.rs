@@ -71,6 +71,13 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// The folder of the file, if there is one.
+    pub fn folder(&self) -> Option<PathBuf> {
+        if self.dir.as_os_str().is_empty() { crate::config::state_folder() } else { Some(self.dir.clone()) }
+    }
+}
+
 /// Why something cannot be done with a session.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
@@ -394,12 +401,8 @@ impl Sessions {
 
 impl Inner {
     fn path(&self) -> Result<PathBuf, Error> {
-        let dir = if self.config.dir.as_os_str().is_empty() {
-            let hint = "there is no folder for sessions: set [sessions] dir, or HOME";
-            crate::config::state_folder().ok_or_else(|| Error::Storage(hint.to_owned()))?
-        } else {
-            self.config.dir.clone()
-        };
+        let hint = "there is no folder for sessions: set [sessions] dir, or HOME";
+        let dir = self.config.folder().ok_or_else(|| Error::Storage(hint.to_owned()))?;
         Ok(dir.join(self.file))
     }
 

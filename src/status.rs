@@ -24,6 +24,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::discovery::join::Guests;
+use crate::models::Models;
+use crate::models::desired::Desired;
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
 use crate::sessions::Sessions;
@@ -55,6 +57,10 @@ pub struct About {
     pub sessions: Sessions,
     /// What is shared with other proxies, if anything is.
     pub state: Option<crate::state::State>,
+    /// Which models should be where.
+    pub desired: Desired,
+    /// What brings models to servers.
+    pub models: Models,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -203,9 +209,12 @@ pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec
             as_json(&page)
         }
         Detail::Models => {
-            let (entries, has_more) = models::page(&snapshot, wanted).map_err(|why| (StatusCode::BAD_REQUEST, why))?;
+            let standings = about.desired.standings();
+            let absent = models::absent(&snapshot, &standings);
+            let (entries, has_more) =
+                models::page(&snapshot, wanted, &standings, &absent).map_err(|why| (StatusCode::BAD_REQUEST, why))?;
             let next = entries.last().filter(|_| has_more).map(|entry| entry.name);
-            written(about, wanted, &entries, snapshot.models.len(), next)
+            written(about, wanted, &entries, snapshot.models.len() + absent.len(), next)
         }
         Detail::Clients => {
             let (entries, total, has_more) = clients::page(&shared.clients, &shared.keys, wanted, config);
@@ -264,16 +273,19 @@ mod tests {
         for at in 0..servers {
             cluster.report(at, report.clone());
         }
+        let running = Running::new(config);
         let about = About {
             instance: "1".to_owned(),
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
-            running: Running::new(config),
+            desired: Desired::open(running.clone(), None).unwrap(),
+            running: running.clone(),
             pool: pool.clone(),
             guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
             state: None,
+            models: Models::new(pool.clone(), running),
         };
         (Shared::new(pool.cluster().clone()), about)
     }

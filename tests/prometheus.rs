@@ -38,6 +38,10 @@ check-interval-ms = 200
 [sessions]
 max-sessions = 1
 
+[[models]]
+name = "tiny"
+replicas = 2
+
 [pick]
 slots = [{ slots = 1, models = ["solo"] }]
 

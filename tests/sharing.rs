@@ -8,6 +8,7 @@ mod harness;
 
 use harness::redis::Store;
 use harness::{Cluster, Olol, Request, patiently, until};
+use olol::keys::{self, Order};
 
 #[tokio::test]
 async fn a_server_that_one_proxy_drains_is_drained_at_all() {
@@ -119,6 +120,30 @@ async fn a_session_goes_on_at_any_proxy() {
     for olol in [&one, &other, &late] {
         assert_eq!(turns(olol, "a").await, None);
         assert_eq!(olol.get("/api/status/sessions").await.json()["sessions"], serde_json::json!([]));
+    }
+}
+
+#[tokio::test]
+async fn each_key_sees_its_own_sessions_at_every_proxy() {
+    let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.toml");
+    let add = |name: &str, admin: bool| {
+        let key = keys::add(&file, &name.parse().unwrap(), &Order { admin, ..Order::default() }).unwrap();
+        format!("Bearer {key}")
+    };
+    let (ada, bob, root) = (add("ada", false), add("bob", false), add("root", true));
+    let toml = format!("{}\n[auth]\nfile = {:?}\n", store.toml(), file.display().to_string());
+    let [one, other] = [Olol::start(&cluster, &toml).await, Olol::start(&cluster, &toml).await];
+    both_share(&one, &other).await;
+    let body = serde_json::json!({"session_id": "talk", "model": "tiny"});
+    let made = one.ask(&Request::post("/api/status/sessions", body).header("Authorization", &ada)).await;
+    assert_eq!(made.status, 201, "{}", made.text());
+    for (key, sees) in [(&bob, 404), (&root, 200), (&ada, 200)] {
+        let shown = other.ask(&Request::get("/api/status/sessions/talk").header("Authorization", key)).await;
+        assert_eq!(shown.status, sees, "{}", shown.text());
+        let listed = other.ask(&Request::get("/api/status/sessions").header("Authorization", key)).await.json();
+        assert_eq!(listed["sessions"].as_array().unwrap().len(), usize::from(sees == 200), "{listed}");
     }
 }
 

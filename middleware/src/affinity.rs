@@ -33,6 +33,7 @@ pub use self::balance::Share;
 use self::chain::{Chain, Clues, Link};
 pub use self::config::{Config, HeaderNames, LoadFactor};
 pub use self::placed::{Placed, Source};
+pub use self::rendezvous::suits;
 pub use self::table::Table;
 use self::table::{Seen, mark};
 pub use self::turn::Turn;

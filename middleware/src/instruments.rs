@@ -16,7 +16,8 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_histogram, histogram};
 
 pub use self::observed::{
-    Process, observe, observe_build, observe_config, observe_process, observe_sessions, observe_state,
+    Process, Wish, observe, observe_build, observe_config, observe_process, observe_sessions, observe_state,
+    observe_wishes,
 };
 use crate::affinity::{Placed, Source};
 use crate::call::{Counters, End};
@@ -98,6 +99,10 @@ const SESSION_TURNS: &str = "olol_session_turns_total";
 const STATE_UP: &str = "olol_state_up";
 const STATE_FAILURES: &str = "olol_state_failures_total";
 const SESSION_EVICTIONS: &str = "olol_session_evictions_total";
+const WISHED: &str = "olol_desired_replicas";
+const WISHED_HELD: &str = "olol_desired_replicas_held";
+const WISH_ACTIONS: &str = "olol_desired_actions_total";
+const WAKES: &str = "olol_wakes_total";
 
 const JOINS: &str = "olol_joins_total";
 
@@ -184,6 +189,10 @@ pub const NAMES: &[&str] = &[
     SESSION_EVICTIONS,
     STATE_UP,
     STATE_FAILURES,
+    WISHED,
+    WISHED_HELD,
+    WISH_ACTIONS,
+    WAKES,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -334,6 +343,7 @@ pub fn describe() {
     describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_sessions();
+    describe_wishes();
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
 }
 
@@ -356,6 +366,19 @@ fn describe_sessions() {
     );
 }
 
+fn describe_wishes() {
+    describe_counter!(
+        WISH_ACTIONS,
+        Unit::Count,
+        "What was done so that models are where they are wanted (bring, load), by result (ok, failed)"
+    );
+    describe_counter!(
+        WAKES,
+        Unit::Count,
+        "Servers that were woken: the command or the packet was sent (sent), or could not be (failed)"
+    );
+}
+
 /// Counters that are there from the beginning, at zero: who has seen none does not see the first.
 const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (ENDED, "end", &["whole", "broken", "dropped"]),
@@ -365,6 +388,7 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (TIMEOUTS, "phase", &["first-byte", "idle", "total"]),
     (SESSION_TURNS, "result", &["stored", "ended", "broken", "failed"]),
     (SESSION_EVICTIONS, "why", &["expired", "sessions", "bytes"]),
+    (WAKES, "result", &["sent", "failed"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
 
@@ -376,6 +400,21 @@ pub fn begin() {
     for name in [FAILOVERS, NO_BUDGET, STATE_FAILURES] {
         counter!(name).increment(0);
     }
+    for action in ["bring", "load"] {
+        for result in ["ok", "failed"] {
+            counter!(WISH_ACTIONS, "action" => action, "result" => result).increment(0);
+        }
+    }
+}
+
+/// A model was brought to a server where it is wanted (`bring`), or into its memory (`load`); or could not be.
+pub fn wish_action(action: &'static str, is_good: bool) {
+    counter!(WISH_ACTIONS, "action" => action, "result" => if is_good { "ok" } else { "failed" }).increment(1);
+}
+
+/// A server was sent what wakes it, or that could not be sent.
+pub fn woken(is_good: bool) {
+    counter!(WAKES, "result" => if is_good { "sent" } else { "failed" }).increment(1);
 }
 
 /// A turn of a session is over: `stored`, `ended`, `broken` or `failed`.

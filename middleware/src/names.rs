@@ -27,20 +27,7 @@ impl ModelName {
             // Nearly every name: nothing to fill in but perhaps the tag, and nothing to take out.
             return Some(Self(if text.contains(':') { text.into() } else { [text, ":", DEFAULT_TAG].concat().into() }));
         }
-        let (rest, tag) = match (text.rfind(':'), text.rfind('/')) {
-            (Some(colon), slash) if slash.is_none_or(|slash| colon > slash) => (&text[..colon], &text[colon + 1..]),
-            _ => (text, DEFAULT_TAG),
-        };
-        let (rest, model) = cut_last(rest);
-        let (rest, namespace) = rest.map_or((None, DEFAULT_NAMESPACE), cut_last);
-        let host = rest.map_or(DEFAULT_HOST, |host| host.split_once("://").map_or(host, |(_, host)| host));
-        let valid = part_is_valid(host, 350, b"_-.:")
-            && part_is_valid(namespace, 80, b"_-")
-            && part_is_valid(model, 80, b"_-.")
-            && part_is_valid(tag, 80, b"_-.");
-        if !valid {
-            return None;
-        }
+        let [host, namespace, model, tag] = Self::parts(text)?;
         let mut name = String::with_capacity(text.len() + DEFAULT_TAG.len() + 1);
         let host_shown = !host.eq_ignore_ascii_case(DEFAULT_HOST);
         if host_shown {
@@ -57,6 +44,33 @@ impl ModelName {
     /// The canonical text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// What the namespace of a model begins with that an agent is copying to its Ollama: the name of a copy that is not
+    /// finished, which nobody is shown.
+    pub const COPYING: &str = "olol-copy-";
+
+    /// Whether a text names a copy that is not finished.
+    pub fn is_unfinished(text: &str) -> bool {
+        let namespace = text.strip_prefix("127.0.0.1:").and_then(|rest| rest.split_once('/'));
+        namespace.is_some_and(|(_, rest)| rest.starts_with(Self::COPYING))
+    }
+
+    /// Host, namespace, model and tag of a name, with what is left out filled in, in the case in which it is written; `None`
+    /// if Ollama would refuse it. None of them is empty, or more than one part of a path.
+    pub fn parts(text: &str) -> Option<[&str; 4]> {
+        let (rest, tag) = match (text.rfind(':'), text.rfind('/')) {
+            (Some(colon), slash) if slash.is_none_or(|slash| colon > slash) => (&text[..colon], &text[colon + 1..]),
+            _ => (text, DEFAULT_TAG),
+        };
+        let (rest, model) = cut_last(rest);
+        let (rest, namespace) = rest.map_or((None, DEFAULT_NAMESPACE), cut_last);
+        let host = rest.map_or(DEFAULT_HOST, |host| host.split_once("://").map_or(host, |(_, host)| host));
+        let valid = part_is_valid(host, 350, b"_-.:")
+            && part_is_valid(namespace, 80, b"_-")
+            && part_is_valid(model, 80, b"_-.")
+            && part_is_valid(tag, 80, b"_-.");
+        valid.then_some([host, namespace, model, tag])
     }
 
     /// The tag alone.
@@ -211,6 +225,27 @@ mod tests {
         assert_eq!(canonical("ada/tiny").as_deref(), Some("ada/tiny:latest"));
         assert_eq!(canonical("hf.co/ada/tiny:Q4_K_M").as_deref(), Some("hf.co/ada/tiny:q4_k_m"));
         assert_eq!(canonical("127.0.0.1:5000/library/tiny").as_deref(), Some("127.0.0.1:5000/library/tiny:latest"));
+    }
+
+    #[test]
+    fn a_copy_that_is_not_finished_is_known_by_its_name() {
+        for (text, wanted) in [
+            ("127.0.0.1:40000/olol-copy-0a1b/tiny:latest", true),
+            ("127.0.0.1:40000/library/tiny:latest", false),
+            ("olol-copy-0a1b/tiny", false),
+            ("tiny", false),
+        ] {
+            assert_eq!(ModelName::is_unfinished(text), wanted, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_parts_of_a_name_keep_their_case() {
+        assert_eq!(ModelName::parts("Tiny"), Some(["registry.ollama.ai", "library", "Tiny", "latest"]));
+        assert_eq!(ModelName::parts("hf.co/Ada/Tiny:Q4"), Some(["hf.co", "Ada", "Tiny", "Q4"]));
+        for text in ["../x", "a/../b", "a/b/..", "a:..", "a/b/c/d/e", "", "a\\b", "a:b/c"] {
+            assert_eq!(ModelName::parts(text), None, "{text}");
+        }
     }
 
     #[test]

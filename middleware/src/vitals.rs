@@ -37,6 +37,8 @@ pub struct Vitals {
     pub queued: u32,
     /// Those of both that are not of this proxy.
     pub others: u32,
+    /// Whether its models are not to be seen from its agent, so that others cannot copy them.
+    pub hides_models: bool,
     /// How its calls went in the last minute; none: unknown.
     pub figures: Option<Figures>,
     /// Ids of the sessions whose last turn this server answered.

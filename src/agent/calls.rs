@@ -60,7 +60,7 @@ struct Progress {
 }
 
 impl Pulls {
-    fn begin(self: &Arc<Self>, model: String) -> Pulling {
+    pub(super) fn begin(self: &Arc<Self>, model: String) -> Pulling {
         let number = fastrand::u64(..);
         self.lock().push(Pull { number, model, layers: Vec::new() });
         Pulling { pulls: self.clone(), number }
@@ -87,7 +87,7 @@ impl Pulls {
 }
 
 /// A pull that goes on.
-struct Pulling {
+pub(super) struct Pulling {
     pulls: Arc<Pulls>,
     number: u64,
 }
@@ -95,7 +95,13 @@ struct Pulling {
 impl Pulling {
     /// A line of its progress.
     fn see(&self, line: &[u8]) {
-        let Ok(Progress { digest, total, completed }) = serde_json::from_slice(line) else { return };
+        if let Ok(Progress { digest, total, completed }) = serde_json::from_slice(line) {
+            self.hear(digest, total, completed);
+        }
+    }
+
+    /// A layer is so far.
+    pub(super) fn hear(&self, digest: String, total: u64, completed: u64) {
         if digest.is_empty() {
             return;
         }

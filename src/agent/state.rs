@@ -26,6 +26,7 @@ use super::calls::{Figures, Pulls, Running};
 use super::machine::{Machine, Reading};
 use super::processes::{self, Processes};
 use super::{folder, runners};
+use crate::models::copy::Following;
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
 use crate::rpc::{Active, Callers, Told};
 
@@ -85,6 +86,10 @@ struct Book {
     reading: Reading,
     /// The folder of the models, if it is on this machine.
     folder: Option<PathBuf>,
+    /// Whether its Ollama has named that folder.
+    is_certain: bool,
+    /// Whether there are models, and it is not certain that they are in that folder.
+    hides_models: bool,
     /// The processes of Ollamas, if this one's would be seen from here.
     servers: Vec<u32>,
 }
@@ -197,6 +202,24 @@ impl Watch {
         })
     }
 
+    /// The folder of the models, if it is certain where that is.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        let book = self.shared.book();
+        book.folder.clone().filter(|_| book.is_certain)
+    }
+
+    /// A model is about to come to the Ollama, as long as what this returns is kept; it is told how far it is.
+    pub(super) fn pulling(&self, model: &str) -> Following {
+        let name = ModelName::parse(model).map_or_else(|| model.to_owned(), |name| name.to_string());
+        let pulling = self.shared.pulls.begin(name);
+        Box::new(move |line| pulling.hear(line.digest.clone(), line.total, line.completed))
+    }
+
+    /// Looks at the Ollama again: something has changed there.
+    pub(super) fn look(&self) {
+        self.shared.look();
+    }
+
     fn may_change(&self, route: Option<Route>) -> bool {
         match route {
             Some(Route::Pull | Route::Push | Route::Create | Route::Copy | Route::Delete) => true,
@@ -287,6 +310,7 @@ impl Shared {
             pending_pulls: self.pulls.shares(),
             active_sessions: self.active.list(),
             draining: self.leaving.load(Ordering::Relaxed),
+            hides_models: book.hides_models,
             ..ServerState::default()
         }
     }
@@ -405,7 +429,10 @@ async fn keep_disk(shared: Arc<Shared>) {
                         let first = models.first().map(|model| model.name.as_str());
                         let found = folder::of(&shared.ollama, first).await;
                         manifests.follow(found.as_ref());
-                        shared.book().folder = found.map(|found| found.path);
+                        let is_certain = found.as_ref().is_some_and(|found| found.is_certain);
+                        let mut book = shared.book();
+                        (book.is_certain, book.hides_models) = (is_certain, !is_certain && !models.is_empty());
+                        book.folder = found.map(|found| found.path);
                     }
                     if manifests.are_watched() && version_at.is_none() {
                         let servers = tokio::task::spawn_blocking(processes::ollamas).await;

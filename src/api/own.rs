@@ -3,18 +3,20 @@
 use std::sync::Arc;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{Request, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse;
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
-use olol_middleware::{Route, ServerId, Shared, instruments};
+use olol_middleware::{Pattern, Route, ServerId, Shared, instruments};
 use serde_json::json;
 use tower::ServiceExt;
 
 use super::body::HttpBody;
 use super::response;
+use crate::models::desired::{KeepLoaded, Name, Replicas, Wanted as Wished};
 use crate::reload::{Reloaded, Reloader, Trigger};
 use crate::sessions::Sessions;
 use crate::status::{self, About, Detail, Wanted};
@@ -52,6 +54,7 @@ impl Own {
             .route("/api/status/servers", get(servers))
             .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
+            .route("/api/status/models/{*model}", put(pin).delete(unpin))
             .route("/api/status/reload", post(reload))
             .with_state(Known { shared: shared.clone(), about, metrics, reloader, sessions });
         Self { router, shared }
@@ -107,6 +110,7 @@ fn page(known: &Known) -> String {
         observed,
         sessions,
         instruments::observe_state(known.about.state.as_ref().map(crate::state::State::is_up)),
+        instruments::observe_wishes(&known.about.desired.wishes()),
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),
         instruments::observe_build(env!("CARGO_PKG_VERSION"), option_env!("OLOL_REVISION").unwrap_or("unknown")),
@@ -185,6 +189,68 @@ async fn drain(State(known): State<Known>, Path((server, what)): Path<(String, S
     }
     let in_flight = cluster.snapshot().server(&id).map_or(0, |server| server.load.in_flight());
     axum::Json(json!({"server": server, "draining": draining, "in_flight": in_flight})).into_response()
+}
+
+/// Where a model should be, as it is said in passing.
+#[derive(serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Pin {
+    replicas: Replicas,
+    servers: Vec<Pattern>,
+    keep_loaded: KeepLoaded,
+}
+
+impl Default for Pin {
+    fn default() -> Self {
+        Self { replicas: Replicas::default(), servers: Vec::new(), keep_loaded: KeepLoaded::No }
+    }
+}
+
+/// Wants a model on some servers, whatever the file says of it.
+async fn pin(State(known): State<Known>, Path(model): Path<String>, body: Bytes) -> Response<axum::body::Body> {
+    let Some(name) = Name::parse(&model) else {
+        return refused(StatusCode::BAD_REQUEST, format!("'{model}' is no name of a model"));
+    };
+    let said = if body.trim_ascii().is_empty() { Ok(Pin::default()) } else { serde_json::from_slice(&body) };
+    let Pin { replicas, servers, keep_loaded } = match said {
+        Ok(pin) => pin,
+        Err(error) => {
+            let hint =
+                "a pin is {\"replicas\": 2 or \"all\", \"servers\": [names], \"keep_loaded\": true, false or a number}";
+            return refused(StatusCode::BAD_REQUEST, format!("{error}; {hint}"));
+        }
+    };
+    let told = json!({"model": name.model().as_str(), "pinned": true, "replicas": replicas,
+        "servers": servers.iter().map(Pattern::as_str).collect::<Vec<_>>(), "keep_loaded": keep_loaded});
+    match known.about.desired.pin(Wished { name, replicas, servers, keep_loaded }).await {
+        Ok(()) => axum::Json(told).into_response(),
+        Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error),
+    }
+}
+
+/// Wants a model no more than the file says.
+async fn unpin(State(known): State<Known>, Path(model): Path<String>) -> Response<axum::body::Body> {
+    let Some(name) = Name::parse(&model) else {
+        return refused(StatusCode::BAD_REQUEST, format!("'{model}' is no name of a model"));
+    };
+    let running = known.reloader.running().state();
+    let in_file = running.config.models.iter().find(|wanted| wanted.name == name);
+    match known.about.desired.unpin(name.model()).await {
+        Ok(true) => {
+            let replicas = in_file.map(|wanted| wanted.replicas);
+            axum::Json(json!({"model": name.model().as_str(), "pinned": false, "replicas": replicas})).into_response()
+        }
+        Ok(false) => {
+            let hint =
+                if in_file.is_some() { "it stands in [[models]] of the configuration" } else { "nobody wants it" };
+            refused(StatusCode::NOT_FOUND, format!("model '{}' is not pinned: {hint}", name.model()))
+        }
+        Err(error) => refused(StatusCode::INSUFFICIENT_STORAGE, error),
+    }
+}
+
+fn refused(status: StatusCode, error: impl std::fmt::Display) -> Response<axum::body::Body> {
+    (status, axum::Json(json!({"error": error.to_string()}))).into_response()
 }
 
 /// What was decided about a request that is over.

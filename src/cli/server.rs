@@ -95,12 +95,19 @@ impl Arguments {
             tls: None,
             join,
             join_tls: None,
+            connector: None,
             grace: Duration::from_secs(self.grace),
             sessions: sessions::Config { dir: self.sessions_dir.unwrap_or_default(), ..sessions::Config::default() },
         };
         super::runtime(self.threads)?.block_on(async {
             let (accepts, dials) = (Acceptor::start(&tls)?, Connector::to_proxies(&tls)?);
-            let options = Options { tls: accepts, join_tls: dials, tokens: token.tokens()?, ..options };
+            let options = Options {
+                tls: accepts,
+                join_tls: dials,
+                connector: Connector::start(&tls)?,
+                tokens: token.tokens()?,
+                ..options
+            };
             let (listen, ollama) = (options.listen, options.ollama.clone());
             let mut stop = Stop::listen()?;
             let Some(started) = stop.unless_asked(Agent::start(options)).await else { return Ok(()) };

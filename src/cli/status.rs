@@ -1,6 +1,6 @@
 //! `olol status`: the servers, models or clients of a running proxy, as a table; once, or again and again in place.
 
-mod table;
+pub(super) mod table;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use http::header::{self, HeaderValue};
-use olol_middleware::ServerId;
+use olol_middleware::{Reply, ServerId};
 use serde_json::Value;
 
 use super::Stop;
@@ -32,21 +32,48 @@ const USUAL: f64 = 2.0;
 pub(super) struct Arguments {
     /// What is listed [default: servers]
     list: Option<List>,
-    /// Where the proxy is
-    #[arg(long, default_value = "http://127.0.0.1:8000", value_name = "URL")]
-    url: String,
-    /// Key to ask with, if the proxy wants an admin's
-    #[arg(long, env = "OLOL_KEY", hide_env_values = true)]
-    key: Option<String>,
-    /// File whose first line is that key
-    #[arg(long, value_name = "FILE", conflicts_with = "key")]
-    key_file: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
     /// Print JSON, as the proxy says it: the whole list, or the summary if no list is named
     #[arg(long)]
     json: bool,
     /// Look again and again, every so many seconds [default: 2], until Ctrl-C
     #[arg(long, num_args = 0..=1, default_missing_value = "2", value_name = "SECONDS")]
     watch: Option<Watch>,
+}
+
+/// Where the proxy is, and what it is shown.
+#[derive(Debug, Args)]
+pub(super) struct Place {
+    /// Where the proxy is
+    #[arg(long, default_value = "http://127.0.0.1:8000", value_name = "URL", global = true)]
+    url: String,
+    /// Key to ask with, if the proxy wants an admin's
+    #[arg(long, env = "OLOL_KEY", hide_env_values = true, global = true)]
+    key: Option<String>,
+    /// File whose first line is that key
+    #[arg(long, value_name = "FILE", conflicts_with = "key", global = true)]
+    key_file: Option<PathBuf>,
+}
+
+impl Place {
+    /// The proxy there.
+    pub(super) fn proxy(&self) -> anyhow::Result<Proxy> {
+        Ok(Proxy { at: at(&self.url)?, key: self.shown_key()?, url: self.url.clone() })
+    }
+
+    fn shown_key(&self) -> anyhow::Result<Option<HeaderValue>> {
+        let key = match (&self.key, &self.key_file) {
+            (Some(key), _) => key.clone(),
+            (None, Some(file)) => {
+                let text = std::fs::read_to_string(file);
+                let text = text.with_context(|| format!("cannot read the key in {}", file.display()))?;
+                text.lines().next().unwrap_or_default().to_owned()
+            }
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(bearer(&key).context("the key has characters that no key has")?))
+    }
 }
 
 /// What is listed.
@@ -101,26 +128,13 @@ impl Arguments {
             (list, Some(Watch::Every(every))) => (list, Some(every)),
             (list, None) => (list, None),
         };
-        let proxy = Proxy { at: at(&self.url)?, key: self.shown_key()?, url: self.url.clone() };
+        let proxy = self.place.proxy()?;
         super::runtime(1)?.block_on(async {
             match every {
                 None => super::print(&proxy.text(list, self.json).await?),
                 Some(every) => proxy.watch(list, self.json, every).await,
             }
         })
-    }
-
-    fn shown_key(&self) -> anyhow::Result<Option<HeaderValue>> {
-        let key = match (&self.key, &self.key_file) {
-            (Some(key), _) => key.clone(),
-            (None, Some(file)) => {
-                let text = std::fs::read_to_string(file);
-                let text = text.with_context(|| format!("cannot read the key in {}", file.display()))?;
-                text.lines().next().unwrap_or_default().to_owned()
-            }
-            (None, None) => return Ok(None),
-        };
-        Ok(Some(bearer(&key).context("the key has characters that no key has")?))
     }
 }
 
@@ -131,7 +145,7 @@ fn at(url: &str) -> anyhow::Result<Ollama> {
 }
 
 /// A running proxy.
-struct Proxy {
+pub(super) struct Proxy {
     at: Ollama,
     url: String,
     key: Option<HeaderValue>,
@@ -179,7 +193,7 @@ impl Proxy {
     }
 
     /// A whole list, page after page, as one page.
-    async fn list(&self, list: List) -> anyhow::Result<Value> {
+    pub(super) async fn list(&self, list: List) -> anyhow::Result<Value> {
         let path = format!("/api/status?detail={}&limit={PAGE}", list.as_str());
         let mut whole = self.get(&path).await?;
         if !whole[list.as_str()].is_array() {
@@ -199,21 +213,38 @@ impl Proxy {
     }
 
     async fn get(&self, path: &str) -> anyhow::Result<Value> {
-        let mut ask = Ask { path: path.parse()?, ..Ask::get("/") };
+        let told = self.told(Ask { path: path.parse()?, ..Ask::get("/") }).await?;
+        if told.is_object() { Ok(told) } else { bail!("{}: what answers there is no OLOL proxy", self.url) }
+    }
+
+    /// The answer to something, whatever it is.
+    pub(super) async fn answer(&self, mut ask: Ask) -> anyhow::Result<Reply> {
         ask.headers.extend(self.key.clone().map(|key| (header::AUTHORIZATION, key)));
-        let reply = super::send(&self.at, ask).await?;
-        let status = reply.status;
-        let body = reply.body.collect(LONGEST).await?;
-        let told: Value = serde_json::from_slice(&body).unwrap_or_default();
-        if status.is_success() && told.is_object() {
-            return Ok(told);
+        super::send(&self.at, ask).await
+    }
+
+    /// What it tells; that it refuses is an error.
+    pub(super) async fn told(&self, ask: Ask) -> anyhow::Result<Value> {
+        let reply = self.answer(ask).await?;
+        if reply.status.is_success() {
+            return Ok(serde_json::from_slice(&reply.body.collect(LONGEST).await?).unwrap_or_default());
         }
+        Err(self.refusal(reply).await)
+    }
+
+    /// Why it refuses.
+    pub(super) async fn refusal(&self, reply: Reply) -> anyhow::Error {
+        let status = reply.status;
+        let told: Value = match reply.body.collect(LONGEST).await {
+            Ok(body) => serde_json::from_slice(&body).unwrap_or_default(),
+            Err(error) => return error.into(),
+        };
         let error = error_in(&told).unwrap_or("what answers there is no OLOL proxy, or an older one");
         let hint = match status.as_u16() {
             401 | 403 => "; give the key as --key, --key-file or OLOL_KEY",
             _ => "",
         };
-        bail!("{}: {error} (status {}){hint}", self.url, status.as_u16())
+        anyhow::anyhow!("{}: {error} (status {}){hint}", self.url, status.as_u16())
     }
 }
 

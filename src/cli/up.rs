@@ -18,6 +18,7 @@ use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
 use crate::security::Tokens;
+use crate::security::tls::Connector;
 
 /// How long an Ollama is waited for.
 const PROBE: Duration = Duration::from_secs(2);
@@ -140,6 +141,7 @@ async fn start_agent(
             tls: None,
             join: Vec::new(),
             join_tls: None,
+            connector: Connector::start(&config.tls)?,
             grace,
             sessions: config.sessions.clone(),
         })

@@ -163,8 +163,15 @@ pub(crate) const ON_DISK: &str = "/api/tags";
 /// The question for those in memory.
 pub(crate) const IN_MEMORY: &str = "/api/ps";
 
-/// The models that an answer to [`ON_DISK`] names.
+/// The models that an answer to [`ON_DISK`] names, but for copies that are not finished.
 pub(crate) fn on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
+    let mut models = every_on_disk(answer)?;
+    models.retain(|model| !ModelName::is_unfinished(&model.name));
+    Ok(models)
+}
+
+/// All the models that an answer to [`ON_DISK`] names.
+pub(crate) fn every_on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
     let list: List<Entry> = parse(ON_DISK, answer)?;
     Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_model).collect())
 }
@@ -172,7 +179,9 @@ pub(crate) fn on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
 /// The models that an answer to [`IN_MEMORY`] names.
 pub(crate) fn in_memory(answer: &[u8]) -> Result<Vec<Loaded>, StateError> {
     let list: List<Entry> = parse(IN_MEMORY, answer)?;
-    Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect())
+    let mut loaded: Vec<Loaded> = list.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
+    loaded.retain(|loaded| !ModelName::is_unfinished(&loaded.name));
+    Ok(loaded)
 }
 
 fn parse<T: DeserializeOwned>(path: &'static str, answer: &[u8]) -> Result<T, StateError> {

@@ -176,6 +176,11 @@ impl Agent {
         tokio::time::timeout(limit, asking).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
     }
 
+    /// A client over the connection for what is large.
+    pub(super) async fn bulk(&self) -> Result<ServerClient<Channel>, BoxError> {
+        Ok(client(self.bulk.get(false, None).await?.0))
+    }
+
     fn failed(&self, phase: Phase, reused: bool, source: BoxError) -> Error {
         Error::Server { server: self.id.clone(), phase, reused, source }
     }
@@ -480,7 +485,7 @@ impl std::fmt::Debug for Line {
 
 /// A connection as tonic's client takes it: without the queue and the task that its own channel would add.
 #[derive(Clone)]
-struct Channel {
+pub(super) struct Channel {
     sender: Sender,
 }
 

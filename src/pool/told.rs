@@ -85,6 +85,7 @@ pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> V
         in_flight: state.in_flight,
         queued: state.queued,
         others: state.others,
+        hides_models: state.hides_models,
         figures: state.metrics.as_ref().map(|metrics| Figures {
             requests_per_second: metrics.requests_per_second,
             response_time: metrics.response_time_seconds,

@@ -166,6 +166,8 @@ fn distinct<'a>(
 ) -> Vec<(Key, &'a RawValue)> {
     let entries: Vec<(Key, &RawValue)> =
         entries.filter_map(|raw| Some((serde_json::from_str::<Key>(raw.get()).ok()?, raw))).collect();
+    // What is being copied has no name yet.
+    let entries: Vec<_> = entries.into_iter().filter(|(key, _)| !ModelName::is_unfinished(name(key))).collect();
     let mut counts: HashMap<(String, &str), usize> = HashMap::new();
     let canonical =
         |key: &Key| ModelName::parse(name(key)).map_or_else(|| name(key).to_owned(), |name| name.to_string());
@@ -232,6 +234,13 @@ mod tests {
             merged,
             r#"{"models":[{"name":"New:latest","digest":"2","modified_at":"2026-02-01T00:00:00Z"},{"name":"old","digest":"1","modified_at":"2026-01-01T00:00:00Z","new_field":7}]}"#
         );
+    }
+
+    #[test]
+    fn a_copy_that_is_not_finished_is_not_listed() {
+        let one =
+            r#"{"models":[{"name":"127.0.0.1:40000/olol-copy-0a/m:latest","digest":"1"},{"name":"m","digest":"1"}]}"#;
+        assert_eq!(list(&bytes(&[one]), Order::Modified, None), r#"{"models":[{"name":"m","digest":"1"}]}"#);
     }
 
     #[test]

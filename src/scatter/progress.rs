@@ -42,8 +42,12 @@ impl<F: Fleet> Scatter<F> {
             let mut with_base = holders(&call.candidates, base.as_ref());
             with_base.retain(is_meant);
             if !with_base.is_empty() {
-                targets = with_base;
-                absent.clear();
+                // Who has the base and does not answer is left out, as long as another has it.
+                let (there, away): (Vec<_>, Vec<_>) =
+                    with_base.iter().cloned().partition(|server| server.is_reachable());
+                let is_there = !there.is_empty();
+                absent = if is_there { away.iter().map(|server| server.id.clone()).collect() } else { Vec::new() };
+                targets = if is_there { there } else { with_base };
             }
             let (digests, candidates) = (call.peek.digests.clone(), call.candidates.clone());
             for (server, error) in self.give_blobs(&digests, &candidates, &targets).await {

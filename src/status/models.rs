@@ -9,9 +9,12 @@ use olol_middleware::{ModelName, Snapshot};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+use olol_middleware::instruments::ModelMeters;
+
 use super::page::Wanted;
 use super::servers::Running;
 use super::time::{Figures, share, some};
+use crate::models::desired::Standing;
 
 /// One model.
 #[derive(Debug, Serialize)]
@@ -36,6 +39,8 @@ pub(super) struct Entry<'a> {
     waiting: usize,
     runners: Vec<Running<'a>>,
     pending_pulls: Vec<Pull<'a>>,
+    /// Where it should be, and how far it is; null: nobody wants it anywhere.
+    desired: Option<&'a Standing>,
     stats: Option<Figures>,
 }
 
@@ -89,15 +94,36 @@ struct Machine<'a> {
     room: u64,
 }
 
+/// Models that are wanted, and that nobody has.
+pub(super) fn absent(snapshot: &Snapshot, standings: &[Standing]) -> Vec<Known> {
+    let names = standings.iter().map(|standing| &standing.name).filter(|name| snapshot.known(name).is_none());
+    let known = |name: &ModelName| Known {
+        name: name.clone(),
+        installed: Bits::default(),
+        loaded: Bits::default(),
+        size: 0,
+        makes: smallvec::SmallVec::new(),
+        runners: Arc::default(),
+        defaults: None,
+        meters: Arc::new(ModelMeters::new(name)),
+    };
+    names.map(known).collect()
+}
+
 /// The models of a page, by name, and whether there are more; or what is wrong with the cursor.
-pub(super) fn page<'a>(snapshot: &'a Snapshot, wanted: &Wanted) -> Result<(Vec<Entry<'a>>, bool), String> {
+pub(super) fn page<'a>(
+    snapshot: &'a Snapshot,
+    wanted: &Wanted,
+    standings: &'a [Standing],
+    absent: &'a [Known],
+) -> Result<(Vec<Entry<'a>>, bool), String> {
     let cursor = match &wanted.after {
         None => None,
         Some(text) => Some(ModelName::parse(text).ok_or_else(|| {
             format!("after must be the `next` of the page before, and '{text}' is no name of a model")
         })?),
     };
-    let all: Vec<&Known> = snapshot.models.values().map(AsRef::as_ref).collect();
+    let all: Vec<&Known> = snapshot.models.values().map(AsRef::as_ref).chain(absent).collect();
     let is_after = |known: &&Known, _: &str| cursor.as_ref().is_none_or(|cursor| known.name > *cursor);
     let (chosen, has_more) = wanted.cut(all, |one, other| one.name.cmp(&other.name), is_after);
     let mut said: HashMap<&ModelName, Said<'a>> = chosen.iter().map(|known| (&known.name, Said::default())).collect();
@@ -108,9 +134,11 @@ pub(super) fn page<'a>(snapshot: &'a Snapshot, wanted: &Wanted) -> Result<(Vec<E
         }
     }
     let machines: Vec<Machine<'_>> = snapshot.servers.iter().filter_map(|server| machine(server)).collect();
+    let standings: HashMap<&ModelName, &Standing> =
+        standings.iter().map(|standing| (&standing.name, standing)).collect();
     let entries = chosen.into_iter().map(|known| {
         let said = said.remove(&known.name).unwrap_or_default();
-        entry(known, said, snapshot, &machines)
+        Entry { desired: standings.get(&known.name).copied(), ..entry(known, said, snapshot, &machines) }
     });
     Ok((entries.collect(), has_more))
 }
@@ -167,6 +195,7 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
         waiting: known.runners.line().len(),
         runners: runners.iter().map(|runner| Running::of(runner, None, place(runner.server))).collect(),
         pending_pulls: pulls.collect(),
+        desired: None,
         stats: known.meters.stats().map(|stats| Figures::of(stats)),
         digests: variants.into_iter().map(|(digest, _, servers)| Variant { digest, servers }).collect(),
     }

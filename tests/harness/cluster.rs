@@ -127,6 +127,7 @@ pub fn options(ollama: Endpoint) -> Options {
         tls: None,
         join: Vec::new(),
         join_tls: None,
+        connector: None,
         grace: Duration::from_secs(5),
         sessions: olol::sessions::Config { dir: "/nowhere".into(), ..olol::sessions::Config::default() },
     }

@@ -21,6 +21,7 @@
 //! | [`process`] | the built program, where its process is what matters |
 //! | [`answers`], [`store`] | what it answers by itself, and from what |
 //! | [`client`] | a client that sees every byte: chunks, header case, how a connection ended |
+//! | [`keeper`] | an Ollama whose models are files, and a registry |
 //! | [`grpc`] | a client that speaks gRPC |
 //! | [`wire`] | HTTP/1.1 as bytes, for both sides |
 //!
@@ -34,6 +35,7 @@ pub mod answers;
 pub mod client;
 pub mod cluster;
 pub mod grpc;
+pub mod keeper;
 pub mod olol;
 pub mod process;
 pub mod redis;
@@ -47,6 +49,7 @@ use std::time::Duration;
 
 pub use client::{Answer, Connection, Ending, Request};
 pub use cluster::{Cluster, Way};
+pub use keeper::{Hub, Keeper};
 pub use olol::Olol;
 pub use process::Process;
 pub use script::{Gate, Seen, Step};

@@ -189,6 +189,13 @@ impl Olol {
         self.proxy.cluster().tell_vitals(server, vitals);
     }
 
+    /// What the proxy tells of a model that it knows, or that somebody wants.
+    pub async fn model(&self, name: &str) -> serde_json::Value {
+        let page = self.get("/api/status?detail=models&limit=1000").await.json();
+        let models = page["models"].as_array().unwrap();
+        models.iter().find(|model| model["name"] == name).cloned().unwrap_or_default()
+    }
+
     /// Calls that are at a server and not of this proxy, in its books.
     pub fn others(&self, server: usize) -> u32 {
         self.proxy.cluster().snapshot().servers[server].load.others()

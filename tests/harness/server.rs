@@ -259,6 +259,16 @@ impl Server {
         self.change(|state| state.is_silent = true)
     }
 
+    /// Answers again.
+    pub fn speaks(&self) -> &Self {
+        self.change(|state| state.is_silent = false)
+    }
+
+    /// Has been started again: nothing is in its memory.
+    pub fn forgets_its_memory(&self) -> &Self {
+        self.change(|state| state.store.loaded().iter().for_each(|model| state.store.unload(model)))
+    }
+
     /// Leaves the bodies of uploads unread, and says nothing.
     pub fn ignores_uploads(&self) -> &Self {
         self.change(|state| state.uploads = Uploads::Ignored)

@@ -2,10 +2,13 @@
 //!
 //! A server that leaves moves only what was on it; a server of weight two is first for twice as many keys.
 
+use std::num::NonZeroU32;
+
 use smallvec::SmallVec;
 
 use super::chain::join;
 use crate::cluster::Server;
+use crate::names::ServerId;
 
 /// The first servers for a key, by index: the best one first.
 pub(super) fn first<'a>(
@@ -26,11 +29,20 @@ pub(super) fn first<'a>(
 }
 
 fn score(key: u64, server: &Server) -> f64 {
+    weighed(key, &server.id, server.weight)
+}
+
+/// How well a server suits a text, of two the one with more suits better: the same number in every process.
+pub fn suits(text: &str, server: &ServerId, weight: NonZeroU32) -> f64 {
+    weighed(rapidhash::v3::rapidhash_v3(text.as_bytes()), server, weight)
+}
+
+fn weighed(key: u64, server: &ServerId, weight: NonZeroU32) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
-    let [number, all] = [join(key, server.id.number()) >> 11, 1 << 53].map(|bits| bits as f64);
+    let [number, all] = [join(key, server.number()) >> 11, 1 << 53].map(|bits| bits as f64);
     // Between 0 and 1, neither of them included.
     let uniform = (number + 0.5) / all;
-    -f64::from(server.weight.get()) / uniform.ln()
+    -f64::from(weight.get()) / uniform.ln()
 }
 
 #[cfg(test)]

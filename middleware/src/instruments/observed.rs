@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::few;
 use super::page::Gauge;
 use super::{
     ADDRESSES, AFFINITY_ENTRIES, BUILD, CIRCUIT_STATE, CLIENTS, CPU, FILES, KEYS, KEYS_READ, MEMORY, MODEL_LOADED,
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
     SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL, SERVER_IN_FLIGHT,
     SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_UP, SESSIONS,
-    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS,
+    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS, WISHED, WISHED_HELD,
 };
 use crate::cluster::{Known, Server, Snapshot, State};
 use crate::names::ModelName;
@@ -52,6 +53,30 @@ pub fn observe_sessions(sessions: u64, bytes: u64) -> String {
 pub fn observe_state(is_up: Option<bool>) -> String {
     let gauge = |is_up| Gauge::of(STATE_UP, "Whether the store that proxies share answers", f64::from(u8::from(is_up)));
     is_up.map_or_else(String::new, |is_up| written([gauge(is_up)]))
+}
+
+/// A model that is wanted on some servers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// The model.
+    pub model: ModelName,
+    /// How many servers should have it.
+    pub wanted: usize,
+    /// How many do.
+    pub held: usize,
+}
+
+/// Which models are wanted, and how far they are where they should be.
+#[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 servers")]
+pub fn observe_wishes(wishes: &[Wish]) -> String {
+    let mut wanted = Gauge::new(WISHED, "Servers that should have a model, by [[models]] or a pin", &["model"]);
+    let mut held = Gauge::new(WISHED_HELD, "Servers that have it, of those that should", &["model"]);
+    for wish in wishes {
+        let label = few::MODELS.of(&wish.model.as_str().into());
+        wanted.add([&*label], wish.wanted as f64);
+        held.add([&*label], wish.held as f64);
+    }
+    written([wanted, held])
 }
 
 /// What this program is.

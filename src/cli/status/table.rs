@@ -11,14 +11,14 @@ const NARROW: u16 = 110;
 
 /// How a table looks: as wide as the terminal and in colour, or plain.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Look {
+pub(in crate::cli) struct Look {
     width: Option<u16>,
     is_coloured: bool,
 }
 
 impl Look {
     /// As fits where the output goes.
-    pub(super) fn of_stdout() -> Self {
+    pub(in crate::cli) fn of_stdout() -> Self {
         if !std::io::stdout().is_terminal() {
             return Self { width: None, is_coloured: false };
         }
@@ -212,6 +212,79 @@ pub(super) fn models(page: &Value, look: Look) -> String {
         format!("{:.0}", total(&|entry| entry["waiting"].as_f64().unwrap_or(0.0))),
     ]));
     written(&table)
+}
+
+/// The models as an operator sees them: who has what, and who should.
+pub(in crate::cli) fn inventory(page: &Value, look: Look) -> String {
+    let mut table = look.table(&["MODEL", "#SIZE", "QUANT", "DIGEST", "SERVERS", "LOADED", "WANTED"]);
+    let entries = entries(page, "models");
+    let mut notes = String::new();
+    for entry in entries {
+        let (name, places) = (text(&entry["name"]), &entry["compatible_servers"]);
+        let differ = entry["agrees"] == false;
+        table.add_row(vec![
+            Cell::new(&name),
+            Cell::new(entry["size"].as_f64().filter(|size| *size > 0.0).map_or_else(dash, bytes)),
+            Cell::new(text(&entry["quantization"]["level"])),
+            if differ { Cell::new("differs").fg(Color::Yellow) } else { Cell::new(digest(&entry["digest"])) },
+            Cell::new(few(&names(&places["installed"]))),
+            Cell::new(few(&names(&places["loaded"]))),
+            wish(&entry["desired"]),
+        ]);
+        if differ {
+            let variants = entry["digests"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let shown = variants.iter().map(|v| format!("{} on {}", digest(&v["digest"]), few(&names(&v["servers"]))));
+            let _ = write!(notes, "\n{name}: {}", shown.collect::<Vec<_>>().join(", "));
+        }
+        let pulls = entry["pending_pulls"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let shown: Vec<String> =
+            pulls.iter().map(|pull| format!("{} ({})", text(&pull["server"]), percent(&pull["done"]))).collect();
+        if !shown.is_empty() {
+            let _ = write!(notes, "\n{name}: on its way to {}", few(&shown));
+        }
+        if let Some(why) = entry["desired"]["why"].as_str() {
+            let _ = write!(notes, "\n{name}: {}", clean(why));
+        }
+    }
+    let sizes = added(entries.iter().filter_map(|entry| entry["size"].as_f64()));
+    let is_wanted = |entry: &&Value| entry["desired"].is_object() && entry["desired"]["replicas"] != 0;
+    let wanted = entries.iter().filter(is_wanted).count();
+    let wanted = if wanted > 0 { format!("{wanted} wanted") } else { String::new() };
+    let all = format!("{} in all", entries.len());
+    table.add_row(totals([all, bytes(sizes), String::new(), String::new(), String::new(), String::new(), wanted]));
+    written(&table) + &notes + if notes.is_empty() { "" } else { "\n" }
+}
+
+/// How far a model is where it is wanted.
+fn wish(desired: &Value) -> Cell {
+    if !desired.is_object() {
+        return Cell::new(dash());
+    }
+    if desired["replicas"] == 0 {
+        return Cell::new("no");
+    }
+    let count = |name: &str| desired[name].as_array().map_or(0, Vec::len);
+    let (held, making) = (count("held"), count("making"));
+    let mut shown = format!("{held} of {}", text(&desired["wanted"]));
+    if desired["replicas"] == "all" {
+        shown.push_str(" (all)");
+    }
+    if making > 0 {
+        let _ = write!(shown, ", {making} coming");
+    }
+    if count("away") > 0 {
+        let _ = write!(shown, ", {} away", count("away"));
+    }
+    if desired["keep_loaded"] != false && !desired["keep_loaded"].is_null() {
+        let _ = write!(shown, ", {} kept loaded", count("loaded"));
+    }
+    let is_there = desired["why"].is_null() && desired["wanted"].as_u64().is_some_and(|all| held as u64 >= all);
+    Cell::new(shown).fg(if is_there { Color::Green } else { Color::Yellow })
+}
+
+/// The beginning of a digest.
+fn digest(value: &Value) -> String {
+    text(value).trim_start_matches("sha256:").chars().take(12).collect()
 }
 
 /// The clients.
@@ -453,6 +526,39 @@ mod tests {
         llama3.2:3b  1.9 GiB  3.2B        Q4_K_M  4.89  a80c4f17acd5  a, b, c +2  a               12.3k    1.5M       400 ms        0
         tiny:latest   1000 B  -           -          -  2 differ      a, b        -                   0       0            -        2
         2 in all     1.9 GiB                            1 differ                  1 in memory     12.3k    1.5M                     2
+        ");
+    }
+
+    #[test]
+    fn models_read_as_an_inventory() {
+        let page = json!({"models": [
+            {"name": "llama3.2:3b", "size": 2_019_393_189_u64, "agrees": true, "quantization": {"level": "Q4_K_M"},
+             "digest": "sha256:a80c4f17acd55265feec", "digests": [{}],
+             "compatible_servers": {"installed": ["a", "b", "c", "d", "e"], "loaded": ["a"]}, "pending_pulls": [],
+             "desired": {"replicas": "all", "wanted": 5, "held": ["a", "b", "c", "d", "e"], "making": [], "away": [],
+                "keep_loaded": 1, "loaded": ["a"], "why": null}},
+            {"name": "mistral:7b", "size": 0, "agrees": true, "quantization": {"level": null}, "digest": null, "digests": [],
+             "compatible_servers": {"installed": [], "loaded": []}, "pending_pulls": [{"server": "b", "done": 0.45}],
+             "desired": {"replicas": 2, "wanted": 2, "held": [], "making": ["b"], "away": ["c"], "keep_loaded": false,
+                "loaded": [], "why": "one more is wanted, and no other server is there that could take it"}},
+            {"name": "old:latest", "size": 5000, "agrees": true, "quantization": {}, "digest": "sha256:1", "digests": [{}],
+             "compatible_servers": {"installed": ["a"], "loaded": []}, "pending_pulls": [],
+             "desired": {"replicas": 0, "wanted": 0, "held": ["a"], "making": [], "away": [], "keep_loaded": false, "why": null}},
+            {"name": "tiny:latest", "size": 1000, "agrees": false, "quantization": {"level": "Q4_0"}, "digest": "sha256:11",
+             "digests": [{"digest": "sha256:1111111111111111", "servers": ["a"]}, {"digest": "sha256:2222222222222222", "servers": ["b"]}],
+             "compatible_servers": {"installed": ["a", "b"], "loaded": []}, "pending_pulls": [], "desired": null},
+        ]});
+        insta::assert_snapshot!(inventory(&page, PLAIN), @r"
+        MODEL           SIZE  QUANT   DIGEST        SERVERS     LOADED  WANTED
+        llama3.2:3b  1.9 GiB  Q4_K_M  a80c4f17acd5  a, b, c +2  a       5 of 5 (all), 1 kept loaded
+        mistral:7b         -  -       -             -           -       0 of 2, 1 coming, 1 away
+        old:latest   4.9 KiB  -       1             a           -       no
+        tiny:latest   1000 B  Q4_0    differs       a, b        -       -
+        4 in all     1.9 GiB                                            2 wanted
+
+        mistral:7b: on its way to b (45%)
+        mistral:7b: one more is wanted, and no other server is there that could take it
+        tiny:latest: 111111111111 on a, 222222222222 on b
         ");
     }
 
