@@ -54,13 +54,9 @@ const PINS: &str = "proxy-models.toml";
 /// A proxy that listens.
 #[derive(Debug)]
 pub struct Proxy {
-    address: SocketAddr,
+    about: About,
     shared: Shared,
-    pool: Pool,
-    guests: Guests,
-    models: Models,
     reloader: Arc<Reloader>,
-    state: Option<State>,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<bool>,
     // End with the proxy.
@@ -124,25 +120,16 @@ impl Proxy {
         };
         let shared = Shared::new(cluster.clone());
         shared.affinity.set_key(key);
-        let models = about.models.clone();
-        // Also where nobody asks for them yet: a reload may bring `auth`.
-        let keys = match keys::start(&config.auth, &shared.keys) {
-            Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
-                tracing::warn!(%error, "there are no keys");
-                JoinSet::new()
-            }
-            keys => keys?,
-        };
+        let keys = keys(config, &shared)?;
         let sharing = state.as_ref().map(|state| [state.start(&shared), sessions.keep_shared()]);
         let watching = pool.watch();
-        let kept = (pool.clone(), guests.clone());
         names.set(listed.names);
         let settled = names.settled();
         let leaf = Scatter::new(pool.clone(), &shared, &config.spool, about.clone());
         let first_status = leaf.clone();
         let waker = Waker::new(running.clone(), cluster.clone());
         let mut tasks = JoinSet::new();
-        let bring = desired::by(models.clone());
+        let bring = desired::by(about.models.clone());
         tasks.spawn(Driver::new(desired.clone(), cluster.clone(), waker.clone(), bring, leaf.clone()).run());
         let leaf = Waking::new(desired::Leaf::new(leaf, desired, cluster.clone()), waker);
         let origins = Arc::new(ArcSwap::from_pointee(config.origins()?));
@@ -157,7 +144,7 @@ impl Proxy {
         upkeep.spawn(keep_up(metrics.clone()));
         upkeep.spawn(reloader.clone().follow_file());
         upkeep.spawn(guests.clone().keep());
-        let own = Own::new(shared.clone(), about, metrics, reloader.clone(), sessions.clone());
+        let own = Own::new(shared.clone(), about.clone(), metrics, reloader.clone(), sessions.clone());
         let stack = reloader.stack().clone();
         let api = Arc::new(Api::new(stack, shared.clone(), gate, trusted, room, own, hop, sessions));
         let stop = CancellationToken::new();
@@ -172,15 +159,10 @@ impl Proxy {
             first_status.first_status().await;
             serving.await
         });
-        let (pool, guests) = (kept.0, kept.1);
         Ok(Self {
-            address,
+            about,
             shared,
-            models,
-            pool,
-            guests,
             reloader,
-            state,
             stop,
             running,
             _watching: watching,
@@ -195,17 +177,17 @@ impl Proxy {
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.about.address
     }
 
     /// Where its servers join and leave.
     pub fn pool(&self) -> &Pool {
-        &self.pool
+        &self.about.pool
     }
 
     /// The agents that dial in.
     pub fn guests(&self) -> &Guests {
-        &self.guests
+        &self.about.guests
     }
 
     /// What it knows of its servers.
@@ -215,7 +197,7 @@ impl Proxy {
 
     /// What brings models to its servers.
     pub fn models(&self) -> &Models {
-        &self.models
+        &self.about.models
     }
 
     /// The state of its layers.
@@ -225,7 +207,7 @@ impl Proxy {
 
     /// What it shares with other proxies, if it does.
     pub fn state(&self) -> Option<&State> {
-        self.state.as_ref()
+        self.about.state.as_ref()
     }
 
     /// Takes nothing new, lets answers finish, and returns whether all of them did in time.
@@ -245,6 +227,17 @@ fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
         tokens => Some(tokens?),
     };
     Ok(Trust { tls: Connector::start(&config.tls)?, tokens, ..Trust::default() })
+}
+
+/// The keys, followed from now on; also where nobody asks for them yet: a reload may bring `auth`.
+fn keys(config: &Config, shared: &Shared) -> anyhow::Result<JoinSet<()>> {
+    match keys::start(&config.auth, &shared.keys) {
+        Err(error) if !config.stack.order.layers().contains(&Concern::Auth) => {
+            tracing::warn!(%error, "there are no keys");
+            Ok(JoinSet::new())
+        }
+        keys => Ok(keys?),
+    }
 }
 
 /// The recorder of this process: one, however many proxies run in it.
