@@ -25,7 +25,8 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 /// Panels that cannot have data here, each with the reason.
-const WITHOUT_DATA: [(&str, &str); 0] = [];
+const WITHOUT_DATA: [(&str, &str); 2] =
+    [("olol/Servers that were woken", "no server is asleep here"), ("olol/Agents that dial in", "no agent is here")];
 
 /// How long the load goes on until every panel has data.
 const LONG_ENOUGH: Duration = Duration::from_secs(90);
@@ -41,6 +42,13 @@ max-sessions = 1
 [[models]]
 name = "tiny"
 replicas = 2
+
+[[models]]
+name = "nowhere"
+
+[desired]
+retry-s = 1
+retry-max-s = 1
 
 [pick]
 slots = [{ slots = 1, models = ["solo"] }]
@@ -135,6 +143,9 @@ impl World {
         cluster.server(1).has_loaded("tiny");
         cluster.server(2).has_loaded("solo").has_loaded("mute");
         cluster.server(3).has("cold").has_loaded("other:q8_0").has("base:f16").says(["word "; 40]);
+        for server in cluster.servers() {
+            server.fails("POST", "/api/pull", 500, "pull model manifest: file does not exist");
+        }
         let config = tempfile::tempdir().unwrap();
         let file = config.path().join("olol.toml");
         let store = Store::start().await;
