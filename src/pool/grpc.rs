@@ -48,7 +48,7 @@ pub const PHASE: &str = "olol-phase";
 /// What stands before the path of every call; nobody looks at it.
 const ORIGIN: &str = "http://olol";
 /// Silence after which a connection is probed, and after which a probe counts as lost.
-const PROBE: Duration = Duration::from_secs(5);
+const PROBE: Duration = Duration::from_secs(3);
 
 /// What an agent waits beyond a deadline: who asked it ends the call there, and the agent only where nobody does.
 const DEADLINE_GRACE: Duration = Duration::from_secs(1);
