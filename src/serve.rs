@@ -6,7 +6,7 @@ mod wire;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
@@ -148,11 +148,12 @@ pub async fn serve<A: Answers>(
             };
             let is_known = Arc::new(AtomicBool::new(is_machine));
             let service = answers.service(Peer { address: client, here, is_machine, is_known: is_known.clone() });
-            let connection = connection::<A>(preamble, service, closing);
+            // Pinned where it is: awaited as it stands, it would be there once more for each place that awaits it.
+            let mut connection = pin!(connection::<A>(preamble, service, closing));
             let ended = match A::INTRODUCTION {
                 None => connection.await,
                 Some(limit) => tokio::select! {
-                    ended = connection => ended,
+                    ended = &mut connection => ended,
                     () = stays_unknown(limit, &is_known) => return tracing::debug!(%client, "nobody whom we know"),
                 },
             };
@@ -210,7 +211,8 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder.keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
             let connection = with_room(&mut builder).serve_connection(TokioIo::new(io), service);
-            Gentle::new(connection, closing, http2::Connection::graceful_shutdown).await
+            // In a box: connections of HTTP/1 need no room for it.
+            Box::pin(Gentle::new(connection, closing, http2::Connection::graceful_shutdown)).await
         }
     }
 }
