@@ -15,7 +15,7 @@ mod dns;
 mod finder;
 pub mod join;
 mod mdns;
-mod networks;
+pub(crate) mod networks;
 mod scan;
 
 use std::net::SocketAddr;

@@ -22,6 +22,7 @@ use hyper::body::Incoming;
 use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 
 pub use connection::{Endpoint, EndpointError};
+pub(crate) use lines::lines_of;
 pub use state::StateError;
 pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
 pub(crate) use weights::{Lore, parameters};

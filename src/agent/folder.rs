@@ -1,8 +1,9 @@
 //! Where an Ollama keeps its models, if that is on this machine.
 
-use std::net::{IpAddr, ToSocketAddrs};
+use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf};
 
+use crate::discovery::networks;
 use crate::ollama::{Endpoint, Ollama};
 
 /// The folder of an Ollama's models.
@@ -45,7 +46,7 @@ fn is_this_machine(endpoint: &Endpoint) -> bool {
         Endpoint::Tcp { host, port } => (host, *port),
     };
     let Ok(mut addresses) = (host.as_str(), port).to_socket_addrs() else { return false };
-    let own: Vec<IpAddr> = if_addrs::get_if_addrs().unwrap_or_default().iter().map(if_addrs::Interface::ip).collect();
+    let own = networks::addresses();
     addresses.any(|address| {
         let ip = address.ip();
         ip.is_loopback() || ip.is_unspecified() || own.contains(&ip)

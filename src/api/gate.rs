@@ -10,6 +10,7 @@ use http::{Method, Response, Uri};
 use super::body::HttpBody;
 use super::request::Facts;
 use super::response;
+use crate::discovery::networks;
 
 const ALLOW_HEADERS: &str = "Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout";
 const ALLOW_METHODS: &str = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS";
@@ -79,7 +80,7 @@ impl Gate {
     pub fn new(origins: Arc<ArcSwap<Origins>>, listens_on: IpAddr) -> Self {
         let here = listens_on.is_loopback().then(|| Here {
             name: gethostname::gethostname().to_string_lossy().to_lowercase(),
-            addresses: if_addrs::get_if_addrs().unwrap_or_default().iter().map(if_addrs::Interface::ip).collect(),
+            addresses: networks::addresses(),
         });
         Self { origins, here }
     }

@@ -67,6 +67,11 @@ impl Networks {
     }
 }
 
+/// The addresses of this machine.
+pub(crate) fn addresses() -> Vec<IpAddr> {
+    all().iter().map(Interface::ip).collect()
+}
+
 fn all() -> Vec<Interface> {
     if_addrs::get_if_addrs().unwrap_or_else(|error| {
         tracing::warn!(%error, "the networks of this machine cannot be listed");

@@ -19,6 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::replicas::ranked;
 use super::told::{Board, Telling};
 use super::{BringError, Holder, Line, Models, Replicas, Room, held_by, shares};
+use crate::ollama::lines_of;
 
 /// Copies that one server gives at a time.
 const PER_SOURCE: usize = 3;
@@ -541,18 +542,4 @@ impl Failure {
             }
         }
     }
-}
-
-/// The lines of a piece of a body, each with its end.
-fn lines_of(chunk: &Bytes) -> Vec<Bytes> {
-    let mut lines = Vec::new();
-    let mut start = 0;
-    for end in memchr::memchr_iter(b'\n', chunk) {
-        lines.push(chunk.slice(start..=end));
-        start = end + 1;
-    }
-    if start < chunk.len() {
-        lines.push(chunk.slice(start..));
-    }
-    lines
 }

@@ -9,6 +9,20 @@ use http::header::{self, HeaderMap};
 /// The most that waits for its end.
 const LONGEST: usize = 1 << 20;
 
+/// The lines of a piece of a body, each with its end.
+pub(crate) fn lines_of(piece: &Bytes) -> Vec<Bytes> {
+    let mut lines = Vec::new();
+    let mut start = 0;
+    for end in memchr::memchr_iter(b'\n', piece) {
+        lines.push(piece.slice(start..=end));
+        start = end + 1;
+    }
+    if start < piece.len() {
+        lines.push(piece.slice(start..));
+    }
+    lines
+}
+
 /// Where a piece of a body may end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Boundary {

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{LONGEST, News, Scatter, holders, json_reply};
+use crate::ollama::lines_of;
 
 /// What one server said.
 enum Said {
@@ -169,19 +170,6 @@ fn select(bodies: impl Iterator<Item = (usize, Body)>) -> SelectAll<BoxStream<'s
         lines.chain(stream::iter([Said::Over])).map(move |said| (server, said)).boxed()
     };
     stream::select_all(bodies.map(one))
-}
-
-fn lines_of(chunk: &Bytes) -> Vec<Bytes> {
-    let mut lines = Vec::new();
-    let mut start = 0;
-    for end in memchr::memchr_iter(b'\n', chunk) {
-        lines.push(chunk.slice(start..=end));
-        start = end + 1;
-    }
-    if start < chunk.len() {
-        lines.push(chunk.slice(start..));
-    }
-    lines
 }
 
 /// The answers of all, when the client wants one object.

@@ -30,12 +30,26 @@ const LINES: usize = 64;
 /// How often a turn is put behind those of others before it is left to the copy here.
 const TRIES: usize = 4;
 
-// Each time two of the names are looked at: those whose sessions have left by themselves go, however few ask for the list.
+/// How a script ends that has put something of a session: it stays for its time (ARGV 4), and its name (ARGV 5) is among all names.
+/// Each time two of the names are looked at: those whose sessions have left by themselves go, however few ask for the list.
+const LISTED: &str = r"
+        redis.call('PEXPIRE', KEYS[1], ARGV[4])
+        redis.call('ZADD', KEYS[2], 0, ARGV[5])
+        local before = string.sub(KEYS[1], 1, #KEYS[1] - #ARGV[5])
+        for _, name in ipairs(redis.call('ZRANDMEMBER', KEYS[2], 2)) do
+            if redis.call('EXISTS', before .. name) == 0 then redis.call('ZREM', KEYS[2], name) end
+        end
+        ";
+
+/// A script of these parts.
+fn script(parts: &[&str]) -> Script {
+    Script::new(&parts.concat())
+}
 
 /// Puts a turn, if the store has all that was before it and not the turn itself. KEYS: the session, all names, its tombstone. ARGV: the number of the turn,
 /// when it ended, the record, how long it stays, its name, the first turn that is kept, the turn.
 static APPEND: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
+    script(&[
         r"
         local has = redis.call('HGET', KEYS[1], 'next')
         if has == false then
@@ -49,21 +63,16 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
         redis.call('HSET', KEYS[1], 'next', ARGV[1] + 1, 'at', ARGV[2], 'session', ARGV[3], 't' .. ARGV[1], ARGV[7])
         local first = tonumber(ARGV[6]) - 1
         while first > 0 and redis.call('HDEL', KEYS[1], 't' .. first) == 1 do first = first - 1 end
-        redis.call('PEXPIRE', KEYS[1], ARGV[4])
-        redis.call('ZADD', KEYS[2], 0, ARGV[5])
-        local before = string.sub(KEYS[1], 1, #KEYS[1] - #ARGV[5])
-        for _, name in ipairs(redis.call('ZRANDMEMBER', KEYS[2], 2)) do
-            if redis.call('EXISTS', before .. name) == 0 then redis.call('ZREM', KEYS[2], name) end
-        end
-        return 0
         ",
-    )
+        LISTED,
+        "return 0",
+    ])
 });
 
 /// Puts a whole session, unless the store has a newer one. KEYS as above. ARGV: the number of its next turn, when its last one
 /// ended, the record, how long it stays, its name; then the fields of its turns and what is in them.
 static PUT: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
+    script(&[
         r"
         local has = redis.call('HMGET', KEYS[1], 'next', 'at')
         if has[1] ~= false then
@@ -74,15 +83,10 @@ static PUT: LazyLock<Script> = LazyLock::new(|| {
         redis.call('DEL', KEYS[1], KEYS[3])
         redis.call('HSET', KEYS[1], 'next', ARGV[1], 'at', ARGV[2], 'session', ARGV[3])
         for at = 6, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1]) end
-        redis.call('PEXPIRE', KEYS[1], ARGV[4])
-        redis.call('ZADD', KEYS[2], 0, ARGV[5])
-        local before = string.sub(KEYS[1], 1, #KEYS[1] - #ARGV[5])
-        for _, name in ipairs(redis.call('ZRANDMEMBER', KEYS[2], 2)) do
-            if redis.call('EXISTS', before .. name) == 0 then redis.call('ZREM', KEYS[2], name) end
-        end
-        return 1
         ",
-    )
+        LISTED,
+        "return 1",
+    ])
 });
 
 /// What is shared.
