@@ -1,4 +1,4 @@
-//! Pulls and creates at several servers, told to the client as one.
+//! Creates at several servers, told to the client as one.
 //!
 //! The client sees one valid stream: each status once all have reached it, each layer at the progress of the slowest, and at
 //! the end `success`, or an error that names who failed. What has been said is never taken back. Servers that a layer has
@@ -11,7 +11,7 @@ use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 use http::StatusCode;
 use olol_middleware::call::Body;
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Candidates, Chunk, Cluster, Error, ModelName, Reply, Route, Server, ServerId};
+use olol_middleware::{Call, Candidates, Chunk, Cluster, Error, ModelName, Reply, Server, ServerId};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -38,23 +38,20 @@ impl<F: Fleet> Scatter<F> {
         let is_left_out = |server: &Arc<Server>| targets.iter().all(|target| target.id != server.id);
         let mut absent: Vec<ServerId> =
             everybody.iter().filter(|server| is_left_out(server)).map(|server| server.id.clone()).collect();
-        if call.route == Route::Create {
-            let base = call.peek.from.as_deref().and_then(ModelName::parse);
-            let mut with_base = holders(&call.candidates, base.as_ref());
-            with_base.retain(is_meant);
-            if !with_base.is_empty() {
-                // Who has the base and does not answer is left out, as long as another has it.
-                let (there, away): (Vec<_>, Vec<_>) =
-                    with_base.iter().cloned().partition(|server| server.is_reachable());
-                let is_there = !there.is_empty();
-                absent = if is_there { away.iter().map(|server| server.id.clone()).collect() } else { Vec::new() };
-                targets = if is_there { there } else { with_base };
-            }
-            let (digests, candidates) = (call.peek.digests.clone(), call.candidates.clone());
-            for (server, error) in self.give_blobs(&digests, &candidates, &targets).await {
-                targets.retain(|target| target.id != server);
-                refused.push((server, Err(error)));
-            }
+        let base = call.peek.from.as_deref().and_then(ModelName::parse);
+        let mut with_base = holders(&call.candidates, base.as_ref());
+        with_base.retain(is_meant);
+        if !with_base.is_empty() {
+            // Who has the base and does not answer is left out, as long as another has it.
+            let (there, away): (Vec<_>, Vec<_>) = with_base.iter().cloned().partition(|server| server.is_reachable());
+            let is_there = !there.is_empty();
+            absent = if is_there { away.iter().map(|server| server.id.clone()).collect() } else { Vec::new() };
+            targets = if is_there { there } else { with_base };
+        }
+        let (digests, candidates) = (call.peek.digests.clone(), call.candidates.clone());
+        for (server, error) in self.give_blobs(&digests, &candidates, &targets).await {
+            targets.retain(|target| target.id != server);
+            refused.push((server, Err(error)));
         }
         let news = News { cluster: self.shared.cluster.clone(), servers: targets.clone() };
         let mut begun = Vec::new();
