@@ -243,6 +243,8 @@ pub struct Server {
     pub reason: String,
     /// Since when it is in that state.
     pub since: SystemTime,
+    /// The same by the clock that nobody sets: for how long it is.
+    pub entered: Instant,
     /// Checks that failed since the last good one, or were silent.
     pub failures: u32,
     /// Whether it finishes what it has, and gets nothing new.
@@ -564,6 +566,7 @@ struct Entry {
     state: State,
     reason: String,
     since: SystemTime,
+    entered: Instant,
     failures: u32,
     refresh: Arc<Refresh>,
     report: Arc<Kept>,
@@ -619,6 +622,7 @@ impl Entry {
             state: State::Unknown,
             reason: String::new(),
             since: SystemTime::now(),
+            entered: Instant::now(),
             failures: 0,
             refresh: Arc::default(),
             report: Arc::default(),
@@ -630,7 +634,7 @@ impl Entry {
 
     fn is_now(&mut self, state: State, reason: String) {
         if self.state != state {
-            self.since = SystemTime::now();
+            (self.since, self.entered) = (SystemTime::now(), Instant::now());
         }
         (self.state, self.reason) = (state, reason);
     }
@@ -644,6 +648,7 @@ impl Entry {
             state: self.state,
             reason: self.reason.clone(),
             since: self.since,
+            entered: self.entered,
             failures: self.failures,
             draining: self.draining || self.leaving,
             leaving: self.leaving,

@@ -59,6 +59,8 @@ pub(super) struct Entry<'a> {
     olol_version: Option<String>,
     /// When it last told how it is.
     last_heartbeat: Option<String>,
+    /// Milliseconds that the clock of its machine is ahead of ours.
+    clock_ahead_ms: Option<i64>,
     metrics: Metrics<'a>,
     health: Check<'a>,
 }
@@ -301,6 +303,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         os: vitals.and_then(|vitals| some(&vitals.os)).map(str::to_owned),
         arch: vitals.and_then(|vitals| some(&vitals.arch)).map(str::to_owned),
         olol_version: vitals.and_then(|vitals| some(&vitals.olol_version)).map(str::to_owned),
+        clock_ahead_ms: vitals.and_then(|vitals| vitals.clock_ahead),
         last_heartbeat: vitals.and_then(|vitals| vitals.told).or_else(|| health.last_good()).map(rfc3339),
         metrics: Metrics {
             server_id: server.id.as_str(),

@@ -400,9 +400,8 @@ where
         let presence = match server.state {
             State::Up if server.is_usable() => Presence::Here,
             State::Up => Presence::Draining,
-            State::Down | State::Unknown => {
-                Presence::Away(SystemTime::now().duration_since(server.since).unwrap_or_default())
-            }
+            // However the time of day is set meanwhile.
+            State::Down | State::Unknown => Presence::Away(server.entered.elapsed()),
         };
         let has_told = !server.report.version.is_empty() || !server.report.models.is_empty();
         Place {
