@@ -11,6 +11,7 @@ mod lines;
 mod state;
 mod weights;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ pub use state::StateError;
 pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
 pub(crate) use weights::{Lore, parameters};
 
+use crate::security::tls::{Connector, TlsError};
 use connection::{Link, Links};
 use exchange::Outgoing;
 use weights::Weights;
@@ -112,14 +114,32 @@ struct Inner {
 impl Ollama {
     /// An Ollama at an address. Connects when it is first asked.
     pub fn new(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Self {
-        Self::with_lore(id, endpoint, connect_timeout, Lore::default())
+        Self::with(id, endpoint, None, connect_timeout, Lore::default())
     }
 
-    /// The same of one of several, which share what they have learnt about models.
-    pub(crate) fn with_lore(id: ServerId, endpoint: Endpoint, connect_timeout: Duration, lore: Lore) -> Self {
+    /// The same, where `https://` may stand before its address: then it must have a certificate of a CA that the system trusts,
+    /// or of one in this file.
+    pub fn maybe_over_tls(
+        id: ServerId,
+        endpoint: Endpoint,
+        ca: Option<&Path>,
+        connect_timeout: Duration,
+    ) -> Result<Self, TlsError> {
+        let tls = if endpoint.is_tls() { Some(Connector::of_system(ca)?) } else { None };
+        Ok(Self::with(id, endpoint, tls, connect_timeout, Lore::default()))
+    }
+
+    /// One of several, which share what they have learnt about models; over TLS with those whom `tls` trusts.
+    pub(crate) fn with(
+        id: ServerId,
+        endpoint: Endpoint,
+        tls: Option<Connector>,
+        connect_timeout: Duration,
+        lore: Lore,
+    ) -> Self {
         let host = endpoint.host_header();
         let weights = Arc::new(Weights::new(lore));
-        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host, weights }))
+        Self(Arc::new(Inner { id, links: Links::new(endpoint, tls, connect_timeout), host, weights }))
     }
 
     /// The same Ollama over a connection of its own that takes little room: for who asks for its state now and then, and

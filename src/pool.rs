@@ -106,7 +106,7 @@ pub struct ServerSpec {
 
 impl ServerSpec {
     /// Reads `[NAME@]host:port[=WEIGHT]` (an agent; with `tls://` before the host over TLS alone, with `grpc://` without) or
-    /// `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
+    /// `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama; with `https://` over TLS).
     pub fn parse(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim();
         let (rest, weight) = Self::weight(text, text)?;
@@ -131,7 +131,7 @@ impl ServerSpec {
             Way::Agent(Endpoint::parse(address, AGENT_PORT)?)
         };
         let shown = match &way {
-            Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
+            Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.authority(),
             Way::Joined(lobby) => lobby.address().to_string(),
         };
         Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, wire, weight })
@@ -199,7 +199,10 @@ impl Backend {
                 Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
             }
             Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
-            Way::Ollama(endpoint) => Self::Ollama(Ollama::with_lore(id, endpoint.clone(), connect, lore.clone())),
+            Way::Ollama(endpoint) => {
+                let tls = if endpoint.is_tls() { trust.web.to(&id) } else { None };
+                Self::Ollama(Ollama::with(id, endpoint.clone(), tls, connect, lore.clone()))
+            }
         }
     }
 
