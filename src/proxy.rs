@@ -32,6 +32,7 @@ use crate::keys;
 use crate::models::Models;
 use crate::models::desired::{self, Desired, Driver};
 use crate::models::wake::{Waker, Waking};
+use crate::pool::credentials::Credentials;
 use crate::pool::{Pool, Watching};
 use crate::reload::{Members, ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
@@ -232,6 +233,7 @@ fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
     Ok(Trust {
         tls: Connector::start(&config.tls)?,
         web: Web::start(&config.tls)?,
+        credentials: Credentials::start(&config.pool.credentials).map_err(anyhow::Error::msg)?,
         is_token_given: config.security.is_given(),
         tokens,
         ..Trust::default()

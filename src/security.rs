@@ -18,7 +18,10 @@ pub mod tokens;
 
 use std::path::PathBuf;
 
+use olol_middleware::{Pattern, ServerId};
 use serde::{Deserialize, Serialize};
+
+use crate::pool::credentials::Credentials;
 
 pub use seldom::Seldom;
 pub use token::{Token, TokenError};
@@ -48,6 +51,8 @@ pub struct Trust {
     pub is_token_given: bool,
     /// How Ollamas at `https://` are reached.
     pub web: tls::Web,
+    /// What Ollamas are shown.
+    pub credentials: Credentials,
 }
 
 /// Whether an agent is reached over TLS.
@@ -78,6 +83,13 @@ impl Trust {
         let tls = self.tls.clone().filter(|_| wire != Wire::Plain);
         Self { tls, insists: wire == Wire::Tls, ..self.clone() }
     }
+}
+
+/// What is meant for a server: under its very name, or else under a pattern that stands for several.
+pub(crate) fn meant_for<'a, T>(all: &'a [(Pattern, T)], server: &ServerId) -> Option<&'a T> {
+    let fits = |(pattern, _): &&(Pattern, T)| pattern.matches(server.as_str());
+    let named = all.iter().filter(|(pattern, _)| pattern.is_plain()).find(fits);
+    named.or_else(|| all.iter().find(fits)).map(|(_, meant)| meant)
 }
 
 impl Config {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use harness::olol::chat;
-use harness::{Ca, Cluster, Ending, Gate, Olol, Process, Request, until};
+use harness::{Ca, Cluster, Ending, Gate, Olol, Process, Request, patiently, until};
 use olol::security::tls::{Acceptor, Clients};
 use olol_middleware::cluster::State;
 use tokio::net::{TcpListener, TcpStream};
@@ -101,13 +101,38 @@ async fn a_certificate_that_is_not_trusted_is_told_and_a_new_ca_is_taken_up() {
     let olol = Olol::at(vec![server.replace("gpu1", "other")], &trusting(&ca)).await;
     until("it is not trusted", || olol.reason("other").contains("of a CA that is not trusted")).await;
     // One without TLS is not spoken to without.
-    let plain = format!("gpu1@https://{}", cluster.server(0).address());
-    let olol = Olol::at(vec![plain], &trusting(&ca)).await;
+    let plain = Olol::at(Vec::new(), "").await;
+    let olol = Olol::at(vec![format!("gpu1@https://{}", plain.address())], &trusting(&ca)).await;
     until("it speaks no TLS", || olol.reason("gpu1").contains("speaks no TLS; say http://")).await;
     // And one with it says so to who comes without.
     let olol = Olol::at(vec![format!("gpu1@http://{}", front.address)], &trusting(&ca)).await;
     until("it speaks TLS", || olol.state_of("gpu1") == Some(State::Down)).await;
     assert!(olol.reason("gpu1").contains("HTTPS server"), "{}", olol.reason("gpu1"));
+}
+
+#[tokio::test]
+async fn an_ollama_is_shown_its_credentials_by_every_call_and_by_the_proxy_itself() {
+    let (cluster, folder) = (Cluster::of(1).await.all_have("tiny"), tempfile::tempdir().unwrap());
+    let file = folder.path().join("token");
+    std::fs::write(&file, "Bearer first\n").unwrap();
+    let toml = format!("[pool]\ncredentials = {{ gpu1 = {file:?} }}\n");
+    let olol = Olol::at(vec![format!("gpu1@http://{}", cluster.server(0).address())], &toml).await;
+    until("it is up", || olol.state_of("gpu1") == Some(State::Up)).await;
+    let shown = |path: &str| {
+        let seen = cluster.server(0).seen(path).pop()?;
+        seen.headers.get("authorization").map(str::to_owned)
+    };
+    assert_eq!(shown("/api/tags").as_deref(), Some("Bearer first"));
+    // What clients show as SDKs do is not the server's.
+    olol.ask(&chat("tiny", "hi").header("Authorization", "Bearer ollama")).await;
+    assert_eq!(shown("/api/chat").as_deref(), Some("Bearer first"));
+    std::fs::write(&file, "Bearer second\n").unwrap();
+    let changed = async {
+        while shown("/api/chat").as_deref() != Some("Bearer second") {
+            assert_eq!(olol.chat("tiny", "hi").await.status, 200);
+        }
+    };
+    patiently("the new one is shown", changed).await;
 }
 
 #[tokio::test]

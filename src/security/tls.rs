@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tokio_util::either::Either;
 
-use super::Seldom;
+use super::{Seldom, meant_for};
 use crate::watch::watch;
 
 /// The longest that a handshake may take.
@@ -696,19 +696,14 @@ impl Web {
 
     /// How the one of this name is reached.
     pub fn to(&self, server: &ServerId) -> Option<Connector> {
-        let named = |is_plain: bool| {
-            let fits = |(pattern, _): &&(Pattern, Connector)| {
-                pattern.is_plain() == is_plain && pattern.matches(server.as_str())
-            };
-            self.0.own.iter().find(fits).map(|(_, connector)| connector.clone())
+        if let Some(own) = meant_for(&self.0.own, server) {
+            return Some(own.clone());
+        }
+        let system = || {
+            let made = Connector::of_system(None);
+            made.inspect_err(|error| tracing::error!(%error, "no server at https:// can be reached")).ok()
         };
-        named(true).or_else(|| named(false)).or_else(|| {
-            let system = || {
-                let made = Connector::of_system(None);
-                made.inspect_err(|error| tracing::error!(%error, "no server at https:// can be reached")).ok()
-            };
-            self.0.system.get_or_init(system).clone()
-        })
+        self.0.system.get_or_init(system).clone()
     }
 
     /// Why files of now are not in use.
