@@ -10,6 +10,7 @@ mod source;
 mod tests;
 mod words;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -285,7 +286,7 @@ impl Config {
         strangers.map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
     }
 
-    /// The servers that models are wanted on, or that can be woken, and that nobody is. They may join later.
+    /// The servers that models are wanted on, that can be woken, or that have a CA or credentials, and that nobody is. They may join later.
     fn absent(&self) -> Vec<(Key, Pattern)> {
         let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
         if !names.is_empty() {
@@ -298,6 +299,12 @@ impl Config {
         }
         let sleepers = self.wake.servers.keys().filter_map(|name| Some((name, Pattern::parse(name).ok()?)));
         named.extend(sleepers.map(|(name, server)| (Key::of(["wake", "servers", name]), server)));
+        let files = |table, key, files: &BTreeMap<Pattern, PathBuf>| {
+            let named = |server: &Pattern| (Key::of([table, key, &server.to_string()]), server.clone());
+            files.keys().map(named).collect::<Vec<_>>()
+        };
+        named.extend(files("tls", "server-ca", &self.tls.server_ca));
+        named.extend(files("pool", "credentials", &self.pool.credentials));
         named.retain(|(_, server)| !servers.iter().any(|other| server.matches(other.id.as_str())));
         named
     }

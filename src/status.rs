@@ -28,6 +28,7 @@ use crate::models::Models;
 use crate::models::desired::Desired;
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
+use crate::security::tls;
 use crate::sessions::Sessions;
 use time::rfc3339;
 
@@ -61,6 +62,8 @@ pub struct About {
     pub desired: Desired,
     /// What brings models to servers.
     pub models: Models,
+    /// Its certificates.
+    pub tls: tls::InUse,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -76,6 +79,11 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
         json!({
             "stack": running.layers(),
             "config": config(&running, about),
+            "tls": {
+                "clients": about.tls.acceptor.is_some(),
+                "agents": about.tls.connector.is_some(),
+                "faults": about.tls.faults(),
+            },
             "servers": {
                 "total": servers.len(),
                 // Those that are degraded answer, too.
@@ -286,6 +294,7 @@ mod tests {
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
             state: None,
             models: Models::new(pool.clone(), running),
+            tls: tls::InUse::default(),
         };
         (Shared::new(pool.cluster().clone()), about)
     }

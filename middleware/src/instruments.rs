@@ -109,6 +109,7 @@ const JOINS: &str = "olol_joins_total";
 
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
+const CERTIFICATES: &str = "olol_tls_reloads_total";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
 const BUILD: &str = "olol_build_info";
 
@@ -195,6 +196,7 @@ pub const NAMES: &[&str] = &[
     WISHED_HELD,
     WISH_ACTIONS,
     WAKES,
+    CERTIFICATES,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -381,6 +383,11 @@ pub fn describe() {
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_sessions();
     describe_wishes();
+    describe_counter!(
+        CERTIFICATES,
+        Unit::Count,
+        "Times that changed certificates were read again, by result (ok, failed)"
+    );
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
 }
 
@@ -426,6 +433,7 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (SESSION_TURNS, "result", &["stored", "ended", "broken", "failed"]),
     (SESSION_EVICTIONS, "why", &["expired", "sessions", "bytes"]),
     (WAKES, "result", &["sent", "failed"]),
+    (CERTIFICATES, "result", &["ok", "failed"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
 
@@ -983,6 +991,11 @@ impl ServerMeters {
         counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)])
             .increment(1);
     }
+}
+
+/// Changed certificates were read again; or they are no good, and those before stay.
+pub fn certificates_read(is_good: bool) {
+    counter!(CERTIFICATES, "result" => if is_good { "ok" } else { "failed" }).increment(1);
 }
 
 /// The configuration was read again, and is good or not.

@@ -25,7 +25,7 @@ use super::{Grpc, INTRODUCTION, Visit};
 use crate::discovery::join::{INSTANCE, NAME, PATH, PROTOCOL};
 use crate::ollama::Endpoint;
 use crate::security::proof::Purpose;
-use crate::security::tls::Connector;
+use crate::security::tls::{self, Connector};
 use crate::serve::{self, Peer};
 
 /// Port of a proxy when none is given.
@@ -206,7 +206,8 @@ impl Joining {
             .header(NAME, self.name.clone())
             .header(INSTANCE, self.instance.clone())
             .body(Empty::<Bytes>::new())?;
-        let answer = sender.send_request(request).await?;
+        let failed = |error: hyper::Error| tls::told(error.to_string(), std::error::Error::source(&error));
+        let answer = sender.send_request(request).await.map_err(failed)?;
         let status = answer.status();
         if status == StatusCode::SWITCHING_PROTOCOLS {
             let peer = Peer { address, here, is_machine: proxy.is_tls, is_known: Arc::default() };
@@ -214,7 +215,8 @@ impl Joining {
         }
         let body = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
         let text = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).trim().to_owned()).unwrap_or_default();
-        let error = format!("it answers {status}: {text}").into();
+        let hint = if !proxy.is_tls && text.contains("HTTPS server") { "; say https://" } else { "" };
+        let error = format!("it answers {status}: {text}{hint}").into();
         Err(match status {
             StatusCode::TOO_MANY_REQUESTS => Failure::Now(error),
             _ => Failure::Lasting(error),

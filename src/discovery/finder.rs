@@ -513,6 +513,7 @@ impl Keeper {
             });
         }
         let Badge { cluster, is_tls, .. } = &one.seen.badge;
+        let is_same = |cluster: &str| cluster.split('+').any(|one| self.cluster.iter().any(|ours| ours == one));
         match (&self.trust.tls, is_tls) {
             (None, true) => Some(
                 "it is reached over TLS, and this proxy knows no CA: name that of the cluster in `ca` of [tls]".to_owned(),
@@ -524,7 +525,7 @@ impl Keeper {
             // A certificate tells more than a token.
             (Some(_), true) => None,
             // One that has proved itself may tell of a token that was changed since.
-            (None, false) if cluster.is_empty() || self.cluster.contains(cluster) || one.proof.is_some() => None,
+            (None, false) if cluster.is_empty() || is_same(cluster) || one.proof.is_some() => None,
             (None, false) => Some(
                 "its token is not ours, so it is of another cluster; if it should be of this one, give both the same: `olol token` \
                  prints it"

@@ -198,15 +198,17 @@ async fn look(ip: IpAddr, tls: Option<&Connector>) -> Vec<Seen> {
     agent.into_iter().chain(ollama).collect()
 }
 
-/// An agent answers even plain HTTP, with what it is.
+/// An agent answers even plain HTTP, with what it is; one that wants TLS says so, and the rest over that.
 async fn agent(ip: IpAddr, tls: Option<&Connector>) -> Option<Seen> {
-    let answer = ask(ip, AGENT_PORT, "/", None).await;
-    let answer = match (answer, tls) {
-        (Some(Err(_)), Some(tls)) => ask(ip, AGENT_PORT, "/", Some(tls)).await,
-        (answer, _) => answer,
+    let badge = |(_, headers, _): Said| headers.get(badge::HEADER).map(Badge::of_header);
+    let secure = match tls {
+        Some(tls) => ask(ip, AGENT_PORT, "/", Some(tls)).await?.ok().and_then(badge),
+        None => None,
     };
-    let (_, headers, _) = answer?.ok()?;
-    let badge = Badge::of_header(headers.get(badge::HEADER)?);
+    let badge = match secure {
+        Some(secure) => secure,
+        None => badge(ask(ip, AGENT_PORT, "/", None).await?.ok()?)?,
+    };
     Some(Seen { is_agent: true, badge, ..at(ip, AGENT_PORT) })
 }
 

@@ -12,6 +12,8 @@ use tokio::time::Instant;
 
 use super::{Ask, Ollama};
 
+/// The most of a refusal that stands in a reason, characters.
+const SHORT: usize = 120;
 /// The longest answer to one question about its state, bytes.
 const LONGEST: usize = 64 << 20;
 
@@ -151,11 +153,20 @@ impl Ollama {
             other => other?,
         };
         if !reply.status.is_success() {
-            let source = format!("status {}", reply.status.as_u16()).into();
+            let status = reply.status.as_u16();
+            let body = reply.body.collect(LONGEST).await.unwrap_or_default();
+            let source = format!("status {status}{}", in_short(&body)).into();
             return Err(StateError::Foreign { path, source });
         }
         Ok(reply.body.collect(LONGEST).await?)
     }
+}
+
+/// The first words of a refusal, as they may stand in a reason.
+fn in_short(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHORT)]);
+    let text: String = text.trim().chars().take_while(|c| !c.is_control()).take(SHORT).collect();
+    if text.is_empty() || text.starts_with(['<', '{']) { String::new() } else { format!(": {text}") }
 }
 
 /// The question for the models on the disk.

@@ -258,7 +258,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
     };
     let (host, port) = match endpoint {
         None if guest.is_some() => (guest.map(|at| at.ip().to_canonical().to_string()), guest.map(|at| at.port())),
-        Some(Endpoint::Tcp { host, port }) => (Some(host.clone()), Some(*port)),
+        Some(Endpoint::Tcp { host, port } | Endpoint::Tls { host, port }) => (Some(host.clone()), Some(*port)),
         Some(other @ Endpoint::Unix(_)) => (Some(other.to_string()), None),
         None => (None, None),
     };
