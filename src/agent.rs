@@ -38,7 +38,7 @@ use crate::rpc::{self, Face, SelfDescription};
 use crate::security::proof::Purpose;
 use crate::security::tls::{Acceptor, Connector};
 use crate::security::{Tokens, Trust};
-use crate::serve::{self, Answers, Peer};
+use crate::serve::{self, Answers, Bounds, Peer};
 use crate::sessions::{self, Sessions};
 use door::{Door, Doorkeeper};
 use join::Joining;
@@ -265,6 +265,7 @@ impl Answers for Grpc {
     type Body = tonic::body::Body;
     type Service = Visit;
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
+    const BOUNDS: Bounds = Bounds::CLUSTER;
 
     fn service(&self, peer: Peer) -> Visit {
         let door = Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call));

@@ -41,8 +41,21 @@ const FEW_LINES: usize = 100;
 const IDLE: Duration = Duration::from_secs(600);
 /// Silence after which the kernel looks whether a client is still there, and again; Go's figure.
 const ALIVE: Duration = Duration::from_secs(15);
-/// Streams that one HTTP/2 connection may carry at the same time.
-const STREAMS: u32 = 16_384;
+/// How much one HTTP/2 connection may carry at the same time.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Streams.
+    pub streams: u32,
+    /// Bytes of all of them together that were sent and not yet read.
+    pub unread: u32,
+}
+
+impl Bounds {
+    /// For a proxy of the cluster, whose streams must not wait for each other.
+    pub const CLUSTER: Self = Self { streams: 16_384, unread: CONNECTION_WINDOW };
+    /// For anybody: streams times the window of a stream would be gigabytes.
+    pub const ANYBODY: Self = Self { streams: 4096, unread: 64 << 20 };
+}
 /// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -75,6 +88,9 @@ pub trait Answers: Clone + Send + 'static {
     /// The time within which a client must have asked something, and have become known; `None`: it may take its time, and
     /// need not.
     const INTRODUCTION: Option<Duration> = None;
+
+    /// How much one of its connections of HTTP/2 may carry.
+    const BOUNDS: Bounds = Bounds::ANYBODY;
 
     /// The service of the connection of a client.
     fn service(&self, peer: Peer) -> Self::Service;
@@ -210,7 +226,7 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             let service = hyper::service::service_fn(move |request| service.clone().call(request));
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder.keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
-            let connection = with_room(&mut builder).serve_connection(TokioIo::new(io), service);
+            let connection = with_room(&mut builder, A::BOUNDS).serve_connection(TokioIo::new(io), service);
             // In a box: connections of HTTP/1 need no room for it.
             Box::pin(Gentle::new(connection, closing, http2::Connection::graceful_shutdown)).await
         }
@@ -233,7 +249,7 @@ where
     let service = hyper::service::service_fn(move |request| service.clone().call(request));
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder.keep_alive_interval(probe).keep_alive_timeout(probe);
-    let mut connection = std::pin::pin!(with_room(&mut builder).serve_connection(io, service));
+    let mut connection = std::pin::pin!(with_room(&mut builder, Bounds::CLUSTER).serve_connection(io, service));
     tokio::select! {
         ended = connection.as_mut() => return ended,
         () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
@@ -242,12 +258,12 @@ where
 }
 
 /// HTTP/2 whose streams do not wait for each other.
-fn with_room(builder: &mut http2::Builder<TokioExecutor>) -> &mut http2::Builder<TokioExecutor> {
+fn with_room(builder: &mut http2::Builder<TokioExecutor>, bounds: Bounds) -> &mut http2::Builder<TokioExecutor> {
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(STREAMS)
+        .initial_connection_window_size(bounds.unread)
+        .max_concurrent_streams(bounds.streams)
         .max_send_buf_size(64 << 10)
 }
 
