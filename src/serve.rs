@@ -1,7 +1,9 @@
 //! Takes connections, tells HTTP/1 from HTTP/2, and ends gracefully: what runs may finish, nothing new is taken.
 
+mod heads;
 mod paced;
 mod preamble;
+mod strangers;
 mod wire;
 
 use std::convert::Infallible;
@@ -30,12 +32,15 @@ use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::security::tls::{Accepted, Acceptor};
 use paced::Paced;
 use preamble::Preamble;
+use strangers::Strangers;
 use wire::Brief;
 
 /// The longest head of a request, bytes: Go's limit and its tolerance.
 const LONGEST_HEAD: usize = (1 << 20) + 4096;
 /// Header lines that hyper takes without being told.
 const FEW_LINES: usize = 100;
+/// Time between two warnings that connections cannot be taken.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Silence after which a connection that has not yet asked anything is closed. One that has is kept for as long as its
 /// client is there, as Ollama does it.
 const IDLE: Duration = Duration::from_secs(600);
@@ -89,6 +94,8 @@ pub trait Answers: Clone + Send + 'static {
     /// need not.
     const INTRODUCTION: Option<Duration> = None;
 
+    /// The longest head of a request, bytes.
+    const LONGEST_HEAD: usize = LONGEST_HEAD;
     /// How much one of its connections of HTTP/2 may carry.
     const BOUNDS: Bounds = Bounds::ANYBODY;
 
@@ -125,6 +132,8 @@ pub async fn serve<A: Answers>(
     grace: Duration,
 ) -> bool {
     let (open, closing) = (TaskTracker::new(), Closing::default());
+    let strangers = Strangers::default();
+    let mut warned: Option<tokio::time::Instant> = None;
     loop {
         let (stream, client) = tokio::select! {
             () = stop.cancelled() => break,
@@ -132,12 +141,20 @@ pub async fn serve<A: Answers>(
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Too many open files, mostly: connections that end make room.
-                    tracing::warn!(%error, "a connection could not be taken");
+                    if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+                        warned = Some(tokio::time::Instant::now());
+                        tracing::warn!(%error, "a connection could not be taken");
+                    }
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             },
         };
+        let stranger = A::INTRODUCTION.map(|_| strangers.take(client.ip()));
+        if matches!(stranger, Some(None)) {
+            tracing::debug!(%client, "there are too many whom we do not know");
+            continue;
+        }
         let here = stream.local_addr().ok();
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
@@ -152,7 +169,7 @@ pub async fn serve<A: Answers>(
                         (Stream::Right(Box::new(stream)), is_machine)
                     }
                 };
-                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE)).await, is_machine))
+                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await, is_machine))
             };
             let begun = tokio::select! {
                 () = closing.signal.cancelled() => return,
@@ -170,7 +187,9 @@ pub async fn serve<A: Answers>(
                 None => connection.await,
                 Some(limit) => tokio::select! {
                     ended = &mut connection => ended,
-                    () = stays_unknown(limit, &is_known) => return tracing::debug!(%client, "nobody whom we know"),
+                    () = stays_unknown(limit, &is_known, stranger) => {
+                        return tracing::debug!(%client, "nobody whom we know");
+                    }
                 },
             };
             if let Err(error) = ended {
@@ -184,9 +203,10 @@ pub async fn serve<A: Answers>(
     tokio::time::timeout(grace, open.wait()).await.is_ok()
 }
 
-/// Ends after this time if the client is not known by then.
-pub(crate) async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
+/// Ends after this time if the client is not known by then; what it holds until then is let go.
+pub(crate) async fn stays_unknown<P>(limit: Duration, is_known: &AtomicBool, place: P) {
     tokio::time::sleep(limit).await;
+    drop(place);
     if is_known.load(Ordering::Relaxed) {
         std::future::pending::<()>().await;
     }
@@ -201,9 +221,9 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             Ok(())
         }
         Preamble::Http1(io, lines) => {
-            let (flag, line) = (io.brief(), io.line());
+            let (turn, line) = (io.turn(), io.line());
             let service = hyper::service::service_fn(move |request| {
-                let brief = Brief::begin(&flag, A::is_brief(&request));
+                let brief = Brief::begin(&turn, A::is_brief(&request));
                 let line = line.clone();
                 service.clone().call(request).map_ok(|answer| answer.map(|body| Paced::new(body, line, brief)))
             });
@@ -214,7 +234,7 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             }
             let connection = builder
                 .title_case_headers(true)
-                .max_buf_size(LONGEST_HEAD)
+                .max_buf_size(A::LONGEST_HEAD)
                 // A token is written as one piece: see `paced`.
                 .writev(false)
                 .serve_connection(TokioIo::new(io), service);

@@ -10,7 +10,12 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
+use super::few::Few;
 use super::{Ask, Ollama};
+
+/// Models that are believed of one server, and what one of them is believed to be able to do.
+pub(crate) const MOST_MODELS: usize = 65_536;
+pub(crate) const MOST_CAPABILITIES: usize = 64;
 
 /// The longest answer to one question about its state, bytes.
 const LONGEST: usize = 64 << 20;
@@ -72,8 +77,9 @@ struct Version {
 }
 
 #[derive(Deserialize)]
+#[serde(bound(deserialize = "T: Deserialize<'de>"))]
 struct List<T> {
-    models: Option<Vec<T>>,
+    models: Option<Few<T, MOST_MODELS>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -86,7 +92,7 @@ struct Entry {
     modified_at: String,
     expires_at: String,
     context_length: u32,
-    capabilities: Option<Vec<String>>,
+    capabilities: Option<Few<String, MOST_CAPABILITIES>>,
     details: Details,
 }
 
@@ -173,13 +179,13 @@ pub(crate) fn on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
 /// All the models that an answer to [`ON_DISK`] names.
 pub(crate) fn every_on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
     let list: List<Entry> = parse(ON_DISK, answer)?;
-    Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_model).collect())
+    Ok(list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_model).collect())
 }
 
 /// The models that an answer to [`IN_MEMORY`] names.
 pub(crate) fn in_memory(answer: &[u8]) -> Result<Vec<Loaded>, StateError> {
     let list: List<Entry> = parse(IN_MEMORY, answer)?;
-    let mut loaded: Vec<Loaded> = list.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
+    let mut loaded: Vec<Loaded> = list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
     loaded.retain(|loaded| !ModelName::is_unfinished(&loaded.name));
     Ok(loaded)
 }
@@ -198,7 +204,7 @@ impl Entry {
             parameter_size: self.details.parameter_size,
             quantization: self.details.quantization_level,
             context_length: self.details.context_length,
-            capabilities: self.capabilities.unwrap_or_default(),
+            capabilities: self.capabilities.map(|some| some.0).unwrap_or_default(),
             modified_at: self.modified_at,
             ..Model::default()
         }
