@@ -26,7 +26,7 @@ pub use connection::{Endpoint, EndpointError};
 pub(crate) use lines::lines_of;
 pub use state::StateError;
 pub(crate) use state::{
-    Heard, IN_MEMORY, MOST_CAPABILITIES, MOST_MODELS, ON_DISK, every_on_disk, in_memory, on_disk,
+    Heard, IN_MEMORY, MOST_CAPABILITIES, MOST_MODELS, MOST_SIZE, ON_DISK, every_on_disk, in_memory, on_disk,
 };
 pub(crate) use weights::{Lore, parameters};
 

@@ -113,7 +113,7 @@ fn message_for(path: &str) -> Bytes {
             // The head, and that nothing follows.
             [text(1, &head), vec![3 << 3, 1]].concat()
         }
-        "ListModels" => Vec::new(),
+        "ListModels" | "Watch" | "Describe" => Vec::new(),
         // A message of the user.
         "ChatMessage" => [message, text(2, &[text(1, b"user"), text(2, b"hi")].concat())].concat(),
         "CreateSession" => [message, text(2, b"tiny")].concat(),
@@ -165,7 +165,8 @@ impl Raw {
 
 #[tokio::test]
 async fn one_connection_of_a_stranger_carries_so_much_and_no_more() {
-    let olol = Olol::start(&Cluster::of(1).await, "").await;
+    let cluster = Cluster::of(1).await;
+    let olol = Olol::start(&cluster, "").await;
     let mut raw = Raw::open(olol.address()).await;
     let (mut streams, mut unread) = (0, 65_535);
     // Its settings, and more room for the connection.
@@ -229,7 +230,8 @@ async fn messages_that_nobody_finishes_take_no_more_memory_than_there_is_for_bod
 
 #[tokio::test]
 async fn only_so_many_long_heads_are_under_way_at_a_time() {
-    let olol = Olol::start(&Cluster::of(1).await.all_have("tiny"), "").await;
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let olol = Olol::start(&cluster, "").await;
     // One has been answered before, the others begin so.
     let mut asked = olol.connect().await;
     assert_eq!(asked.ask(&Request::get("/api/version")).await.status, 200);
@@ -447,6 +449,7 @@ async fn rogue(tags: String) -> (SocketAddr, JoinSet<()>) {
                         Some("/api/tags") => tags.as_str(),
                         Some("/api/version") => r#"{"version":"0.13.0"}"#,
                         Some("/api/ps") => r#"{"models":[]}"#,
+                        Some("/v1/models") => r#"{"object":"list","data":[]}"#,
                         // A question with a body: that ends the connection.
                         _ => return,
                     };

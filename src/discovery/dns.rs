@@ -266,8 +266,11 @@ fn is_label(label: &str) -> bool {
 /// something else on every link, such as 169.254.169.254, where clouds give their secrets away.
 fn is_of_one(spec: &NameSpec, ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
-    let is_broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
-    let is_good = !(ip.is_unspecified() || ip.is_multicast() || is_broadcast || networks::is_link_local(ip));
+    let is_of_a_link = match ip {
+        IpAddr::V4(v4) => v4.is_broadcast() || v4.is_link_local(),
+        IpAddr::V6(_) => networks::is_link_local(ip),
+    };
+    let is_good = !(ip.is_unspecified() || ip.is_multicast() || is_of_a_link);
     if !is_good {
         tracing::warn!(name = %spec, %ip, "a name leads to an address at which no server can be, which is left out");
     }

@@ -17,6 +17,9 @@ use super::{Ask, Ollama};
 pub(crate) const MOST_MODELS: usize = 65_536;
 pub(crate) const MOST_CAPABILITIES: usize = 64;
 
+/// Bytes that anything of a server is believed to take: sums of such must not overflow, whatever it says.
+pub(crate) const MOST_SIZE: u64 = 1 << 44;
+
 /// The longest answer to one question about its state, bytes.
 const LONGEST: usize = 64 << 20;
 
@@ -199,7 +202,7 @@ impl Entry {
         Model {
             name: self.name,
             digest: self.digest,
-            size: self.size,
+            size: self.size.min(MOST_SIZE),
             family: self.details.family,
             parameter_size: self.details.parameter_size,
             quantization: self.details.quantization_level,
@@ -215,8 +218,8 @@ impl Entry {
         Loaded {
             name,
             digest: self.digest,
-            size: self.size,
-            size_vram: self.size_vram,
+            size: self.size.min(MOST_SIZE),
+            size_vram: self.size_vram.min(MOST_SIZE),
             expires_at: self.expires_at,
             context_length: self.context_length,
             slots: 0,

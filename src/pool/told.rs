@@ -9,7 +9,7 @@ use olol_middleware::vitals::{Figures, Gpu, Space, Vitals};
 use olol_proto::v1::{self, DescribeResponse, ServerState};
 use tokio::time::Instant;
 
-use crate::ollama::{MOST_CAPABILITIES, MOST_MODELS};
+use crate::ollama::{MOST_CAPABILITIES, MOST_MODELS, MOST_SIZE};
 
 /// Graphics processors that are believed of one machine.
 const MOST_GPUS: usize = 64;
@@ -20,6 +20,10 @@ const MOST_BYTES: usize = 64 << 20;
 const MOST_LOADED: usize = 1024;
 const MOST_SESSIONS: usize = 256;
 const MOST_PULLS: usize = 256;
+/// Calls at one machine, and bytes of anything there, that are believed: sums of them must not overflow, whatever is told.
+pub(super) const MOST_CALLS: u32 = 1_000_000;
+/// Bytes of memory, and on a disk.
+const MOST_ROOM: u64 = 1 << 50;
 /// The longest text that is believed where a word is expected, and where a sentence is, bytes.
 const WORD: usize = 512;
 const SENTENCE: usize = 2048;
@@ -86,7 +90,7 @@ impl Told {
 /// How an agent's machine is.
 pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> Vitals {
     let text = |text: fn(&DescribeResponse) -> &String| about.map(text).cloned().map(|text| cut(text, WORD)).unwrap_or_default();
-    let memory = Space { used: state.memory_used_bytes, total: state.memory_total_bytes };
+    let memory = Space { used: room(state.memory_used_bytes), total: room(state.memory_total_bytes) };
     Vitals {
         olol_version: text(|about| &about.olol_version),
         instance: text(|about| &about.instance_id),
@@ -96,10 +100,10 @@ pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> V
         cpu_usage: share(state.cpu_usage),
         memory: (memory.total > 0).then_some(memory),
         gpus: state.gpus.iter().take(MOST_GPUS).map(gpu).collect(),
-        disk_free: (state.disk_free_bytes > 0).then_some(state.disk_free_bytes),
-        in_flight: state.in_flight,
-        queued: state.queued,
-        others: state.others,
+        disk_free: (state.disk_free_bytes > 0).then_some(room(state.disk_free_bytes)),
+        in_flight: state.in_flight.min(MOST_CALLS),
+        queued: state.queued.min(MOST_CALLS),
+        others: state.others.min(MOST_CALLS),
         hides_models: state.hides_models,
         figures: state.metrics.as_ref().map(|metrics| Figures {
             requests_per_second: metrics.requests_per_second,
@@ -113,6 +117,10 @@ pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> V
         },
         told: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(state.heartbeat_ms.min(LATEST_MS))),
     }
+}
+
+fn room(bytes: u64) -> u64 {
+    bytes.min(MOST_ROOM)
 }
 
 /// So many of these texts, as far as they are words.
@@ -154,11 +162,12 @@ fn share(value: f32) -> Option<f32> {
 }
 
 fn gpu(gpu: &v1::Gpu) -> Gpu {
-    let used = gpu.memory_total_bytes.saturating_sub(gpu.memory_free_bytes);
+    let total = room(gpu.memory_total_bytes);
+    let used = total.saturating_sub(gpu.memory_free_bytes);
     Gpu {
         name: cut(gpu.name.clone(), WORD),
         kind: cut(gpu.kind.clone(), WORD),
-        memory: Space { used, total: gpu.memory_total_bytes },
+        memory: Space { used, total },
         utilization: share(gpu.utilization),
     }
 }
@@ -167,7 +176,7 @@ fn model(model: v1::Model) -> Model {
     Model {
         name: model.name,
         digest: model.digest,
-        size: model.size_bytes,
+        size: model.size_bytes.min(MOST_SIZE),
         family: model.family,
         parameter_size: model.parameter_size,
         quantization: model.quantization,
@@ -184,11 +193,11 @@ fn loaded(loaded: v1::LoadedModel) -> Loaded {
     Loaded {
         name: loaded.name,
         digest: loaded.digest,
-        size: loaded.size_bytes,
-        size_vram: loaded.size_vram_bytes,
+        size: loaded.size_bytes.min(MOST_SIZE),
+        size_vram: loaded.size_vram_bytes.min(MOST_SIZE),
         expires_at: loaded.expires_at,
         context_length: loaded.context_length,
-        slots: loaded.slots,
+        slots: loaded.slots.min(MOST_CALLS),
     }
 }
 

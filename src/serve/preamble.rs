@@ -253,6 +253,35 @@ mod tests {
     use super::super::LONGEST_HEAD;
     use super::*;
 
+    #[test]
+    fn a_head_is_read_alike_however_it_comes_and_mended_without_harm() {
+        const PIECES: &[&str] = &[
+            "GET ", "POST ", "/", "/a?b=%zz", "http://", "http://a", "*", " ", "\t", "HTTP/1.1", "HTTP/1.0", "HTTP/1.9", "HTTP/2.0", "\r\n",
+            "\n", "\r", "Host: a", "Transfer-Encoding: chunked", "transfer-encoding:", "Content-Length: 3", ":", "\u{b}", "\0", "ä", "<", "#",
+            "GET / HTTP/1.1\r\nA: b\r\n", "\r\n\r\n", " folded",
+        ];
+        for (seed, text) in (0..).zip(crate::noise::texts(PIECES, crate::noise::MANY)) {
+            let bytes = text.as_bytes();
+            let (mut whole, mut parts) = (Head::new(LONGEST_HEAD), Head::new(LONGEST_HEAD));
+            let is_whole = whole.look(bytes);
+            let mut so_far = Vec::new();
+            for piece in crate::noise::cut(bytes, seed) {
+                so_far.extend_from_slice(piece);
+                parts.look(&so_far);
+            }
+            assert_eq!((parts.at, parts.lines, parts.whole, parts.folds), (whole.at, whole.lines, is_whole, whole.folds));
+            if !is_whole || whole.refusal(bytes).is_some() {
+                continue;
+            }
+            // What comes behind the head stays, and a second look finds nothing more to mend.
+            let mended = whole.mended(BytesMut::from(bytes));
+            assert!(mended.ends_with(&bytes[whole.at..]), "{text:?}");
+            let mut again = Head::new(LONGEST_HEAD);
+            assert!(again.look(&mended) && !again.folds, "{text:?}: {}", mended.escape_ascii());
+            assert_eq!(&mended[again.at..], &bytes[whole.at..], "{text:?}");
+        }
+    }
+
     fn refusal(bytes: &[u8]) -> Option<&'static [u8]> {
         let mut head = Head::new(LONGEST_HEAD);
         head.look(bytes);
