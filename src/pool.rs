@@ -35,7 +35,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::discovery::Stranger;
-use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Means, Ollama};
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Means, Ollama, strip_hop_by_hop};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
@@ -550,6 +550,8 @@ impl Service<Call> for One {
 /// A call as its server gets it: with what its client may show there, and without what it has shown here.
 fn prepared(call: Call, backend: &Backend, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
+    // First: a client must not be able to name in `Connection` what is put in here, and so have it taken out again.
+    strip_hop_by_hop(&mut headers);
     headers.insert(HOP, hop.clone());
     keys::strip(&mut headers);
     headers.remove(token::HEADER);

@@ -258,7 +258,7 @@ impl Drop for Place {
 }
 
 /// What counts as one address: of IPv6 a /64, whose addresses one machine may have all.
-fn network(address: IpAddr) -> IpAddr {
+pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) >> 64 << 64).into()),
         v4 @ IpAddr::V4(_) => v4,

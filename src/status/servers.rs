@@ -280,7 +280,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         circuit: circuit(server.circuits.server_state()),
         reason: &server.reason,
         weight: server.weight.get(),
-        current_load: in_flight + others.unwrap_or(0),
+        current_load: in_flight.saturating_add(others.unwrap_or(0)),
         in_flight,
         others_in_flight: others,
         queued: vitals.map(|vitals| vitals.queued),
