@@ -115,6 +115,8 @@ pub struct Config {
     pub stack: stack::Table,
     /// How one of the candidates is picked.
     pub pick: olol_middleware::pick::Config,
+    /// When a server that fails calls is degraded, and when down.
+    pub judge: olol_middleware::judge::Config,
     /// The `trace` layer.
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
@@ -227,7 +229,9 @@ impl Config {
             let key = at.map_or(Key::of(["distribute", "policy"]), |at| Key::of(["distribute", "rules"]).at(at));
             Wrong { key, what: what.to_owned() }
         };
-        self.distribute.check().map_err(distribute)
+        self.distribute.check().map_err(distribute)?;
+        let judge = self.judge.fault();
+        judge.map_or(Ok(()), |(key, what)| Err(Wrong { key: Key::of(["judge", key]), what }))
     }
 
     fn checked_models(&self) -> Result<(), Wrong> {
@@ -396,6 +400,7 @@ impl Config {
         stack::Config {
             stack: self.stack.clone(),
             pick: self.pick.clone(),
+            judge: self.judge.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
             auth: self.auth.clone(),

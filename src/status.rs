@@ -78,8 +78,8 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "config": config(&running, about),
             "servers": {
                 "total": servers.len(),
-                // Those that are degraded answer, too.
-                "up": servers.iter().filter(|server| server.state == State::Up).count(),
+                // Those that are degraded or being drained answer, too.
+                "up": servers.iter().filter(|server| servers::is_online(server)).count(),
                 "degraded": in_condition(Condition::Degraded),
                 "draining": in_condition(Condition::Draining),
                 "down": in_condition(Condition::Down),

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use crate::affinity::{Share, Table, Turn};
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
+use crate::judge::{self, Record, Verdict};
 use crate::names::{ModelName, ServerId};
 use crate::place::LoadOptions;
 use crate::quant_fallback::Level;
@@ -245,8 +246,12 @@ pub struct Server {
     pub since: SystemTime,
     /// Checks that failed since the last good one, or were silent.
     pub failures: u32,
+    /// Since when checks fail, or are silent, if they do.
+    pub failing_since: SystemTime,
     /// Whether it finishes what it has, and gets nothing new.
     pub draining: bool,
+    /// Since when, if it does.
+    pub draining_since: SystemTime,
     /// Whether that is because it has said that it is about to go.
     pub leaving: bool,
     /// Who named it.
@@ -257,6 +262,8 @@ pub struct Server {
     pub load: Arc<Load>,
     /// Live: whether it is left alone, after how the last calls went.
     pub circuits: Arc<Circuits>,
+    /// Live: what its calls have made of it.
+    pub record: Arc<Record>,
     /// Live: how much of the conversations it has.
     pub share: Arc<Share>,
     /// Its metrics.
@@ -269,7 +276,10 @@ pub struct Server {
 impl Server {
     /// Whether calls should go there while others can take them.
     pub fn is_usable(&self) -> bool {
-        self.state != State::Down && !self.draining && !self.circuits.is_server_open()
+        self.state != State::Down
+            && !self.draining
+            && !self.circuits.is_server_open()
+            && self.record.verdict() != Verdict::Down
     }
 
     /// How it is, in one word.
@@ -278,8 +288,42 @@ impl Server {
             _ if self.draining => Condition::Draining,
             State::Down => Condition::Down,
             State::Unknown => Condition::Unknown,
+            State::Up if self.record.verdict() == Verdict::Down => Condition::Down,
             State::Up if self.failures > 0 || self.circuits.server_state() != 0 => Condition::Degraded,
+            State::Up if self.record.verdict() != Verdict::Well => Condition::Degraded,
             State::Up => Condition::Up,
+        }
+    }
+
+    /// Since when it is in that condition.
+    pub fn condition_since(&self) -> SystemTime {
+        match self.condition() {
+            Condition::Draining => self.draining_since,
+            _ if self.state != State::Up => self.since,
+            _ if self.record.verdict() != Verdict::Well => {
+                self.record.ruling().map_or(self.since, |ruling| ruling.since)
+            }
+            Condition::Degraded if self.failures > 0 => self.failing_since,
+            Condition::Degraded => self.circuits.server_since().unwrap_or(self.since),
+            // It may have been degraded before.
+            _ => self.record.ruling().map_or(self.since, |ruling| ruling.since.max(self.since)),
+        }
+    }
+
+    /// Why it is in that condition; empty if all is well.
+    pub fn why(&self) -> String {
+        let ruling = || self.record.ruling().map(|ruling| ruling.why.clone()).unwrap_or_default();
+        match self.condition() {
+            Condition::Draining if self.leaving => "it says that it is about to go".to_owned(),
+            Condition::Draining => "an operator drains it".to_owned(),
+            _ if self.state != State::Up => self.reason.clone(),
+            _ if self.record.verdict() != Verdict::Well => ruling(),
+            Condition::Degraded if self.failures > 0 => {
+                let last = self.meters.health.last_error();
+                last.map(|last| format!("the last check failed: {}", last.reason)).unwrap_or_default()
+            }
+            Condition::Degraded => "calls to it have failed: it is left alone, or being tried again".to_owned(),
+            _ => String::new(),
         }
     }
 
@@ -528,6 +572,8 @@ pub struct Cluster {
     shelf: Mutex<held::Shelf>,
     /// Who has which conversations, where that is remembered.
     conversations: OnceLock<Arc<Table>>,
+    /// By which servers are judged.
+    rules: Arc<judge::Rules>,
     /// To go on with from a task that must not keep the cluster alive.
     this: Weak<Self>,
 }
@@ -561,14 +607,17 @@ struct Entry {
     draining: bool,
     /// Whether it has said that it is about to go.
     leaving: bool,
+    draining_since: SystemTime,
     state: State,
     reason: String,
     since: SystemTime,
     failures: u32,
+    failing_since: SystemTime,
     refresh: Arc<Refresh>,
     report: Arc<Kept>,
     load: Arc<Load>,
     circuits: Arc<Circuits>,
+    record: Arc<Record>,
     share: Arc<Share>,
     meters: Arc<ServerMeters>,
     vitals: Arc<vitals::Live>,
@@ -606,9 +655,11 @@ fn remove(report: &mut Kept, name: &ModelName) {
 
 impl Entry {
     /// A member of which nothing is known.
-    fn new(member: Member) -> Self {
+    fn new(member: Member, rules: &Arc<judge::Rules>) -> Self {
         let meters = Arc::new(ServerMeters::new(&member.id));
+        let now = SystemTime::now();
         Self {
+            record: Arc::new(Record::new(member.id.clone(), rules.clone())),
             circuits: Arc::new(Circuits::new(member.id.clone(), meters.clone())),
             meters,
             changes: Vec::new(),
@@ -618,8 +669,10 @@ impl Entry {
             leaving: false,
             state: State::Unknown,
             reason: String::new(),
-            since: SystemTime::now(),
+            since: now,
+            draining_since: now,
             failures: 0,
+            failing_since: now,
             refresh: Arc::default(),
             report: Arc::default(),
             load: Arc::default(),
@@ -645,12 +698,15 @@ impl Entry {
             reason: self.reason.clone(),
             since: self.since,
             failures: self.failures,
+            failing_since: self.failing_since,
             draining: self.draining || self.leaving,
+            draining_since: self.draining_since,
             leaving: self.leaving,
             source: self.member.source,
             report: self.report.clone(),
             load: self.load.clone(),
             circuits: self.circuits.clone(),
+            record: self.record.clone(),
             share: self.share.clone(),
             meters: self.meters.clone(),
             vitals: self.vitals.clone(),
@@ -677,17 +733,24 @@ impl Default for Refresh {
 impl Cluster {
     /// Begins with servers of which nothing is known.
     pub fn new(members: Vec<Member>) -> Arc<Self> {
-        let entries = members.into_iter().map(Entry::new).collect();
+        let rules = Arc::<judge::Rules>::default();
+        let entries = members.into_iter().map(|member| Entry::new(member, &rules)).collect();
         let book = Book { entries, models: found::Before::new(), rebuilt: None, due: None };
         let cluster = Arc::new_cyclic(|this| Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
             shelf: Mutex::default(),
             conversations: OnceLock::new(),
+            rules,
             this: this.clone(),
         });
         cluster.rebuild(&mut cluster.book());
         cluster
+    }
+
+    /// By which rules servers are judged from now on.
+    pub fn judge_by(&self, rules: judge::Config) {
+        self.rules.store(Arc::new(rules));
     }
 
     /// What is known now.
@@ -707,12 +770,14 @@ impl Cluster {
             Some(index) => {
                 let entry = &mut book.entries[*index];
                 let (meters, load, draining) = (entry.meters.clone(), entry.load.clone(), entry.draining);
-                *entry = Entry { draining, load, meters, ..Entry::new(member) };
+                let since = entry.draining_since;
+                let fresh = Entry::new(member, &self.rules);
+                *entry = Entry { draining, draining_since: since, load, meters, ..fresh };
                 Ok(*index)
             }
             None if book.entries.len() >= MOST_SERVERS => Err(Full),
             None => {
-                book.entries.push(Entry::new(member));
+                book.entries.push(Entry::new(member, &self.rules));
                 Ok(book.entries.len() - 1)
             }
         });
@@ -751,6 +816,7 @@ impl Cluster {
         let Some(entry) = book.named(server) else { return false };
         if entry.draining != draining {
             entry.draining = draining;
+            entry.draining_since = SystemTime::now();
             tracing::info!(%server, draining, "the operator says whether a server takes calls");
             self.rebuild(&mut book);
         }
@@ -766,6 +832,7 @@ impl Cluster {
         let Some(entry) = book.member(index) else { return };
         entry.leaving = leaving;
         if leaving {
+            entry.draining_since = SystemTime::now();
             tracing::info!(server = %entry.member.id, "a server says that it goes");
         }
         // The next call is not to go there.
@@ -804,6 +871,10 @@ impl Cluster {
         entry.meters.checked(true);
         entry.meters.health.good();
         entry.circuits.seen_well();
+        if entry.state == State::Down {
+            entry.record.clear();
+        }
+        entry.record.look();
         let was_well = entry.state == State::Up && entry.failures == 0;
         if was_well && (Arc::ptr_eq(&entry.report, &kept) || *entry.report == *kept) {
             return;
@@ -848,6 +919,9 @@ impl Cluster {
     pub fn check_failed(&self, index: usize, reason: String, threshold: u32) {
         let mut book = self.book();
         let Some(entry) = book.member(index) else { return };
+        if entry.failures == 0 {
+            entry.failing_since = SystemTime::now();
+        }
         entry.failures += 1;
         entry.meters.checked(false);
         entry.meters.health.bad(&reason);

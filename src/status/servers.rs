@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use olol_middleware::cluster::{Known, Loaded, State};
+use olol_middleware::cluster::{Condition, Known, Loaded, State};
+use olol_middleware::judge::Verdict;
 use olol_middleware::runner::{Runner, Runners};
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{Server, Snapshot};
@@ -25,14 +26,14 @@ pub(super) struct Entry<'a> {
     kind: Option<&'static str>,
     /// Who named it: "static" is the configuration.
     source: &'static str,
-    /// One word: unknown, up, degraded, draining, down; and since when it answers, or does not.
+    /// One word: unknown, up, degraded, draining, down; since when, and why (below).
     state: &'static str,
     since: String,
     draining: bool,
     online: bool,
     usable: bool,
     circuit: &'static str,
-    reason: &'a str,
+    reason: String,
     weight: u32,
     /// What it works on: our calls, those of others as far as its agent sees them, and what waits there.
     current_load: u32,
@@ -187,7 +188,18 @@ struct Check<'a> {
     checks: u64,
     consecutive_failures: u32,
     failures_to_be_down: u32,
+    /// Those of the window of `[judge]`: what makes a server degraded or down whatever its checks say.
+    calls: u32,
+    failed_calls: u32,
+    last_failed_call: Option<Call>,
     error_details: Option<Problem<'a>>,
+}
+
+/// A call that failed.
+#[derive(Debug, Serialize)]
+struct Call {
+    at: String,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -271,12 +283,12 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         kind,
         source: server.source.as_str(),
         state: server.condition().as_str(),
-        since: rfc3339(server.since),
+        since: rfc3339(server.condition_since()),
         draining: server.draining,
         online: is_online(server),
         usable: server.is_usable(),
         circuit: circuit(server.circuits.server_state()),
-        reason: &server.reason,
+        reason: server.why(),
         weight: server.weight.get(),
         current_load: in_flight + others.unwrap_or(0),
         in_flight,
@@ -319,7 +331,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
 
 /// Whether a server answers.
 pub(super) fn is_online(server: &Server) -> bool {
-    !matches!(server.state, State::Unknown | State::Down)
+    !matches!(server.state, State::Unknown | State::Down) && server.record.verdict() != Verdict::Down
 }
 
 fn gpus(vitals: &Vitals) -> Vec<Gpu> {
@@ -351,19 +363,22 @@ fn check<'a>(server: &'a Server, kind: Option<&'static str>, config: &Config) ->
     let health = &server.meters.health;
     let failures = health.failures();
     let circuit = circuit(server.circuits.server_state());
-    let is_well = is_online(server) && failures == 0 && circuit == "closed";
-    let status = match server.state {
-        State::Unknown if failures == 0 => None,
-        State::Down => Some("fail"),
-        State::Up if is_well => Some("pass"),
+    let verdict = server.record.verdict();
+    let is_well = is_online(server) && failures == 0 && circuit == "closed" && verdict == Verdict::Well;
+    let status = match server.condition() {
+        _ if server.state == State::Unknown && failures == 0 => None,
+        Condition::Down => Some("fail"),
+        _ if server.state == State::Down => Some("fail"),
+        _ if is_well => Some("pass"),
         _ => Some("warn"),
     };
     let error = health.last_error().filter(|_| !is_well);
     let message = match &error {
-        Some(error) if failures > 0 || !is_online(server) => Some(error.reason.clone()),
         _ if is_well || status.is_none() => None,
-        _ => Some("calls to it have failed".to_owned()),
+        Some(error) if failures > 0 || server.state == State::Down => Some(error.reason.clone()),
+        _ => Some(server.why()).filter(|why| !why.is_empty()),
     };
+    let seen = server.record.seen();
     Check {
         // An agent speaks by itself; others are asked.
         check_id: format!("{}/{}", server.id.as_str(), if kind == Some("agent") { "watch" } else { "poll" }),
@@ -374,6 +389,12 @@ fn check<'a>(server: &'a Server, kind: Option<&'static str>, config: &Config) ->
         checks: health.checks(),
         consecutive_failures: failures,
         failures_to_be_down: config.pool.check_failures.get(),
+        calls: seen.calls,
+        failed_calls: seen.failures,
+        last_failed_call: server
+            .record
+            .last_failure()
+            .map(|failed| Call { at: rfc3339(failed.at), reason: failed.reason.clone() }),
         error_details: message.map(|message| Problem {
             message,
             at: error.map(|error| rfc3339(error.at)),
