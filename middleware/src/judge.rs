@@ -16,9 +16,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::call::{Call, End};
+use crate::cluster::Server;
+use crate::error::Error;
 use crate::names::ServerId;
 use crate::runner::Runner;
 use crate::stats::Failed;
@@ -308,6 +312,54 @@ impl Record {
 
     fn window(&self) -> &Window {
         self.window.get_or_init(Box::default)
+    }
+}
+
+/// A call at a server, as evidence: told how it goes.
+#[derive(Debug)]
+pub(crate) struct Witness {
+    server: Arc<Server>,
+    runner: Option<Arc<Runner>>,
+    /// Whether how it ends is a word on the server.
+    counts: bool,
+}
+
+impl Witness {
+    /// A call is about to be sent. Only what a model answers shows how a server does.
+    pub(crate) fn of(call: &Call, server: &Arc<Server>, runner: Option<&Arc<Runner>>) -> Self {
+        Self { server: server.clone(), runner: runner.cloned(), counts: call.route.infers() }
+    }
+
+    fn bad(&self, why: &dyn fmt::Display) {
+        self.server.record.bad(self.runner.as_ref(), why);
+    }
+
+    /// The head of an answer is here. What a server says of the request, and that it is busy, says nothing of the server; of
+    /// its own trouble `retry` reads in the text.
+    pub(crate) fn answered(&mut self, status: StatusCode) {
+        if self.counts && matches!(status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT) {
+            self.bad(&format_args!("it answered {status}"));
+        }
+        self.counts &= status.is_success();
+    }
+
+    /// There is no answer. A pooled connection that had died says nothing of its server.
+    pub(crate) fn failed(&self, error: &Error) {
+        if self.counts
+            && let Error::Server { reused: false, .. } = error
+        {
+            self.bad(error);
+        }
+    }
+
+    /// The answer is over. That a client leaves, or a limit of the operator's is reached, says nothing of the server.
+    pub(crate) fn ended(&mut self, end: End) {
+        match end {
+            _ if !std::mem::take(&mut self.counts) => {}
+            End::Whole => self.server.record.good(self.runner.as_ref()),
+            End::Broken("timeout") | End::Dropped => {}
+            End::Broken(kind) => self.bad(&format_args!("an answer broke off: {kind}")),
+        }
     }
 }
 

@@ -27,6 +27,7 @@ use crate::circuit::Trial;
 use crate::cluster::{Known, Server};
 use crate::error::Error;
 use crate::instruments::{self, RunnerMeters};
+use crate::judge::Witness;
 use crate::names::ModelName;
 use crate::pattern::Pattern;
 use crate::place::LoadOptions;
@@ -238,7 +239,6 @@ struct Picked {
 
 impl Picked {
     fn visit(self, call: &mut Call) -> Visit {
-        let is_evidence = call.route.infers();
         let uncached = uncached(call, &self.server, 1.0);
         let runner = self.lease.as_ref().and_then(|lease| lease.runner().cloned());
         let is_loaded = self.known.as_ref().is_some_and(|known| known.loaded.contains(self.server.index));
@@ -249,6 +249,7 @@ impl Picked {
         }
         let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
         let trial = Trial::of(call, &self.server, self.known.as_deref().zip(runner.as_ref()));
+        let witness = Witness::of(call, &self.server, runner.as_ref());
         let sent = Instant::now();
         call.progress.is_sent(sent - call.arrived, loading.is_some());
         Visit {
@@ -265,7 +266,7 @@ impl Picked {
             others,
             predicted: self.cost,
             uncached,
-            is_evidence,
+            witness,
         }
     }
 }
@@ -641,7 +642,7 @@ async fn follow(
     match answer.await {
         Ok(mut reply) => {
             visit.loading = None;
-            visit.answered(reply.status);
+            visit.witness.answered(reply.status);
             visit.server.meters.attempt(true);
             if let Some(meters) = &meters {
                 meters.attempt(true);
@@ -656,7 +657,7 @@ async fn follow(
             Ok(reply.watch(visit))
         }
         Err(error) => {
-            visit.failed(&error);
+            visit.witness.failed(&error);
             visit.server.meters.attempt(false);
             if let Some(meters) = &meters {
                 meters.attempt(false);
@@ -690,8 +691,8 @@ struct Visit {
     predicted: Cost,
     /// The share of the prompt that is not believed to be cached there.
     uncached: f32,
-    /// Whether the server is judged by how it ends.
-    is_evidence: bool,
+    /// By what the server is judged.
+    witness: Witness,
 }
 
 impl Watcher for Visit {
@@ -716,7 +717,7 @@ impl Watcher for Visit {
             // A limit of the operator's is no word on the server.
             trial.ended(if end == End::Broken("timeout") { End::Dropped } else { end });
         }
-        self.is_over(end);
+        self.witness.ended(end);
         if end == End::Whole {
             self.learn(outcome);
         }
@@ -725,36 +726,6 @@ impl Watcher for Visit {
 }
 
 impl Visit {
-    /// The head of an answer is here. What a server says of the request, and that it is busy, says nothing of the server; of
-    /// its own trouble `retry` reads in the text.
-    fn answered(&mut self, status: StatusCode) {
-        if self.is_evidence && matches!(status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT) {
-            self.server.record.bad(self.runner.as_ref(), &format_args!("it answered {status}"));
-        }
-        self.is_evidence &= status.is_success();
-    }
-
-    /// There is no answer. A pooled connection that had died says nothing of its server.
-    fn failed(&self, error: &Error) {
-        if self.is_evidence
-            && let Error::Server { reused: false, .. } = error
-        {
-            self.server.record.bad(self.runner.as_ref(), error);
-        }
-    }
-
-    /// The answer is over. That a client leaves, or a limit of the operator's is reached, says nothing of the server.
-    fn is_over(&mut self, end: End) {
-        match end {
-            _ if !std::mem::take(&mut self.is_evidence) => {}
-            End::Whole => self.server.record.good(self.runner.as_ref()),
-            End::Broken("timeout") | End::Dropped => {}
-            End::Broken(kind) => {
-                self.server.record.bad(self.runner.as_ref(), &format_args!("an answer broke off: {kind}"))
-            }
-        }
-    }
-
     /// Tells the runner how it went, if it answered.
     fn learn(&self, outcome: &Outcome) {
         let (Some(runner), Some(first), Some(counters)) = (&self.runner, self.first, outcome.counters) else { return };

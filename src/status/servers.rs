@@ -1,16 +1,16 @@
 //! The page of the servers: what they have, what they do, and how they are.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use olol_middleware::cluster::{Condition, Known, Loaded, State};
+use olol_middleware::cluster::{Condition, Loaded, State};
 use olol_middleware::judge::Verdict;
-use olol_middleware::runner::{Runner, Runners};
+use olol_middleware::runner::Runner;
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{Server, Snapshot};
 use serde::Serialize;
 
 use super::page::Wanted;
+use super::pulls::Pulls;
 use super::time::{Figures, rfc3339, share, some};
 use crate::config::Config;
 use crate::ollama::Endpoint;
@@ -45,7 +45,8 @@ pub(super) struct Entry<'a> {
     models: Vec<&'a str>,
     loaded_models: Vec<InMemory<'a>>,
     active_sessions: Option<Vec<String>>,
-    pending_pulls: Option<Vec<Pull>>,
+    /// Of a bare Ollama those of this proxy.
+    pending_pulls: Vec<Pull>,
     /// Shares of 1; bytes.
     cpu_usage: Option<f64>,
     cpu_count: Option<u32>,
@@ -204,6 +205,8 @@ struct Call {
 
 #[derive(Debug, Serialize)]
 struct Problem<'a> {
+    /// What has failed: "check", "calls", or "circuit".
+    class: &'static str,
     message: String,
     at: Option<String>,
     /// Why it is down, if it is.
@@ -218,6 +221,7 @@ pub(super) fn page<'a>(
     wanted: &Wanted,
     config: &Config,
     specs: &[ServerSpec],
+    pulls: &Pulls,
 ) -> (Vec<Entry<'a>>, bool) {
     let all: Vec<&Server> = snapshot.servers.iter().map(AsRef::as_ref).collect();
     let order = |one: &&Server, other: &&Server| one.id.as_str().cmp(other.id.as_str());
@@ -226,22 +230,15 @@ pub(super) fn page<'a>(
     let mut runners = runners(snapshot);
     let entries = chosen.into_iter().map(|server| {
         let runners = runners.remove(&server.index).unwrap_or_default();
-        entry(server, specs.get(server.id.as_str()).copied(), runners, config)
+        entry(server, specs.get(server.id.as_str()).copied(), runners, pulls, config)
     });
     (entries.collect(), has_more)
 }
 
 /// The runners that were needed so far, by server. Names of the same weights share theirs, which stands under the first.
 fn runners(snapshot: &Snapshot) -> HashMap<usize, Vec<Running<'_>>> {
-    let mut first: HashMap<*const Runners, &Known> = HashMap::new();
-    for known in snapshot.models.values().filter(|known| !known.runners.all().is_empty()) {
-        let other = first.entry(Arc::as_ptr(&known.runners)).or_insert(known);
-        if known.name < other.name {
-            *other = known;
-        }
-    }
     let mut by_server: HashMap<usize, Vec<Running<'_>>> = HashMap::new();
-    for known in first.into_values() {
+    for known in snapshot.with_runners() {
         for runner in known.runners.all().iter() {
             let running = Running::of(runner, Some(known.name.as_str()), None);
             by_server.entry(runner.server).or_default().push(running);
@@ -253,7 +250,13 @@ fn runners(snapshot: &Snapshot) -> HashMap<usize, Vec<Running<'_>>> {
     by_server
 }
 
-fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running<'a>>, config: &Config) -> Entry<'a> {
+fn entry<'a>(
+    server: &'a Server,
+    spec: Option<&ServerSpec>,
+    runners: Vec<Running<'a>>,
+    pulls: &Pulls,
+    config: &Config,
+) -> Entry<'a> {
     let report = &server.report;
     let vitals = server.vitals.load_full();
     let vitals = vitals.as_deref();
@@ -299,10 +302,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         models: report.models.iter().map(|model| model.name.as_str()).collect(),
         loaded_models: report.loaded.iter().map(InMemory::from).collect(),
         active_sessions: vitals.map(|vitals| vitals.active_sessions.clone()),
-        pending_pulls: vitals.map(|vitals| {
-            let pulls = vitals.pending_pulls.iter();
-            pulls.map(|(model, done)| Pull { model: model.clone(), done: share(*done) }).collect()
-        }),
+        pending_pulls: pulls.at(server).into_iter().map(|(model, done)| Pull { model, done: share(done) }).collect(),
         cpu_usage: usage.cpu,
         cpu_count: vitals.map(|vitals| vitals.cpu_count).filter(|count| *count > 0),
         memory_usage: usage.memory,
@@ -378,6 +378,11 @@ fn check<'a>(server: &'a Server, kind: Option<&'static str>, config: &Config) ->
         Some(error) if failures > 0 || server.state == State::Down => Some(error.reason.clone()),
         _ => Some(server.why()).filter(|why| !why.is_empty()),
     };
+    let (class, error) = match verdict {
+        _ if failures > 0 || server.state == State::Down => ("check", error),
+        Verdict::Well => ("circuit", server.record.last_failure()),
+        _ => ("calls", server.record.last_failure()),
+    };
     let seen = server.record.seen();
     Check {
         // An agent speaks by itself; others are asked.
@@ -396,6 +401,7 @@ fn check<'a>(server: &'a Server, kind: Option<&'static str>, config: &Config) ->
             .last_failure()
             .map(|failed| Call { at: rfc3339(failed.at), reason: failed.reason.clone() }),
         error_details: message.map(|message| Problem {
+            class,
             message,
             at: error.map(|error| rfc3339(error.at)),
             down: some(&server.reason),

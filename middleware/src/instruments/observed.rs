@@ -1,7 +1,5 @@
 //! What is read rather than counted, as it is at the moment of a scrape.
 
-use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::few;
@@ -13,9 +11,8 @@ use super::{
     SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_STATE,
     SERVER_UP, SESSIONS, SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS, WISHED, WISHED_HELD,
 };
-use crate::cluster::{Condition, Known, Server, Snapshot};
+use crate::cluster::{Condition, Server, Snapshot};
 use crate::names::ModelName;
-use crate::runner::Runners;
 use crate::shared::Shared;
 
 /// What is read rather than counted, as a part of the page that is scraped.
@@ -242,7 +239,7 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
         let is_up = |index: &usize| snapshot.servers.get(*index).is_some_and(|server| takes_calls(server));
         holders.add([known.meters.label()], known.installed.iter().filter(is_up).count() as f64);
     }
-    for known in with_runners(snapshot) {
+    for known in snapshot.with_runners() {
         let runners = known.runners.all();
         for (priority, count) in known.runners.line().by_priority() {
             depth.add([known.meters.label(), priority.as_str()], count as f64);
@@ -266,19 +263,6 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
         saturation.add([server.id.as_str()], busiest[server.index].unwrap_or_default());
     }
     vec![holders, loaded, vram, depth, slots, taken, saturation]
-}
-
-/// The models of which a runner was needed so far. Names of the same weights share their runners, which count once: under the
-/// first of these names.
-fn with_runners(snapshot: &Snapshot) -> impl Iterator<Item = &Known> {
-    let mut first: HashMap<*const Runners, &Known> = HashMap::new();
-    for known in snapshot.models.values().filter(|known| !known.runners.all().is_empty()) {
-        let other = first.entry(Arc::as_ptr(&known.runners)).or_insert(known);
-        if known.name < other.name {
-            *other = known;
-        }
-    }
-    first.into_values()
 }
 
 #[cfg(test)]
