@@ -212,8 +212,7 @@ impl Config {
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
-        self.checked_models()?;
-        self.checked_rules()
+        self.checked_models()
     }
 
     fn checked_layers(&self) -> Result<(), Wrong> {
@@ -244,24 +243,6 @@ impl Config {
         })
     }
 
-    /// Rules name servers that there are.
-    fn checked_rules(&self) -> Result<(), Wrong> {
-        let Some((key, server)) = self.strangers().into_iter().find(|(_, server)| server.is_plain()) else {
-            return Ok(());
-        };
-        let Listed { servers, names } = self.resolved_servers()?;
-        if !names.is_empty() || self.discovery.looks() {
-            // It may be one of those that the names will lead to, or that will be found.
-            return Ok(());
-        }
-        let names: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
-        let hint = match words::nearest(server.as_str(), &names) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("the servers are {}", names.join(", ")),
-        };
-        Err(Wrong { key, what: format!("there is no server `{server}`; {hint}") })
-    }
-
     /// The servers that rules name and nobody is, with their places. None while nobody has said who there is.
     fn strangers(&self) -> Vec<(Key, Pattern)> {
         let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
@@ -283,13 +264,21 @@ impl Config {
         named
     }
 
-    /// What is strange, but may be meant so.
+    /// What is strange, but may be meant so: rules that name servers which nobody is now. Who dials in, or is found, may be
+    /// one of them later.
     pub fn oddities(&self) -> Vec<String> {
+        let servers = self.resolved_servers().map(|listed| listed.servers).unwrap_or_default();
+        let known: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
         let strangers = self.strangers().into_iter().chain(self.absent());
-        strangers.map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
+        let told = |(key, server): (Key, Pattern)| {
+            let near = words::nearest(server.as_str(), &known).filter(|_| server.is_plain());
+            let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
+            format!("{key}: no server fits `{server}` now{hint}")
+        };
+        strangers.map(told).collect()
     }
 
-    /// The servers that models are wanted on, or that can be woken, and that nobody is. They may join later.
+    /// The servers that models are wanted on, that have slots, or that can be woken, and that nobody is. They may join later.
     fn absent(&self) -> Vec<(Key, Pattern)> {
         let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
         if !names.is_empty() {
@@ -299,6 +288,10 @@ impl Config {
         for (at, wanted) in self.models.iter().enumerate() {
             let key = |number| Key::of(["models"]).at(at).child("servers").at(number);
             named.extend(wanted.servers.iter().enumerate().map(|(number, server)| (key(number), server.clone())));
+        }
+        for (at, rule) in self.pick.slots.iter().enumerate() {
+            let key = |number| Key::of(["pick", "slots"]).at(at).child("servers").at(number);
+            named.extend(rule.servers.iter().enumerate().map(|(number, server)| (key(number), server.clone())));
         }
         let sleepers = self.wake.servers.keys().filter_map(|name| Some((name, Pattern::parse(name).ok()?)));
         named.extend(sleepers.map(|(name, server)| (Key::of(["wake", "servers", name]), server)));
