@@ -1,5 +1,7 @@
 //! A server that fails a share of its calls is degraded, whatever its checks say, and gets calls when the others have no room.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use harness::{Cluster, Olol, Request, Way};
@@ -39,7 +41,7 @@ async fn a_server_that_breaks_its_answers_off_is_degraded_and_passed_over() {
         let work = cluster.server(0).work();
         for turn in 0..4 {
             let answer = olol.chat("tiny", &format!("later {turn}")).await;
-            assert_eq!((answer.server(), answer.header("x-olol-attempts")), ("1", "1"), "{way:?}");
+            assert_eq!((answer.server(), answer.header("x-olol-attempts")), ("1", ""), "{way:?}");
         }
         assert_eq!(cluster.server(0).work(), work);
         let page = olol.ask(&Request::get("/metrics")).await.text();
