@@ -25,6 +25,7 @@ use http::header;
 use olol_middleware::affinity::Turn;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::{Member, Source};
+use olol_middleware::instruments;
 use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
@@ -457,6 +458,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
+            instruments::member_changed(source, true);
             let inner = &self.0;
             let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
             self.put(index, Some(&Arc::new(backend)));
@@ -471,6 +473,7 @@ impl Pool {
         self.0.cluster.leave(&ids);
         for member in members {
             tracing::info!(server = %member.spec.id, source = member.source.as_str(), "a server has left");
+            instruments::member_changed(member.source, false);
             self.put(member.index, None);
         }
     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::cluster::{Source, State};
+use olol_middleware::instruments;
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{ServerId, Snapshot};
 use tokio::sync::{mpsc, watch};
@@ -363,6 +364,9 @@ impl Keeper {
             (Err(_), Source::Local) => shortest,
             (Err(_), _) => shortest.saturating_mul(1 << one.failures.min(8)).min(longest),
         };
+        if one.is_agent() {
+            instruments::proved(source, result.is_ok());
+        }
         one.is_asked = false;
         one.again = Instant::now() + pause.mul_f64(0.9 + 0.2 * fastrand::f64());
         match result {
@@ -443,14 +447,18 @@ impl Keeper {
                         one.proof = None;
                     }
                     if one.proof.is_none() && (one.id.is_none() || one.last.elapsed() > REMEMBERED) {
+                        instruments::lease_ended(one.source);
                         return false;
                     }
                 }
-                Source::Scan | Source::ScannedOllama if is_over => return false,
+                Source::Scan | Source::ScannedOllama if is_over => {
+                    instruments::lease_ended(one.source);
+                    return false;
+                }
                 _ => {}
             }
-            if one.is_down && is_over {
-                one.proof = None;
+            if one.is_down && is_over && one.proof.take().is_some() {
+                instruments::lease_ended(one.source);
             }
             if one.is_down
                 && one.again <= now
