@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::cluster::{Source, State};
+use olol_middleware::instruments;
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{ServerId, Snapshot};
 use tokio::sync::{mpsc, watch};
@@ -364,6 +365,9 @@ impl Keeper {
             (Err(_), Source::Local) => shortest,
             (Err(_), _) => shortest.saturating_mul(1 << one.failures.min(8)).min(longest),
         };
+        if one.is_agent() {
+            instruments::proved(source, result.is_ok());
+        }
         one.is_asked = false;
         one.again = Instant::now() + pause.mul_f64(0.9 + 0.2 * fastrand::f64());
         match result {
@@ -447,14 +451,18 @@ impl Keeper {
                         one.proof = None;
                     }
                     if one.proof.is_none() && (one.id.is_none() || one.last.elapsed() > REMEMBERED) {
+                        instruments::lease_ended(one.source);
                         return false;
                     }
                 }
-                Source::Scan | Source::ScannedOllama if is_over => return false,
+                Source::Scan | Source::ScannedOllama if is_over => {
+                    instruments::lease_ended(one.source);
+                    return false;
+                }
                 _ => {}
             }
-            if one.is_down && is_over {
-                one.proof = None;
+            if one.is_down && is_over && one.proof.take().is_some() {
+                instruments::lease_ended(one.source);
             }
             if one.is_down
                 && one.again <= now
@@ -517,6 +525,7 @@ impl Keeper {
             });
         }
         let Badge { cluster, is_tls, .. } = &one.seen.badge;
+        let is_same = |cluster: &str| cluster.split('+').any(|one| self.cluster.iter().any(|ours| ours == one));
         match (&self.trust.tls, is_tls) {
             (None, true) => Some(
                 "it is reached over TLS, and this proxy knows no CA: name that of the cluster in `ca` of [tls]".to_owned(),
@@ -528,7 +537,7 @@ impl Keeper {
             // A certificate tells more than a token.
             (Some(_), true) => None,
             // One that has proved itself may tell of a token that was changed since.
-            (None, false) if cluster.is_empty() || self.cluster.contains(cluster) || one.proof.is_some() => None,
+            (None, false) if cluster.is_empty() || is_same(cluster) || one.proof.is_some() => None,
             (None, false) => Some(
                 "its token is not ours, so it is of another cluster; if it should be of this one, give both the same: `olol token` \
                  prints it"

@@ -227,7 +227,7 @@ fn tell(cluster: &Cluster, index: usize, vitals: Vitals) {
 
 fn tell_others(cluster: &Cluster, index: usize, others: u32) {
     if let Some(server) = cluster.snapshot().servers.get(index) {
-        server.load.tell_others(others);
+        server.load.tell_others(others.min(told::MOST_CALLS));
     }
 }
 
