@@ -383,6 +383,10 @@ pub fn describe() {
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     describe_sessions();
     describe_wishes();
+    describe_reloads();
+}
+
+fn describe_reloads() {
     describe_counter!(
         CERTIFICATES,
         Unit::Count,
