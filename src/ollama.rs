@@ -6,6 +6,7 @@
 mod connection;
 mod counters;
 mod exchange;
+mod few;
 mod host;
 mod lines;
 mod state;
@@ -25,7 +26,9 @@ use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 pub use connection::{Endpoint, EndpointError};
 pub(crate) use lines::lines_of;
 pub use state::StateError;
-pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
+pub(crate) use state::{
+    Heard, IN_MEMORY, MOST_CAPABILITIES, MOST_MODELS, MOST_SIZE, ON_DISK, every_on_disk, in_memory, on_disk,
+};
 pub(crate) use weights::{Lore, parameters};
 
 use crate::pool::credentials::Shown;

@@ -25,6 +25,7 @@ use http::header;
 use olol_middleware::affinity::Turn;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::{Member, Source};
+use olol_middleware::instruments;
 use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
@@ -35,7 +36,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::discovery::Stranger;
-use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Means, Ollama};
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Means, Ollama, strip_hop_by_hop};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
@@ -457,6 +458,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
+            instruments::member_changed(source, true);
             let inner = &self.0;
             let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
             self.put(index, Some(&Arc::new(backend)));
@@ -471,6 +473,7 @@ impl Pool {
         self.0.cluster.leave(&ids);
         for member in members {
             tracing::info!(server = %member.spec.id, source = member.source.as_str(), "a server has left");
+            instruments::member_changed(member.source, false);
             self.put(member.index, None);
         }
     }
@@ -550,6 +553,8 @@ impl Service<Call> for One {
 /// A call as its server gets it: with what its client may show there, and without what it has shown here.
 fn prepared(call: Call, backend: &Backend, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
+    // First: a client must not be able to name in `Connection` what is put in here, and so have it taken out again.
+    strip_hop_by_hop(&mut headers);
     headers.insert(HOP, hop.clone());
     keys::strip(&mut headers);
     headers.remove(token::HEADER);

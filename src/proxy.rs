@@ -24,7 +24,7 @@ use tower::Service;
 use tower_http::body::UnsyncBoxBody;
 use tower_http::catch_panic::CatchPanic;
 
-use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
+use crate::api::{self, Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::discovery::join::{self, Guests};
 use crate::discovery::{Finder, Listed, Names};
@@ -349,7 +349,9 @@ impl Service<Request<Incoming>> for Visit {
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if Api::is_grpc(&request) {
             let client = self.edge.0.api.client(self.client, request.headers());
-            return Box::pin(self.edge.grpc(client).call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
+            let (request, holds) = api::counted(request, self.edge.0.api.room());
+            let answering = self.edge.grpc(client).call(request);
+            return Box::pin(answering.map_ok(|answer| holds.by(answer).map(HttpBody::Grpc)));
         }
         if request.uri().path() == join::PATH {
             let answer = self.edge.0.guests.answer(request, self.client, self.here, self.is_machine);

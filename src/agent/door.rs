@@ -1,7 +1,7 @@
 //! Who is let in: a machine of the cluster, known by its certificate or by its proof, and programs that show the token.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::HeaderMap;
@@ -16,6 +16,8 @@ use crate::serve::Peer;
 
 /// The largest message that a stranger may send, bytes.
 const LARGEST_HELLO: usize = 1024;
+/// Proofs that may be made at the same time on one connection: whoever begins one has a stream open until it is over.
+const MOST_PROVING: u32 = 4;
 /// Where proofs are made.
 const PROOFS: &str = "/olol.v1.Membership/";
 
@@ -52,6 +54,8 @@ pub struct Door {
     is_open: AtomicBool,
     /// What a caller that has said Hello is about to prove.
     begun: Mutex<Option<Transcript>>,
+    /// Proofs that are being made.
+    proving: AtomicU32,
     /// Whether a caller has proved nothing, or has not believed us.
     is_refused: AtomicBool,
     /// The first call has come in.
@@ -69,6 +73,7 @@ impl Door {
             is_open: AtomicBool::new(peer.is_machine),
             peer,
             begun: Mutex::default(),
+            proving: AtomicU32::new(0),
             is_refused: AtomicBool::new(false),
             entered: AtomicBool::new(false),
             enters: Notify::new(),
@@ -80,9 +85,12 @@ impl Door {
         path.starts_with(PROOFS)
     }
 
-    /// Where proofs are made.
-    pub fn proofs(self: &Arc<Self>) -> MembershipServer<Proofs> {
-        MembershipServer::new(Proofs(self.clone())).max_decoding_message_size(LARGEST_HELLO)
+    /// Where proofs are made, unless too many are being made already.
+    pub fn proofs(self: &Arc<Self>) -> Option<MembershipServer<Proofs>> {
+        let more = |count: u32| (count < MOST_PROVING).then_some(count + 1);
+        self.proving.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        let proofs = Proofs(Arc::new(Place(self.clone())));
+        Some(MembershipServer::new(proofs).max_decoding_message_size(LARGEST_HELLO))
     }
 
     /// Whether a caller has proved nothing, or has not believed us.
@@ -157,17 +165,27 @@ impl Door {
     }
 }
 
-/// Where the proofs of one connection are made.
+/// Where a proof is made. Clones are the same.
 #[derive(Clone, Debug)]
-pub struct Proofs(Arc<Door>);
+pub struct Proofs(Arc<Place>);
+
+/// One of the places for those who prove something, until it is dropped.
+#[derive(Debug)]
+struct Place(Arc<Door>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.proving.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 #[tonic::async_trait]
 impl Membership for Proofs {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
-        self.0.hello(request.into_inner()).map(Response::new)
+        self.0.0.hello(request.into_inner()).map(Response::new)
     }
 
     async fn prove(&self, request: Request<ProveRequest>) -> Result<Response<ProveResponse>, Status> {
-        self.0.prove(&request.into_inner().proof).map(Response::new)
+        self.0.0.prove(&request.into_inner().proof).map(Response::new)
     }
 }

@@ -34,6 +34,8 @@ const PROXY_PORT: u16 = 8000;
 const DIALLING: Duration = Duration::from_secs(5);
 /// The shortest pause before a proxy is dialled again, and the longest: one that comes back is found within 3 seconds.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(2500));
+/// The pause where a proxy has too many to take in at this moment: its turn comes soon, and it is never far away.
+const SHORT_PAUSE: Duration = Duration::from_millis(200);
 /// The pause where only a person can mend what is wrong, or nothing has to be done.
 const LONG_PAUSE: Duration = Duration::from_secs(10);
 /// Silence after which a proxy is probed, and after which a probe counts as lost.
@@ -106,6 +108,8 @@ pub(super) struct Joining {
 enum Failure {
     /// It may be otherwise in a moment.
     Now(BoxError),
+    /// It takes in others first.
+    Busy(BoxError),
     /// It stays so for a while.
     Lasting(BoxError),
 }
@@ -165,6 +169,12 @@ impl Joining {
                 },
             };
             let (error, next) = match failure {
+                // Many begin together, and each has its turn soon: nobody waits ever longer for that.
+                Failure::Busy(error) => {
+                    tracing::debug!(%proxy, error, "a proxy takes in others first");
+                    self.rests(SHORT_PAUSE.mul_f64(0.5 + fastrand::f64())).await;
+                    continue;
+                }
                 Failure::Now(error) => (error, pause),
                 Failure::Lasting(error) => (error, LONG_PAUSE),
             };
@@ -218,7 +228,7 @@ impl Joining {
         let hint = if !proxy.is_tls && text.contains("HTTPS server") { "; say https://" } else { "" };
         let error = format!("it answers {status}: {text}{hint}").into();
         Err(match status {
-            StatusCode::TOO_MANY_REQUESTS => Failure::Now(error),
+            StatusCode::TOO_MANY_REQUESTS => Failure::Busy(error),
             _ => Failure::Lasting(error),
         })
     }
@@ -235,7 +245,7 @@ impl Joining {
             let serving = serve::serve_dialled(upgraded, visit, PROBE, &stop);
             let served = tokio::select! {
                 served = serving => served.map_err(|error| error.to_string()),
-                () = serve::stays_unknown(INTRODUCTION, &known) => Err("it has proved nothing in time".to_owned()),
+                () = serve::stays_unknown(INTRODUCTION, &known, ()) => Err("it has proved nothing in time".to_owned()),
             };
             if let Err(error) = served {
                 tracing::debug!(error, "a connection to a proxy ended early");

@@ -17,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use if_addrs::Interface;
 use ipnet::IpNet;
 use olol_middleware::BoxError;
+use olol_middleware::instruments::{self, Probed};
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -195,6 +196,8 @@ pub(super) async fn scan(config: Config, networks: Networks, tls: Option<Connect
 /// Who answers at an address.
 async fn look(ip: IpAddr, tls: Option<&Connector>) -> Vec<Seen> {
     let (agent, ollama) = tokio::join!(agent(ip, tls), ollama(ip));
+    instruments::probed(if agent.is_some() { Probed::Agent } else { Probed::Nobody });
+    instruments::probed(if ollama.is_some() { Probed::Ollama } else { Probed::Nobody });
     agent.into_iter().chain(ollama).collect()
 }
 

@@ -93,8 +93,8 @@ impl Endpoint {
         if host.is_empty() {
             return Err(bad("the host is missing"));
         }
-        if host.chars().any(|c| c.is_whitespace() || c == '@' || c == '?' || c == '#') {
-            return Err(bad("a host name has no blanks, '@', '?' or '#'"));
+        if host.chars().any(|c| c.is_whitespace() || c.is_control() || c == '@' || c == '?' || c == '#') {
+            return Err(bad("a host name has no blanks, no control characters, no '@', '?' or '#'"));
         }
         let port = match port {
             None => default_port,
@@ -385,6 +385,7 @@ mod tests {
             ("http://a/path", "remove the path '/path'"),
             ("https://a/path", "remove the path '/path'"),
             ("a b", "no blanks"),
+            ("a\u{1b}[2Jb", "no control characters"),
         ] {
             let error = Endpoint::parse(text, 1).unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");

@@ -10,10 +10,18 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
+use super::few::Few;
 use super::{Ask, Ollama};
 
 /// The most of a refusal that stands in a reason, characters.
 const SHORT: usize = 120;
+/// Models that are believed of one server, and what one of them is believed to be able to do.
+pub(crate) const MOST_MODELS: usize = 65_536;
+pub(crate) const MOST_CAPABILITIES: usize = 64;
+
+/// Bytes that anything of a server is believed to take: sums of such must not overflow, whatever it says.
+pub(crate) const MOST_SIZE: u64 = 1 << 44;
+
 /// The longest answer to one question about its state, bytes.
 const LONGEST: usize = 64 << 20;
 
@@ -74,8 +82,9 @@ struct Version {
 }
 
 #[derive(Deserialize)]
+#[serde(bound(deserialize = "T: Deserialize<'de>"))]
 struct List<T> {
-    models: Option<Vec<T>>,
+    models: Option<Few<T, MOST_MODELS>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -88,7 +97,7 @@ struct Entry {
     modified_at: String,
     expires_at: String,
     context_length: u32,
-    capabilities: Option<Vec<String>>,
+    capabilities: Option<Few<String, MOST_CAPABILITIES>>,
     details: Details,
 }
 
@@ -184,13 +193,13 @@ pub(crate) fn on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
 /// All the models that an answer to [`ON_DISK`] names.
 pub(crate) fn every_on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
     let list: List<Entry> = parse(ON_DISK, answer)?;
-    Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_model).collect())
+    Ok(list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_model).collect())
 }
 
 /// The models that an answer to [`IN_MEMORY`] names.
 pub(crate) fn in_memory(answer: &[u8]) -> Result<Vec<Loaded>, StateError> {
     let list: List<Entry> = parse(IN_MEMORY, answer)?;
-    let mut loaded: Vec<Loaded> = list.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
+    let mut loaded: Vec<Loaded> = list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
     loaded.retain(|loaded| !ModelName::is_unfinished(&loaded.name));
     Ok(loaded)
 }
@@ -204,12 +213,12 @@ impl Entry {
         Model {
             name: self.name,
             digest: self.digest,
-            size: self.size,
+            size: self.size.min(MOST_SIZE),
             family: self.details.family,
             parameter_size: self.details.parameter_size,
             quantization: self.details.quantization_level,
             context_length: self.details.context_length,
-            capabilities: self.capabilities.unwrap_or_default(),
+            capabilities: self.capabilities.map(|some| some.0).unwrap_or_default(),
             modified_at: self.modified_at,
             ..Model::default()
         }
@@ -220,8 +229,8 @@ impl Entry {
         Loaded {
             name,
             digest: self.digest,
-            size: self.size,
-            size_vram: self.size_vram,
+            size: self.size.min(MOST_SIZE),
+            size_vram: self.size_vram.min(MOST_SIZE),
             expires_at: self.expires_at,
             context_length: self.context_length,
             slots: 0,

@@ -353,6 +353,7 @@ fn chunk(message: RelayResponse) -> Chunk {
         eval_duration: Duration::from_nanos(counters.eval_duration_ns),
         load_duration: Duration::from_nanos(counters.load_duration_ns),
     });
+    let end = end.map(Counters::believed);
     Chunk { bytes: message.body, end }
 }
 
