@@ -169,7 +169,10 @@ pub async fn serve<A: Answers>(
                         (Stream::Right(Box::new(stream)), is_machine)
                     }
                 };
-                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await, is_machine))
+                Ok::<_, std::io::Error>((
+                    preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await,
+                    is_machine,
+                ))
             };
             let begun = tokio::select! {
                 () = closing.signal.cancelled() => return,

@@ -82,7 +82,13 @@ fn lie() -> ServerState {
         parameters_json: "{".repeat(10_000),
         ..Model::default()
     };
-    let loaded = LoadedModel { name: long(), size_vram_bytes: u64::MAX, slots: u32::MAX, context_length: u32::MAX, ..LoadedModel::default() };
+    let loaded = LoadedModel {
+        name: long(),
+        size_vram_bytes: u64::MAX,
+        slots: u32::MAX,
+        context_length: u32::MAX,
+        ..LoadedModel::default()
+    };
     ServerState {
         online: true,
         in_flight: u32::MAX,
@@ -200,7 +206,10 @@ impl Server for Lies {
         no()
     }
 
-    async fn copy_model(&self, _: Request<Streaming<CopyModelRequest>>) -> Result<Response<Self::CopyModelStream>, Status> {
+    async fn copy_model(
+        &self,
+        _: Request<Streaming<CopyModelRequest>>,
+    ) -> Result<Response<Self::CopyModelStream>, Status> {
         no()
     }
 }
