@@ -105,7 +105,8 @@ impl Agent {
         let name = if is_named { options.name } else { host() };
         // Several agents on one machine are told apart.
         let joins_as = if is_named { name.clone() } else { format!("{name}:{}", address.port()) };
-        let ollama = Ollama::new(ServerId::new(&name), options.ollama, CONNECT);
+        let ollama = Ollama::maybe_over_tls(ServerId::new(&name), options.ollama, None, CONNECT);
+        let ollama = ollama.map_err(std::io::Error::other)?;
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
@@ -121,7 +122,7 @@ impl Agent {
         };
         let tokens = options.tokens.clone();
         let tells = Tells::new(move || {
-            let cluster = tokens.all().first().map(discovery::cluster).unwrap_or_default();
+            let cluster = discovery::clusters(&tokens.all());
             Badge { cluster, ..badge.clone() }
         });
         let instance = description.instance_id.clone();
@@ -183,7 +184,8 @@ impl Agent {
                 joining.spawn(dialling.clone().keep(proxy));
             }
         }
-        let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
+        let tls = options.tls.map(Acceptor::of_agent);
+        let running = tokio::spawn(serve::serve(listener, answers, tls, stop.clone(), options.grace));
         let grace = options.grace;
         Ok(Self { address, tells, stop, running, grace, watch: kept, joining, _watching: watching })
     }

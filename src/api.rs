@@ -170,7 +170,8 @@ impl Api {
             Err(error) => Err(error),
         };
         let mut answer = match whole {
-            Ok((payload, mut taken)) => {
+            Ok((mut payload, mut taken)) => {
+                request::put_together(&mut head, &mut payload);
                 request::look(&mut head, &payload);
                 let answer = if self.may_be_a_turn(&head) {
                     Box::pin(self.take_turn(&mut head, payload, &mut taken)).await

@@ -22,8 +22,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use olol_middleware::BoxError;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio_util::either::Either;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tower::Service;
@@ -78,7 +77,7 @@ pub struct Peer {
 }
 
 /// A connection, with TLS or without.
-type Stream = Either<TcpStream, Box<Accepted>>;
+type Stream = Accepted;
 
 /// Answers requests.
 pub trait Answers: Clone + Send + 'static {
@@ -163,11 +162,8 @@ pub async fn serve<A: Answers>(
             let beginning = async {
                 let (stream, is_machine) = match &tls {
                     None => (Stream::Left(stream), false),
-                    Some(tls) => {
-                        // In a box: connections without TLS need no room for it.
-                        let (stream, is_machine) = Box::pin(tls.accept(stream)).await?;
-                        (Stream::Right(Box::new(stream)), is_machine)
-                    }
+                    // In a box: connections without TLS need no room for it.
+                    Some(tls) => Box::pin(tls.accept(stream)).await?,
                 };
                 Ok::<_, std::io::Error>((
                     preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await,

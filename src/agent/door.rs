@@ -1,23 +1,19 @@
 //! Who is let in: a machine of the cluster, known by its certificate or by its proof, and programs that show the token.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use http::HeaderMap;
 use olol_proto::v1::membership_server::{Membership, MembershipServer};
 use olol_proto::v1::{HelloRequest, HelloResponse, ProveRequest, ProveResponse};
 use tokio::sync::Notify;
-use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use crate::security::proof::{self, Nonce, Purpose, Side, Transcript};
-use crate::security::{Tokens, token};
+use crate::security::{Seldom, Tokens, token};
 use crate::serve::Peer;
 
-/// Time between two warnings of refused callers, however many there are.
-const WARN_EVERY: Duration = Duration::from_secs(60);
 /// The largest message that a stranger may send, bytes.
 const LARGEST_HELLO: usize = 1024;
 /// Proofs that may be made at the same time on one connection: whoever begins one has a stream open until it is over.
@@ -31,25 +27,18 @@ pub struct Doorkeeper {
     tokens: Tokens,
     /// The id of this process.
     instance: String,
-    /// Milliseconds since `since` before which nothing is said in the log.
-    warned: AtomicU64,
-    since: Instant,
+    warned: Seldom,
 }
 
 impl Doorkeeper {
     /// Lets in who knows one of these tokens. `instance`: the id of this process.
     pub fn new(tokens: Tokens, instance: String) -> Self {
-        Self { tokens, instance, warned: AtomicU64::new(0), since: Instant::now() }
+        Self { tokens, instance, warned: Seldom::default() }
     }
 
     /// Says in the log that somebody was refused, if nothing was said for a while.
     fn warn(&self, client: SocketAddr, reason: &str) {
-        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
-        let next = self.warned.load(Ordering::Relaxed);
-        let later = now.saturating_add(wait);
-        let is_first = || self.warned.compare_exchange(next, later, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        if now >= next && is_first() {
+        if self.warned.may_speak() {
             tracing::warn!(%client, reason, "a call was refused");
         }
     }

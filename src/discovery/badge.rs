@@ -25,7 +25,7 @@ pub struct Badge {
     pub name: String,
     /// What tells this process from all others.
     pub instance: String,
-    /// What tells its cluster from others.
+    /// What tells its cluster from others, for each of its tokens, with `+` between.
     pub cluster: String,
     /// Whether it is reached over TLS.
     pub is_tls: bool,
@@ -53,6 +53,12 @@ impl fmt::Debug for Tells {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Tells").field(&self.now()).finish()
     }
+}
+
+/// What tells a cluster from others, as a badge says it.
+pub(crate) fn clusters(tokens: &[Token]) -> String {
+    let most = (LONGEST + 1) / 17;
+    tokens.iter().take(most).map(cluster).collect::<Vec<_>>().join("+")
 }
 
 /// What tells a cluster from others. It is the same for all that have the token, and tells nothing of it.

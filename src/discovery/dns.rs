@@ -16,6 +16,7 @@ use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::{RData, RecordType};
 use hickory_resolver::{Resolver, TokioResolver};
 use olol_middleware::cluster::Source;
+use olol_middleware::instruments::{self, LookUp};
 use olol_middleware::{BoxError, ServerId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -219,8 +220,13 @@ async fn keep(
             let looked = looking
                 .map_or_else(|_| Err("the name servers take too long".into()), |found| found.map_err(BoxError::from));
             let found = match looked {
-                Ok(found) => found,
+                Ok(found) => {
+                    let is_nowhere = found.servers.is_empty();
+                    instruments::looked_up(if is_nowhere { LookUp::Nowhere } else { LookUp::Found });
+                    found
+                }
                 Err(error) => {
+                    instruments::looked_up(LookUp::Failed);
                     tracing::warn!(%name, %error, "a name cannot be looked up; who was there stays");
                     let before = at.map(|at| std::mem::take(&mut known[at].1.servers)).unwrap_or_default();
                     Found { servers: before, until: Instant::now() + longest.min(SHORTEST * 5) }

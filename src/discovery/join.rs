@@ -405,6 +405,9 @@ impl Inner {
         let coming: HashSet<ServerId> = book.coming.iter().map(|spec| spec.id.clone()).collect();
         let ends = |(id, guest): (&ServerId, &Guest)| {
             let is_gone = guest.gone.is_some_and(|gone| gone.elapsed() >= self.lease);
+            if is_gone {
+                instruments::lease_ended(Source::Joined);
+            }
             let other = otherwise.get(guest.instance.as_str());
             if let Some(other) = other {
                 tracing::info!(server = %id, %other, "an agent that dialled in is reached by another way, too");

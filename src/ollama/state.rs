@@ -13,6 +13,8 @@ use tokio::time::Instant;
 use super::few::Few;
 use super::{Ask, Ollama};
 
+/// The most of a refusal that stands in a reason, characters.
+const SHORT: usize = 120;
 /// Models that are believed of one server, and what one of them is believed to be able to do.
 pub(crate) const MOST_MODELS: usize = 65_536;
 pub(crate) const MOST_CAPABILITIES: usize = 64;
@@ -160,11 +162,20 @@ impl Ollama {
             other => other?,
         };
         if !reply.status.is_success() {
-            let source = format!("status {}", reply.status.as_u16()).into();
+            let status = reply.status.as_u16();
+            let body = reply.body.collect(LONGEST).await.unwrap_or_default();
+            let source = format!("status {status}{}", in_short(&body)).into();
             return Err(StateError::Foreign { path, source });
         }
         Ok(reply.body.collect(LONGEST).await?)
     }
+}
+
+/// The first words of a refusal, as they may stand in a reason.
+fn in_short(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHORT)]);
+    let text: String = text.trim().chars().take_while(|c| !c.is_control()).take(SHORT).collect();
+    if text.is_empty() || text.starts_with(['<', '{']) { String::new() } else { format!(": {text}") }
 }
 
 /// The question for the models on the disk.

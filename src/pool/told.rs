@@ -1,10 +1,11 @@
 //! What an agent tells, as the cluster takes it: messages become reports and vitals here.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use olol_middleware::Cluster;
 use olol_middleware::cluster::{Kept, Loaded, Model};
+use olol_middleware::time::unix_ms_now;
 use olol_middleware::vitals::{Figures, Gpu, Space, Vitals};
 use olol_proto::v1::{self, DescribeResponse, ServerState};
 use tokio::time::Instant;
@@ -117,7 +118,8 @@ pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> V
             let pulls = state.pending_pulls.iter().filter(|(model, _)| model.len() <= WORD);
             pulls.take(MOST_PULLS).map(|(model, share)| (model.clone(), *share)).collect()
         },
-        told: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(state.heartbeat_ms.min(LATEST_MS))),
+        told: Some(SystemTime::now()),
+        clock_ahead: clock_ahead(state.heartbeat_ms, unix_ms_now()),
     }
 }
 
@@ -157,6 +159,12 @@ fn length(model: &Model) -> usize {
 
 /// No clock shows a later time: the year 9999.
 const LATEST_MS: u64 = 253_402_300_799_000;
+
+/// Milliseconds that another clock is ahead of ours, by what it says now. 0 is of one who does not say.
+pub(super) fn clock_ahead(theirs: u64, ours: u64) -> Option<i64> {
+    let theirs = i64::try_from(theirs.min(LATEST_MS)).ok().filter(|theirs| *theirs > 0)?;
+    Some(theirs - i64::try_from(ours.min(LATEST_MS)).ok()?)
+}
 
 /// A share from 0 to 1; negative is unknown.
 fn share(value: f32) -> Option<f32> {
@@ -206,6 +214,7 @@ fn loaded(loaded: v1::LoadedModel) -> Loaded {
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroU32;
+    use std::time::Duration;
 
     use super::*;
     use olol_middleware::cluster::{Member, Source, State};
@@ -316,6 +325,17 @@ mod tests {
         assert_eq!((vitals.cpu_usage, vitals.memory, vitals.disk_free, vitals.figures), (None, None, None, None));
         let nonsense = ServerState { cpu_usage: f32::NAN, ..ServerState::default() };
         assert_eq!(super::vitals(None, &nonsense).cpu_usage, None);
+    }
+
+    #[test]
+    fn a_clock_that_differs_is_noticed_and_believed_in_nothing() {
+        let day = 24 * 3600 * 1000;
+        assert_eq!(clock_ahead(100 * day, 98 * day), Some(2 * 24 * 3600 * 1000));
+        assert_eq!(clock_ahead(98 * day, 100 * day), Some(-2 * 24 * 3600 * 1000));
+        assert_eq!((clock_ahead(0, day), clock_ahead(u64::MAX, 0)), (None, Some(253_402_300_799_000)));
+        let before = SystemTime::now();
+        let state = ServerState { heartbeat_ms: 1, ..ServerState::default() };
+        assert!(vitals(None, &state).told.is_some_and(|told| told >= before));
     }
 
     #[test]

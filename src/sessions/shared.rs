@@ -4,16 +4,19 @@
 //! its end is told. While the store is away the copy here is what counts, and the turns that it gets go to the store when that is
 //! back. If two proxies have gone on alone with one session, the history with more turns stays, and the later one of two that are
 //! as long.
+//!
+//! Clocks of proxies differ, so none goes by a time that another one has written: how long a session stays is what the store
+//! says, and when a turn ended only tells two copies apart.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
-use olol_middleware::time::unix_ms_now;
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Script};
 use tokio::task::JoinSet;
 
+use super::clock;
 use super::record::Session;
 use super::store::{Append, Store};
 use super::{Error, Visitor};
@@ -104,6 +107,9 @@ pub(super) struct Shared {
 /// Those who write one of some sessions, one after the other.
 type Line = tokio::sync::Mutex<()>;
 
+/// The record of a session, if there is one, and how many milliseconds it stays.
+type Kept = (Option<Vec<u8>>, i64);
+
 /// What the store has of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum There {
@@ -154,7 +160,7 @@ impl Shared {
             return Ok(());
         }
         let _in_turn = self.line(key).lock().await;
-        let here = store.find(key).map(|(session, _)| version(&session));
+        let here = store.find(key).map(|(session, _)| session.version());
         match (self.look(key).await?, here) {
             (There::Version(next, at), here) if here.is_none_or(|here| here < (next, at)) => {
                 self.fetch(store, key).await
@@ -217,7 +223,7 @@ impl Shared {
         let key = session.key();
         let [hash, names, tombstone] = self.keys(&key);
         let record = record(session);
-        let (at, stays) = (session.last_active, stays(session));
+        let (at, stays) = (session.version().1, stays(session, store.now()));
         let answer: i64 = self
             .state
             .ask(async |mut there| {
@@ -265,6 +271,7 @@ impl Shared {
         visitor: &Visitor,
         after: &str,
         limit: usize,
+        now: u64,
     ) -> Result<(Vec<Session>, Option<String>), Gone> {
         let [_, names, _] = self.keys("");
         let from = if after.is_empty() { "-".to_owned() } else { format!("({after}") };
@@ -282,7 +289,7 @@ impl Shared {
                     .await?;
                 let records = self.records(&mut there, &keys).await?;
                 let gone: Vec<&String> =
-                    keys.iter().zip(&records).filter(|(_, record)| record.is_none()).map(|(key, _)| key).collect();
+                    keys.iter().zip(&records).filter(|(_, (record, _))| record.is_none()).map(|(key, _)| key).collect();
                 if !gone.is_empty() {
                     redis::cmd("ZREM").arg(&names).arg(gone).exec_async(&mut there).await?;
                 }
@@ -290,17 +297,18 @@ impl Shared {
             })
             .await?;
         let next = keys.last().filter(|_| keys.len() == limit).cloned();
-        let sessions = records.into_iter().flatten().filter_map(|record| read(&record));
+        let sessions = records.into_iter().filter_map(|(record, stays)| Some(here(read(&record?)?, stays, now)));
         Ok((sessions.filter(|session| visitor.sees(session)).collect(), next))
     }
 
-    async fn records(&self, there: &mut MultiplexedConnection, keys: &[String]) -> RedisResult<Vec<Option<Vec<u8>>>> {
+    async fn records(&self, there: &mut MultiplexedConnection, keys: &[String]) -> RedisResult<Vec<Kept>> {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
         let mut pipe = redis::pipe();
         for key in keys {
-            pipe.hget(&self.keys(key)[0], "session");
+            let [hash, ..] = self.keys(key);
+            pipe.hget(&hash, "session").pttl(&hash);
         }
         pipe.query_async(there).await
     }
@@ -330,8 +338,10 @@ impl Shared {
     /// Brings a session from there to here.
     async fn fetch(&self, store: &Store, key: &str) -> Result<(), Gone> {
         let [hash, ..] = self.keys(key);
-        let fields: Vec<(String, Vec<u8>)> =
-            self.state.ask(async |mut there| redis::cmd("HGETALL").arg(&hash).query_async(&mut there).await).await?;
+        let (fields, stays): (Vec<(String, Vec<u8>)>, i64) = self
+            .state
+            .ask(async |mut there| redis::pipe().hgetall(&hash).pttl(&hash).query_async(&mut there).await)
+            .await?;
         let mut session = None;
         let mut turns = Vec::new();
         for (field, value) in fields {
@@ -342,6 +352,7 @@ impl Shared {
             }
         }
         let Some(session) = session.filter(|session: &Session| session.key() == key) else { return Ok(()) };
+        let session = here(session, stays, store.now());
         turns.sort_unstable_by_key(|(number, _)| *number);
         if let Err(error) = store.adopt(session, turns).await {
             tracing::warn!(session = key, %error, "a session of another proxy cannot be kept here");
@@ -353,7 +364,8 @@ impl Shared {
     async fn put(&self, store: &Store, key: &str) -> Result<(), Gone> {
         let Some((session, _)) = store.find(key) else { return Ok(()) };
         let Ok(turns) = store.turns(key.to_owned()).await else { return Ok(()) };
-        if session.has_expired(unix_ms_now()) {
+        let now = store.now();
+        if session.has_expired(now) {
             return Ok(());
         }
         let [hash, names, tombstone] = self.keys(key);
@@ -361,7 +373,8 @@ impl Shared {
             .ask(async |mut there| {
                 let mut script = PUT.prepare_invoke();
                 script.key(&hash).key(&names).key(&tombstone);
-                script.arg(session.next).arg(session.last_active).arg(record(&session)).arg(stays(&session)).arg(key);
+                let (next, at) = session.version();
+                script.arg(next).arg(at).arg(record(&session)).arg(stays(&session, now)).arg(key);
                 for (number, turn) in &turns {
                     script.arg(format!("t{number}")).arg(turn.as_slice());
                 }
@@ -390,7 +403,7 @@ impl Shared {
             let page = store.list(|_| true, &after, 100);
             for (session, _) in &page.sessions {
                 match self.look(&session.key()).await? {
-                    There::Version(next, at) if version(session) <= (next, at) => {}
+                    There::Version(next, at) if session.version() <= (next, at) => {}
                     There::Ended => {}
                     _ => self.put(store, &session.key()).await?,
                 }
@@ -432,11 +445,6 @@ pub(super) fn keep(sessions: super::Sessions) -> JoinSet<()> {
     tasks
 }
 
-/// Which of two copies is newer.
-fn version(session: &Session) -> (u64, u64) {
-    (session.next, session.last_active)
-}
-
 fn record(session: &Session) -> Vec<u8> {
     serde_json::to_vec(session).unwrap_or_default()
 }
@@ -446,8 +454,51 @@ fn read(record: &[u8]) -> Option<Session> {
 }
 
 /// Milliseconds for which the store keeps it.
-fn stays(session: &Session) -> u64 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most ten years")]
-    let timeout = (session.timeout.max(0.0) * 1000.0) as u64;
-    (session.last_active + timeout).saturating_sub(unix_ms_now()) + GRACE
+fn stays(session: &Session, now: u64) -> u64 {
+    (session.last_active + session.timeout_ms()).saturating_sub(now) + GRACE
+}
+
+/// A session of another proxy by the clock here, from how many milliseconds it stays there.
+fn here(session: Session, stays: i64, now: u64) -> Session {
+    // It stays for ever, or has just gone.
+    let Ok(stays) = u64::try_from(stays) else { return session };
+    let last_active = now.saturating_add(stays).saturating_sub(session.timeout_ms() + GRACE).min(now);
+    let ahead = clock::jump(session.last_active, last_active);
+    session.by_clock(ahead)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(last_active: u64) -> Session {
+        let record = serde_json::json!({
+            "session_id": "a", "owner": "", "model_name": "tiny", "created_at": last_active - 1000, "last_active": last_active,
+            "server_host": "", "moved_from": "", "model_parameters": {}, "timeout": 600.0, "turns": 1, "messages": 2, "bytes": 9,
+            "first": 1, "next": 2,
+        });
+        read(record.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_session_is_as_old_here_as_where_it_was_used_whatever_the_clocks_say() {
+        let (now, day) = (1_700_000_000_000_u64, 24 * 3600 * 1000_u64);
+        for theirs in [now, now - 2 * day, now + 2 * day, now - 365 * day] {
+            // It was used a minute ago there, and is told of now.
+            let there = session(theirs - 60_000);
+            let stays = i64::try_from(stays(&there, theirs)).unwrap();
+            let found = here(there.clone(), stays, now);
+            assert_eq!((found.last_active, found.created_at), (now - 60_000, now - 61_000));
+            assert!(!found.has_expired(now) && found.version() == there.version(), "the copies are the same");
+            assert!(here(there, stays - 600_000, now + 600_000).has_expired(now + 600_000));
+        }
+    }
+
+    #[test]
+    fn clocks_that_tell_the_same_time_change_nothing() {
+        let there = session(1_700_000_000_000);
+        let stays = i64::try_from(stays(&there, 1_700_000_001_000)).unwrap();
+        assert_eq!(here(there.clone(), stays, 1_700_000_002_500), there.clone().by_clock(0));
+        assert_eq!(here(there.clone(), -1, 5), there);
+    }
 }

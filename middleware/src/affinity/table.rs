@@ -29,6 +29,8 @@ pub struct Table {
     links: Cache<u64, Seen>,
     born: Instant,
     key: AtomicU64,
+    /// The one before; 0: none.
+    key_before: AtomicU64,
     /// Where turns go that no agent tells the other proxies of.
     others: OnceLock<mpsc::Sender<(ServerId, Turn)>>,
     /// Turns that were answered so far.
@@ -52,7 +54,14 @@ impl Default for Table {
                 Cache::with_options(options, UnitWeighter, DefaultHashBuilder::default(), DefaultLifecycle::default())
             },
         );
-        Self { links, born: Instant::now(), key: AtomicU64::new(0), others: OnceLock::new(), turns: AtomicU64::new(0) }
+        Self {
+            links,
+            born: Instant::now(),
+            key: AtomicU64::new(0),
+            key_before: AtomicU64::new(0),
+            others: OnceLock::new(),
+            turns: AtomicU64::new(0),
+        }
     }
 }
 
@@ -106,8 +115,12 @@ impl Table {
     }
 
     /// From now on links are known by what this key makes of them. Those who tell each other of turns must have the same.
+    /// What was known by the key before is found all the same.
     pub fn set_key(&self, key: u64) {
-        self.key.store(key, Ordering::Relaxed);
+        let before = self.key.swap(key, Ordering::Relaxed);
+        if before != key {
+            self.key_before.store(before, Ordering::Relaxed);
+        }
     }
 
     /// What a link is known by, here and wherever it is told.
@@ -117,7 +130,11 @@ impl Table {
 
     /// What is known of a link, if that is no older than `ttl`.
     pub(super) fn seen(&self, link: u64, ttl: Duration) -> Option<Seen> {
-        let seen = self.links.get(&self.keyed(link))?;
+        let before = || {
+            let key = self.key_before.load(Ordering::Relaxed);
+            if key == 0 { None } else { self.links.get(&join(key, link).max(1)) }
+        };
+        let seen = self.links.get(&self.keyed(link)).or_else(before)?;
         let age = u64::from(self.now().saturating_sub(seen.at));
         (age < ttl.as_secs()).then_some(seen)
     }

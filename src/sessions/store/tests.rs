@@ -1,3 +1,4 @@
+use olol_middleware::time::unix_ms_now;
 use serde_json::{Map, json};
 use tempfile::TempDir;
 
@@ -25,6 +26,7 @@ fn session(id: &str) -> Session {
         bytes: 0,
         first: 1,
         next: 1,
+        stamp: 0,
     }
 }
 
@@ -157,6 +159,30 @@ async fn what_was_idle_for_too_long_is_gone_when_the_file_is_opened() {
     store.end("new".to_owned()).await.unwrap();
     assert_eq!(store.counts(), (0, 0));
     assert!(texts(&store, "old").await.is_empty());
+}
+
+#[tokio::test]
+async fn nobody_grows_old_or_young_when_the_time_of_day_is_set() {
+    const DAY: i64 = 24 * 3600 * 1000;
+    for by in [DAY, -DAY] {
+        let folder = tempfile::tempdir().unwrap();
+        {
+            let store = open(&folder, MANY);
+            let last_active = unix_ms_now().saturating_add_signed(-by) - 10_000;
+            let of_before = Session { last_active, created_at: last_active, timeout: 60.0, ..session("a") };
+            store.create(of_before, vec![said("user", "hi")]).await.unwrap();
+            // All that was until now was before the day was set by as much.
+            store.clock.follow(-by);
+            assert!(!store.find("a").unwrap().0.has_expired(store.now()));
+            store.end("nobody".to_owned()).await.unwrap();
+            assert!(store.clock.jump() == 0 && !store.find("a").unwrap().0.has_expired(store.now()));
+        }
+        let store = open(&folder, MANY);
+        store.end("nobody".to_owned()).await.unwrap();
+        let (found, _) = store.find("a").expect("it is on the disk with its new times");
+        let age = unix_ms_now().abs_diff(found.last_active);
+        assert!((10_000..40_000).contains(&age) && found.created_at == found.last_active, "{age}");
+    }
 }
 
 #[tokio::test]
