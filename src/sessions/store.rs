@@ -468,8 +468,7 @@ impl Book {
 
 /// Writes all sessions with their times moved, and returns them.
 fn move_all(database: &Database, by: i64, book: &Book) -> Result<Vec<Arc<Session>>, Broken> {
-    let moved: Vec<_> =
-        book.sessions.values().map(|session| Arc::new(Session::clone(session).by_clock(by))).collect();
+    let moved: Vec<_> = book.sessions.values().map(|session| Arc::new(Session::clone(session).by_clock(by))).collect();
     let transaction = database.begin_write()?;
     let mut tables = Tables::of(&transaction)?;
     for session in &moved {
