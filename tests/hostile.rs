@@ -104,9 +104,9 @@ async fn a_proxy_with_keys_answers_no_method_to_a_stranger() {
         let wanted = if is_agents.iter().any(|name| path.ends_with(name)) {
             &[UNIMPLEMENTED][..]
         } else if message_for(&path).is_empty() && !path.ends_with("ListModels") {
-            &[UNIMPLEMENTED, UNAUTHENTICATED]
+            &[UNIMPLEMENTED, UNAUTHENTICATED][..]
         } else {
-            &[UNAUTHENTICATED]
+            &[UNAUTHENTICATED][..]
         };
         assert!(wanted.contains(&status.as_str()), "{path}: {status}");
     }
