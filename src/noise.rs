@@ -37,9 +37,47 @@ mod tests {
     use olol_middleware::ModelName;
 
     const PLACES: &[&str] = &[
-        "http://", "https://", "dns://", "srv+http://", "tls://", "grpc://", "unix:", "://", "@", ":", "::", "[", "]", "%", "/", "..",
-        "\\", "=", ",", " ", "\n", "\0", "a", "gpu1", "127.0.0.1", "::1", "fe80::1", "%eth0", "50051", "0", "65536", "-1", "=3", "*", "ä",
-        "\u{202e}", "x.lab", "?", "#", "192.168.1.0/24", "/33",
+        "http://",
+        "https://",
+        "dns://",
+        "srv+http://",
+        "tls://",
+        "grpc://",
+        "unix:",
+        "://",
+        "@",
+        ":",
+        "::",
+        "[",
+        "]",
+        "%",
+        "/",
+        "..",
+        "\\",
+        "=",
+        ",",
+        " ",
+        "\n",
+        "\0",
+        "a",
+        "gpu1",
+        "127.0.0.1",
+        "::1",
+        "fe80::1",
+        "%eth0",
+        "50051",
+        "0",
+        "65536",
+        "-1",
+        "=3",
+        "*",
+        "ä",
+        "\u{202e}",
+        "x.lab",
+        "?",
+        "#",
+        "192.168.1.0/24",
+        "/33",
     ];
 
     #[test]
@@ -68,16 +106,41 @@ mod tests {
     #[test]
     fn nothing_is_a_digest_or_a_name_that_leads_elsewhere() {
         const PIECES: &[&str] = &[
-            "sha256:", "sha256-", "..", "/", "\\", "\0", ":", "-", ".", "_", "@", "%2f", "a", "Z", "g", "ä",
-            "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", "0123456789abcdef0123456789abcdef", "latest",
-            "registry.ollama.ai", "library", "https://", "~", " ",
+            "sha256:",
+            "sha256-",
+            "..",
+            "/",
+            "\\",
+            "\0",
+            ":",
+            "-",
+            ".",
+            "_",
+            "@",
+            "%2f",
+            "a",
+            "Z",
+            "g",
+            "ä",
+            "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+            "0123456789abcdef0123456789abcdef",
+            "latest",
+            "registry.ollama.ai",
+            "library",
+            "https://",
+            "~",
+            " ",
         ];
         for text in texts(PIECES, MANY) {
             if let Ok(digest) = Digest::parse(&text) {
-                assert!(digest.hex().len() == 64 && digest.hex().bytes().all(|byte| byte.is_ascii_hexdigit()), "{text:?}");
+                assert!(
+                    digest.hex().len() == 64 && digest.hex().bytes().all(|byte| byte.is_ascii_hexdigit()),
+                    "{text:?}"
+                );
             }
             for part in ModelName::parts(&text).into_iter().flatten() {
-                let leads_away = part.is_empty() || part.starts_with('.') || part.contains(['/', '\\', '\0', '%', '~', ' ']);
+                let leads_away =
+                    part.is_empty() || part.starts_with('.') || part.contains(['/', '\\', '\0', '%', '~', ' ']);
                 assert!(!leads_away && Path::new(part).components().count() == 1, "{text:?}: {part:?}");
             }
             if let Some(name) = ModelName::parse(&text) {
@@ -93,9 +156,45 @@ mod tests {
     #[test]
     fn files_are_read_or_refused_whatever_is_in_them() {
         const PIECES: &[&str] = &[
-            "[", "]", "{", "}", "\"", "'", "=", "\n", ",", ":", "#", "keys", "keys.ada", "id", "sha256", "\"0123\"", "layers", "digest",
-            "size", "config", "\"sha256:x\"", "1", "-1", "1e999", "nan", "inf", "true", "null", "[proxy]\n", "[limits]\n", "port",
-            "body-memory", "[stack]\norder", "2026-01-01", "99999999999999999999", "\u{feff}", "\0", "[[models]]\n", "name",
+            "[",
+            "]",
+            "{",
+            "}",
+            "\"",
+            "'",
+            "=",
+            "\n",
+            ",",
+            ":",
+            "#",
+            "keys",
+            "keys.ada",
+            "id",
+            "sha256",
+            "\"0123\"",
+            "layers",
+            "digest",
+            "size",
+            "config",
+            "\"sha256:x\"",
+            "1",
+            "-1",
+            "1e999",
+            "nan",
+            "inf",
+            "true",
+            "null",
+            "[proxy]\n",
+            "[limits]\n",
+            "port",
+            "body-memory",
+            "[stack]\norder",
+            "2026-01-01",
+            "99999999999999999999",
+            "\u{feff}",
+            "\0",
+            "[[models]]\n",
+            "name",
         ];
         for text in texts(PIECES, MANY) {
             let _ = toml::from_str::<Config>(&text).map(|config| config.validate().is_ok());

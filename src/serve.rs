@@ -165,7 +165,10 @@ pub async fn serve<A: Answers>(
                     // In a box: connections without TLS need no room for it.
                     Some(tls) => Box::pin(tls.accept(stream)).await?,
                 };
-                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await, is_machine))
+                Ok::<_, std::io::Error>((
+                    preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await,
+                    is_machine,
+                ))
             };
             let begun = tokio::select! {
                 () = closing.signal.cancelled() => return,

@@ -120,13 +120,33 @@ mod tests {
 
     #[test]
     fn a_badge_says_nothing_that_a_page_could_not_show() {
-        const PIECES: &[&str] =
-            &["name", "id", "cluster", "tls", "version", "=", ";", " ", "yes", "\t", "\u{1b}[2J", "\"", "<b>", "gpu1", "ä", "../", "a=b; "];
+        const PIECES: &[&str] = &[
+            "name",
+            "id",
+            "cluster",
+            "tls",
+            "version",
+            "=",
+            ";",
+            " ",
+            "yes",
+            "\t",
+            "\u{1b}[2J",
+            "\"",
+            "<b>",
+            "gpu1",
+            "ä",
+            "../",
+            "a=b; ",
+        ];
         for text in noise::texts(PIECES, noise::MANY) {
             let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) else { continue };
             let badge = Badge::of_header(&value);
             let is_word = |text: &String| text.len() <= LONGEST && word(text) == *text;
-            assert!([&badge.name, &badge.instance, &badge.cluster, &badge.version].into_iter().all(is_word), "{text:?}");
+            assert!(
+                [&badge.name, &badge.instance, &badge.cluster, &badge.version].into_iter().all(is_word),
+                "{text:?}"
+            );
             assert_eq!(Badge::of_header(&badge.header()), badge);
         }
     }

@@ -15,9 +15,9 @@ use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::{RData, RecordType};
 use hickory_resolver::{Resolver, TokioResolver};
-use olol_middleware::{BoxError, ServerId};
 use olol_middleware::cluster::Source;
 use olol_middleware::instruments::{self, LookUp};
+use olol_middleware::{BoxError, ServerId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -217,7 +217,8 @@ async fn keep(
                 continue;
             }
             let looking = tokio::time::timeout(PATIENCE, look_up(&resolver, name, longest)).await;
-            let looked = looking.map_or_else(|_| Err("the name servers take too long".into()), |found| found.map_err(BoxError::from));
+            let looked = looking
+                .map_or_else(|_| Err("the name servers take too long".into()), |found| found.map_err(BoxError::from));
             let found = match looked {
                 Ok(found) => {
                     let is_nowhere = found.servers.is_empty();
@@ -322,7 +323,11 @@ async fn look_up(resolver: &TokioResolver, spec: &NameSpec, longest: Duration) -
             let weight = own.saturating_mul(spec.weight).min(NonZeroU32::MIN.saturating_add(u32::from(HEAVIEST) - 1));
             let (target, address) = (target.trim_end_matches('.'), SocketAddr::new(ip, service.port));
             // What is no name of a host is not what a server is called here, in logs and on pages.
-            let id = if target.split('.').all(is_label) { format!("{target}:{}", service.port) } else { address.to_string() };
+            let id = if target.split('.').all(is_label) {
+                format!("{target}:{}", service.port)
+            } else {
+                address.to_string()
+            };
             servers.extend(spec.server(&id, address, weight));
         }
     }
@@ -370,8 +375,16 @@ mod tests {
         for ip in ["10.0.0.1", "127.0.0.1", "192.0.2.7", "fd00::1", "2001:db8::1"] {
             assert!(is_of_one(&spec, ip.parse().unwrap()), "{ip}");
         }
-        for ip in ["169.254.169.254", "0.0.0.0", "224.0.0.251", "255.255.255.255", "fe80::1", "::", "ff02::fb", "::ffff:169.254.169.254"]
-        {
+        for ip in [
+            "169.254.169.254",
+            "0.0.0.0",
+            "224.0.0.251",
+            "255.255.255.255",
+            "fe80::1",
+            "::",
+            "ff02::fb",
+            "::ffff:169.254.169.254",
+        ] {
             assert!(!is_of_one(&spec, ip.parse().unwrap()), "{ip}");
         }
     }

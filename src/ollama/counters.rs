@@ -147,8 +147,26 @@ mod tests {
     #[test]
     fn counts_are_none_or_such_as_can_be_whatever_is_said() {
         const PIECES: &[&str] = &[
-            "\"eval_count\":", "\"prompt_eval_count\":", "\"eval_duration\":", "\"usage\":{", "\"done\":true", "9", "0",
-            "99999999999999999999999", "18446744073709551615", "}", "}}", "{", ",", "\"", "\\", "-1", "1e9", "\n", "x", "\"output_tokens\":",
+            "\"eval_count\":",
+            "\"prompt_eval_count\":",
+            "\"eval_duration\":",
+            "\"usage\":{",
+            "\"done\":true",
+            "9",
+            "0",
+            "99999999999999999999999",
+            "18446744073709551615",
+            "}",
+            "}}",
+            "{",
+            ",",
+            "\"",
+            "\\",
+            "-1",
+            "1e9",
+            "\n",
+            "x",
+            "\"output_tokens\":",
         ];
         for text in noise::texts(PIECES, noise::MANY) {
             let found = counters(text.as_bytes()).unwrap_or_default();

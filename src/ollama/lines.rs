@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn nothing_is_lost_and_nothing_is_made_up_however_it_is_cut() {
-        const PIECES: &[&str] = &["\n", "\n\n", "\r\n", "data: ", "{}", "[DONE]", "\0", "ä", "long enough to be cut somewhere"];
+        const PIECES: &[&str] =
+            &["\n", "\n\n", "\r\n", "data: ", "{}", "[DONE]", "\0", "ä", "long enough to be cut somewhere"];
         for (seed, text) in (0..).zip(noise::texts(PIECES, noise::MANY / 10)) {
             for boundary in [Boundary::None, Boundary::Line, Boundary::Event] {
                 let mut lines = Lines::new(boundary);

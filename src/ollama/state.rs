@@ -199,7 +199,8 @@ pub(crate) fn every_on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
 /// The models that an answer to [`IN_MEMORY`] names.
 pub(crate) fn in_memory(answer: &[u8]) -> Result<Vec<Loaded>, StateError> {
     let list: List<Entry> = parse(IN_MEMORY, answer)?;
-    let mut loaded: Vec<Loaded> = list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
+    let mut loaded: Vec<Loaded> =
+        list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
     loaded.retain(|loaded| !ModelName::is_unfinished(&loaded.name));
     Ok(loaded)
 }

@@ -90,7 +90,9 @@ impl Told {
 
 /// How an agent's machine is.
 pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> Vitals {
-    let text = |text: fn(&DescribeResponse) -> &String| about.map(text).cloned().map(|text| cut(text, WORD)).unwrap_or_default();
+    let text = |text: fn(&DescribeResponse) -> &String| {
+        about.map(text).cloned().map(|text| cut(text, WORD)).unwrap_or_default()
+    };
     let memory = Space { used: room(state.memory_used_bytes), total: room(state.memory_total_bytes) };
     Vitals {
         olol_version: text(|about| &about.olol_version),
@@ -290,7 +292,13 @@ mod tests {
         let names: Vec<String> = (0..70_000).map(|number| number.to_string()).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut told = Told::default();
-        told.take(ServerState { models: models(&names), more_models: true, ..ServerState::default() }, &cluster, 0, Instant::now(), 1);
+        told.take(
+            ServerState { models: models(&names), more_models: true, ..ServerState::default() },
+            &cluster,
+            0,
+            Instant::now(),
+            1,
+        );
         assert_eq!(told.models.len(), MOST_MODELS);
     }
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 
-use super::wire::{BAD_REQUEST, TOO_LARGE, Wire};
-use super::heads::Heading;
 use super::Stream;
+use super::heads::Heading;
+use super::wire::{BAD_REQUEST, TOO_LARGE, Wire};
 
 /// How HTTP/2 begins.
 const HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -256,9 +256,35 @@ mod tests {
     #[test]
     fn a_head_is_read_alike_however_it_comes_and_mended_without_harm() {
         const PIECES: &[&str] = &[
-            "GET ", "POST ", "/", "/a?b=%zz", "http://", "http://a", "*", " ", "\t", "HTTP/1.1", "HTTP/1.0", "HTTP/1.9", "HTTP/2.0", "\r\n",
-            "\n", "\r", "Host: a", "Transfer-Encoding: chunked", "transfer-encoding:", "Content-Length: 3", ":", "\u{b}", "\0", "ä", "<", "#",
-            "GET / HTTP/1.1\r\nA: b\r\n", "\r\n\r\n", " folded",
+            "GET ",
+            "POST ",
+            "/",
+            "/a?b=%zz",
+            "http://",
+            "http://a",
+            "*",
+            " ",
+            "\t",
+            "HTTP/1.1",
+            "HTTP/1.0",
+            "HTTP/1.9",
+            "HTTP/2.0",
+            "\r\n",
+            "\n",
+            "\r",
+            "Host: a",
+            "Transfer-Encoding: chunked",
+            "transfer-encoding:",
+            "Content-Length: 3",
+            ":",
+            "\u{b}",
+            "\0",
+            "ä",
+            "<",
+            "#",
+            "GET / HTTP/1.1\r\nA: b\r\n",
+            "\r\n\r\n",
+            " folded",
         ];
         for (seed, text) in (0..).zip(crate::noise::texts(PIECES, crate::noise::MANY)) {
             let bytes = text.as_bytes();
@@ -269,7 +295,10 @@ mod tests {
                 so_far.extend_from_slice(piece);
                 parts.look(&so_far);
             }
-            assert_eq!((parts.at, parts.lines, parts.whole, parts.folds), (whole.at, whole.lines, is_whole, whole.folds));
+            assert_eq!(
+                (parts.at, parts.lines, parts.whole, parts.folds),
+                (whole.at, whole.lines, is_whole, whole.folds)
+            );
             if !is_whole || whole.refusal(bytes).is_some() {
                 continue;
             }
