@@ -238,11 +238,12 @@ impl Sessions {
 
     /// Makes a session, or finds the one that was made so before. The flag: whether it is new.
     pub async fn create(&self, visitor: &Visitor, wanted: Wanted) -> Result<(Arc<Session>, bool), Error> {
-        let session = self.prepared(visitor, &wanted)?;
+        let mut session = self.prepared(visitor, &wanted)?;
         let store = self.store().await?;
         let key = session.key();
         if let Some(shared) = &self.0.shared {
             shared.refresh(&store, &key).await;
+            session.generation = shared.generation(&key).await;
         }
         let entries = wanted.messages.into_iter().map(Entry::sent).collect();
         let (found, is_new) = store.create(session, entries).await?;
@@ -292,6 +293,7 @@ impl Sessions {
             bytes: 0,
             first: 1,
             next: 1,
+            generation: 0,
         })
     }
 
@@ -325,10 +327,11 @@ impl Sessions {
     pub async fn end(&self, visitor: &Visitor, id: &str) -> Result<u64, Error> {
         let store = self.fresh(visitor, id).await?;
         let (session, _) = resolve(&store, visitor, id)?;
-        if let Some(shared) = &self.0.shared {
-            shared.end(&session.key()).await;
-        }
-        store.end(session.key()).await?.ok_or_else(|| Error::NotFound(id.to_owned()))
+        let is_told = match &self.0.shared {
+            Some(shared) => shared.end(&session).await,
+            None => true,
+        };
+        store.end(session.key(), !is_told).await?.ok_or_else(|| Error::NotFound(id.to_owned()))
     }
 
     /// Begins a turn of a session with the messages that its client sends.

@@ -43,7 +43,13 @@ pub struct Session {
     pub(super) first: u64,
     /// The number of the next turn.
     pub(super) next: u64,
+    /// How many sessions of this name have ended before it, as far as one knew when it was made.
+    #[serde(default)]
+    pub(super) generation: u64,
 }
+
+/// Which of two copies is newer, or of two sessions of one name the one that goes on.
+pub(super) type Version = (u64, u64, u64);
 
 /// How a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +80,11 @@ impl Session {
     /// The name under which it is kept: whose it is belongs to it.
     pub fn key(&self) -> String {
         key(&self.session_id, &self.owner)
+    }
+
+    /// Its version: the greatest one counts. One that was made again goes before all that the old one may have had.
+    pub(super) fn version(&self) -> Version {
+        (self.generation, self.next, self.last_active)
     }
 
     /// Whether it was idle for too long.
@@ -176,8 +187,8 @@ impl Page {
         let mut all: BTreeMap<String, (Arc<Session>, bool)> =
             there.into_iter().map(|session| (session.key(), (Arc::new(session), false))).collect();
         for (session, is_busy) in self.sessions {
-            let newer =
-                all.get(&session.key()).map(|(there, _)| there).filter(|there| there.next > session.next).cloned();
+            let newer = all.get(&session.key()).map(|(there, _)| there);
+            let newer = newer.filter(|there| there.version() > session.version()).cloned();
             all.insert(session.key(), (newer.unwrap_or(session), is_busy));
         }
         // Nobody knows what comes behind the nearer of the two ends.

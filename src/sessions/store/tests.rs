@@ -25,6 +25,7 @@ fn session(id: &str) -> Session {
         bytes: 0,
         first: 1,
         next: 1,
+        generation: 0,
     }
 }
 
