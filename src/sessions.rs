@@ -1,12 +1,13 @@
 //! Conversations whose history the server side keeps, for programs that would rather not send it with every turn.
 //!
-//! A session is made by `CreateSession` or `POST /api/status/sessions`, goes on by `ChatMessage` or by `/api/chat` with its
-//! id in `X-Olol-Session`, and ends by `EndSession`, `DELETE`, or because nobody asked for it for long. What is kept is
+//! A session is made by `CreateSession` or `POST /api/status/sessions`, goes on by `ChatMessage` or by `/api/chat` and
+//! `/v1/chat/completions` with its id in `X-Olol-Session`, and ends by `EndSession`, `DELETE`, or because nobody asked for it for long. What is kept is
 //! bounded, and lies in one file (`store`); a turn's last piece is passed on only when the turn is on the disk (`turn`).
 //!
 //! A session belongs to the key that made it. The file is not made before the first session, so who needs none has none; it
 //! is one process's: another one that finds it taken says so to whoever asks for sessions, and serves everything else.
 
+mod openai;
 mod record;
 mod shared;
 mod store;
@@ -30,7 +31,7 @@ use crate::state::State;
 pub use record::{Entry, Page, Session, Status};
 use shared::Shared;
 use store::{Running, Store};
-pub use turn::Turn;
+pub use turn::{Form, Turn};
 
 /// The header that names a session.
 pub const HEADER: HeaderName = HeaderName::from_static("x-olol-session");

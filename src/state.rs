@@ -1,4 +1,4 @@
-//! What several proxies share by way of a store, a Redis or a Valkey: drains, sessions, and what was used of limits.
+//! What several proxies share by way of a store, a Redis or a Valkey: drains, pins, sessions, limits, and what they do at bare servers.
 //!
 //! One task of a proxy keeps the connection and looks into the store twice a second. Whoever else asks it waits for no longer
 //! than `timeout-ms`; the first that waits in vain closes the way for all until that task has found the store again. While it is

@@ -39,8 +39,8 @@ async fn proxy(cluster: &Cluster, toml: &str) -> Olol {
 #[tokio::test]
 async fn a_store_that_one_may_not_use_is_told_and_used_when_one_may() {
     let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
-    let ada = |rules: &[&str]| [&["ACL", "SETUSER", "ada", "on", ">open-sesame"], rules].concat();
-    store.does(&ada(&["nocommands", "resetkeys", "resetchannels"])).await;
+    let ada = |rules: [&'static str; 3]| [&["ACL", "SETUSER", "ada", "on", ">open-sesame"], &rules[..]].concat();
+    store.does(&ada(["nocommands", "resetkeys", "resetchannels"])).await;
     let toml = store.toml_for(&format!("redis://ada:wrong-word@{}", store.address()));
     let wrong = proxy(&cluster, &toml).await;
     let toml = store.toml_for(&format!("redis://ada:open-sesame@{}", store.address()));
@@ -55,7 +55,7 @@ async fn a_store_that_one_may_not_use_is_told_and_used_when_one_may() {
         assert_eq!(shown(olol).await["state"], "degraded");
         works(olol, "a", 1).await;
     }
-    store.does(&ada(&["allcommands", "allkeys", "allchannels"])).await;
+    store.does(&ada(["allcommands", "allkeys", "allchannels"])).await;
     until("who may shares", || denied.shares()).await;
     assert!(!wrong.shares());
     works(&denied, "a", 2).await;

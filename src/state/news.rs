@@ -7,6 +7,7 @@ use futures_util::StreamExt;
 use olol_middleware::Cluster;
 use olol_middleware::rate_limit::Ledger;
 use redis::aio::PubSub;
+use tokio::time::MissedTickBehavior;
 
 use super::{CONNECT, State, running, turns};
 
@@ -17,6 +18,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 pub(super) async fn hear(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger>, me: String) {
     let mut elsewhere = running::Elsewhere::default();
     let mut look = tokio::time::interval(AGAIN);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut up = state.changes();
     while up.wait_for(|is_up| *is_up).await.is_ok() {
         if let Some(mut channel) = open(&state).await {

@@ -67,7 +67,9 @@ impl Store {
         let client = redis::Client::open(format!("redis://{address}")).unwrap();
         let mut store = client.get_multiplexed_async_connection().await.unwrap();
         let mut command = redis::cmd(words[0]);
-        words[1..].iter().for_each(|word| drop(command.arg(*word)));
+        for word in &words[1..] {
+            command.arg(*word);
+        }
         command.exec_async(&mut store).await.unwrap_or_else(|error| panic!("{words:?}: {error}"));
     }
 
@@ -115,7 +117,11 @@ impl Store {
         }
         let port = self.port.to_string();
         let is_tls = self.options.iter().any(|option| option == "--tls-cert-file");
-        command.args(if is_tls { &["--port", "0", "--tls-port", &port][..] } else { &["--port", &port] });
+        if is_tls {
+            command.args(["--port", "0", "--tls-port", &port]);
+        } else {
+            command.args(["--port", &port]);
+        }
         command
             .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
             .args(&self.options)
