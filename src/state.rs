@@ -237,7 +237,8 @@ impl State {
         instruments::state_failed();
         let mut health = self.0.health();
         health.error = error.to_string();
-        if health.refused.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
+        // One that never did what it was asked counts as away, which is told.
+        if self.is_up() && health.refused.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
             health.refused = Some(Instant::now());
             tracing::warn!(store = %self.0.config.url, %error, "the store that proxies share refuses something");
         }

@@ -45,7 +45,7 @@ async fn a_store_that_one_may_not_use_is_told_and_used_when_one_may() {
     let wrong = proxy(&cluster, &toml).await;
     let toml = store.toml_for(&format!("redis://ada:open-sesame@{}", store.address()));
     let denied = proxy(&cluster, &toml).await;
-    for (olol, why) in [(&wrong, "WRONGPASS"), (&denied, "NOPERM")] {
+    for (olol, why) in [(&wrong, "AUTHENTICATION"), (&denied, "NOPERM")] {
         patiently("the reason is told", async {
             while !shown(olol).await["reason"].as_str().unwrap().to_uppercase().contains(why) {
                 tokio::time::sleep(Duration::from_millis(10)).await;
