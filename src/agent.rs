@@ -38,7 +38,7 @@ use crate::rpc::{self, Face, SelfDescription};
 use crate::security::proof::Purpose;
 use crate::security::tls::{Acceptor, Connector};
 use crate::security::{Tokens, Trust};
-use crate::serve::{self, Answers, Peer};
+use crate::serve::{self, Answers, Bounds, Peer};
 use crate::sessions::{self, Sessions};
 use door::{Door, Doorkeeper};
 use join::Joining;
@@ -105,7 +105,8 @@ impl Agent {
         let name = if is_named { options.name } else { host() };
         // Several agents on one machine are told apart.
         let joins_as = if is_named { name.clone() } else { format!("{name}:{}", address.port()) };
-        let ollama = Ollama::new(ServerId::new(&name), options.ollama, CONNECT);
+        let ollama = Ollama::maybe_over_tls(ServerId::new(&name), options.ollama, None, CONNECT);
+        let ollama = ollama.map_err(std::io::Error::other)?;
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
         let stop = CancellationToken::new();
@@ -121,7 +122,7 @@ impl Agent {
         };
         let tokens = options.tokens.clone();
         let tells = Tells::new(move || {
-            let cluster = tokens.all().first().map(discovery::cluster).unwrap_or_default();
+            let cluster = discovery::clusters(&tokens.all());
             Badge { cluster, ..badge.clone() }
         });
         let instance = description.instance_id.clone();
@@ -183,7 +184,8 @@ impl Agent {
                 joining.spawn(dialling.clone().keep(proxy));
             }
         }
-        let running = tokio::spawn(serve::serve(listener, answers, options.tls, stop.clone(), options.grace));
+        let tls = options.tls.map(Acceptor::of_agent);
+        let running = tokio::spawn(serve::serve(listener, answers, tls, stop.clone(), options.grace));
         let grace = options.grace;
         Ok(Self { address, tells, stop, running, grace, watch: kept, joining, _watching: watching })
     }
@@ -258,6 +260,8 @@ struct Visit {
     tells: Tells,
 }
 
+/// What is said to who begins many proofs at once.
+const TOO_MANY: &str = "too many proofs are being made on this connection; one is enough";
 /// The time within which a caller must have shown that it is of the cluster: who has not only takes up room.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
@@ -265,6 +269,9 @@ impl Answers for Grpc {
     type Body = tonic::body::Body;
     type Service = Visit;
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
+    const BOUNDS: Bounds = Bounds::CLUSTER;
+    // There is nothing to ask of it in HTTP/1.
+    const LONGEST_HEAD: usize = 16 << 10;
 
     fn service(&self, peer: Peer) -> Visit {
         let door = Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call));
@@ -284,7 +291,10 @@ impl Service<Request<Incoming>> for Visit {
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if request.version() == http::Version::HTTP_2 {
             if Door::leads_to_proofs(request.uri().path()) {
-                return self.door.proofs().call(request);
+                return match self.door.proofs() {
+                    Some(mut proofs) => proofs.call(request),
+                    None => Box::pin(std::future::ready(Ok(Status::resource_exhausted(TOO_MANY).into_http()))),
+                };
             }
             return match self.door.refuses(request.headers()) {
                 None => self.inner.call(request),

@@ -5,6 +5,7 @@
 //! written as it is.
 
 mod body;
+mod counted;
 mod error;
 mod explain;
 mod forwarded;
@@ -29,6 +30,7 @@ use olol_middleware::call::Answer;
 use olol_middleware::{Call, Error, Head, Payload, Reply, RequestId, Route, Scope, Shared, Stack};
 
 pub use body::{HttpBody, Room};
+pub use counted::{Holds, counted};
 #[cfg(feature = "engine")]
 pub(crate) use error::body as error_body;
 pub use forwarded::{Network, Trusted};
@@ -168,7 +170,8 @@ impl Api {
             Err(error) => Err(error),
         };
         let mut answer = match whole {
-            Ok((payload, mut taken)) => {
+            Ok((mut payload, mut taken)) => {
+                request::put_together(&mut head, &mut payload);
                 request::look(&mut head, &payload);
                 let answer = if self.may_be_a_turn(&head) {
                     Box::pin(self.take_turn(&mut head, payload, &mut taken)).await
@@ -185,6 +188,11 @@ impl Api {
 
     fn send(&self, head: Arc<Head>, payload: Payload) -> Answer {
         self.stack.load().send(Call::new(head, payload, self.shared.cluster.snapshot().all()))
+    }
+
+    /// The memory for bodies of clients.
+    pub fn room(&self) -> &Arc<Room> {
+        &self.room
     }
 
     /// Where a request comes from that a peer has brought.

@@ -28,6 +28,7 @@ use crate::discovery;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::proxy::Proxy;
 use crate::reload::Trigger;
+use crate::security::certs as made;
 
 /// Many Ollama servers behind one address that behaves exactly like one.
 #[derive(Debug, Parser)]
@@ -222,12 +223,17 @@ fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Anno
         .ok()
 }
 
-/// An Ollama, or a proxy, at a host and a port.
+/// An Ollama, or a proxy, at a host and a port; `https://` may stand before the host.
 fn ollama_at(host: &str, port: u16) -> anyhow::Result<Ollama> {
     let is_bare_v6 = host.contains(':') && !host.starts_with('[') && !host.contains("://");
     let address = if is_bare_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-    let endpoint = Endpoint::parse(&address, port)?;
-    Ok(Ollama::new(ServerId::new(&address), endpoint, Duration::from_secs(5)))
+    reach(&address, Endpoint::parse(&address, port)?)
+}
+
+/// An Ollama, or a proxy. Over TLS its certificate may be of the CA in the user's folder, too: that of the cluster.
+fn reach(name: &str, endpoint: Endpoint) -> anyhow::Result<Ollama> {
+    let ca = made::folder().map(|folder| folder.join("ca.pem")).filter(|file| file.is_file());
+    Ok(Ollama::maybe_over_tls(ServerId::new(name), endpoint, ca.as_deref(), Duration::from_secs(5))?)
 }
 
 /// Sends a call to it, which may be answered in whichever way.

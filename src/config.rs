@@ -10,6 +10,7 @@ mod source;
 mod tests;
 mod words;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -115,6 +116,8 @@ pub struct Config {
     pub stack: stack::Table,
     /// How one of the candidates is picked.
     pub pick: olol_middleware::pick::Config,
+    /// When a server that fails calls is degraded, and when down.
+    pub judge: olol_middleware::judge::Config,
     /// The `trace` layer.
     pub trace: olol_middleware::trace::Config,
     /// The `metrics` layer.
@@ -210,8 +213,7 @@ impl Config {
         self.checked_origins()?;
         self.resolved_address()?;
         self.checked_layers()?;
-        self.checked_models()?;
-        self.checked_rules()
+        self.checked_models()
     }
 
     fn checked_layers(&self) -> Result<(), Wrong> {
@@ -227,7 +229,9 @@ impl Config {
             let key = at.map_or(Key::of(["distribute", "policy"]), |at| Key::of(["distribute", "rules"]).at(at));
             Wrong { key, what: what.to_owned() }
         };
-        self.distribute.check().map_err(distribute)
+        self.distribute.check().map_err(distribute)?;
+        let judge = self.judge.fault();
+        judge.map_or(Ok(()), |(key, what)| Err(Wrong { key: Key::of(["judge", key]), what }))
     }
 
     fn checked_models(&self) -> Result<(), Wrong> {
@@ -238,24 +242,6 @@ impl Config {
         wake.map_or(Ok(()), |(server, what)| {
             Err(Wrong { key: Key::of(["wake", "servers", server]), what: what.to_owned() })
         })
-    }
-
-    /// Rules name servers that there are.
-    fn checked_rules(&self) -> Result<(), Wrong> {
-        let Some((key, server)) = self.strangers().into_iter().find(|(_, server)| server.is_plain()) else {
-            return Ok(());
-        };
-        let Listed { servers, names } = self.resolved_servers()?;
-        if !names.is_empty() || self.discovery.looks() {
-            // It may be one of those that the names will lead to, or that will be found.
-            return Ok(());
-        }
-        let names: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
-        let hint = match words::nearest(server.as_str(), &names) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("the servers are {}", names.join(", ")),
-        };
-        Err(Wrong { key, what: format!("there is no server `{server}`; {hint}") })
     }
 
     /// The servers that rules name and nobody is, with their places. None while nobody has said who there is.
@@ -279,13 +265,22 @@ impl Config {
         named
     }
 
-    /// What is strange, but may be meant so.
+    /// What is strange, but may be meant so: rules that name servers which nobody is now. Who dials in, or is found, may be
+    /// one of them later.
     pub fn oddities(&self) -> Vec<String> {
+        let servers = self.resolved_servers().map(|listed| listed.servers).unwrap_or_default();
+        let known: Vec<&str> = servers.iter().map(|server| server.id.as_str()).collect();
         let strangers = self.strangers().into_iter().chain(self.absent());
-        strangers.map(|(key, server)| format!("{key}: no server fits `{server}`")).collect()
+        let told = |(key, server): (Key, Pattern)| {
+            let near = words::nearest(server.as_str(), &known).filter(|_| server.is_plain());
+            let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
+            format!("{key}: no server fits `{server}` now{hint}")
+        };
+        strangers.map(told).collect()
     }
 
-    /// The servers that models are wanted on, or that can be woken, and that nobody is. They may join later.
+    /// The servers that models are wanted on, that have slots, a CA or credentials, or that can be woken, and that nobody is. They
+    /// may join later.
     fn absent(&self) -> Vec<(Key, Pattern)> {
         let Ok(Listed { servers, names }) = self.resolved_servers() else { return Vec::new() };
         if !names.is_empty() {
@@ -296,8 +291,18 @@ impl Config {
             let key = |number| Key::of(["models"]).at(at).child("servers").at(number);
             named.extend(wanted.servers.iter().enumerate().map(|(number, server)| (key(number), server.clone())));
         }
+        for (at, rule) in self.pick.slots.iter().enumerate() {
+            let key = |number| Key::of(["pick", "slots"]).at(at).child("servers").at(number);
+            named.extend(rule.servers.iter().enumerate().map(|(number, server)| (key(number), server.clone())));
+        }
         let sleepers = self.wake.servers.keys().filter_map(|name| Some((name, Pattern::parse(name).ok()?)));
         named.extend(sleepers.map(|(name, server)| (Key::of(["wake", "servers", name]), server)));
+        let files = |table, key, files: &BTreeMap<Pattern, PathBuf>| {
+            let named = |server: &Pattern| (Key::of([table, key, &server.to_string()]), server.clone());
+            files.keys().map(named).collect::<Vec<_>>()
+        };
+        named.extend(files("tls", "server-ca", &self.tls.server_ca));
+        named.extend(files("pool", "credentials", &self.pool.credentials));
         named.retain(|(_, server)| !servers.iter().any(|other| server.matches(other.id.as_str())));
         named
     }
@@ -396,6 +401,7 @@ impl Config {
         stack::Config {
             stack: self.stack.clone(),
             pick: self.pick.clone(),
+            judge: self.judge.clone(),
             trace: self.trace.clone(),
             metrics: self.metrics.clone(),
             auth: self.auth.clone(),

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::ollama::EndpointError;
 use crate::pool::{Pool, ServerSpec, Way};
 
+pub(crate) use badge::clusters;
 pub use badge::{Badge, HEADER as BADGE, Tells, cluster};
 pub use dns::{NameServer, NameSpec, Names};
 pub use finder::{Finder, Stranger};

@@ -270,7 +270,7 @@ impl Secret {
 }
 
 /// Reads the text of a file.
-fn parse(text: &str, path: &Path) -> Result<Vec<(Digest, Key)>, KeysError> {
+pub(crate) fn parse(text: &str, path: &Path) -> Result<Vec<(Digest, Key)>, KeysError> {
     let wrong = |line, message| KeysError::Syntax { path: path.to_owned(), line, message };
     let file: Text = toml::from_str(text).map_err(|error| {
         let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);

@@ -32,6 +32,8 @@ pub mod discovery;
 pub mod engine;
 pub mod keys;
 pub mod models;
+#[cfg(test)]
+mod noise;
 pub mod ollama;
 pub mod pool;
 pub mod proxy;

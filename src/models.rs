@@ -31,7 +31,7 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use olol_middleware::call::Body;
-use olol_middleware::cluster::{Cluster, Model};
+use olol_middleware::cluster::{Cluster, Model, Variant};
 use olol_middleware::instruments::{Arrival, arrived};
 use olol_middleware::units::Whole;
 use olol_middleware::{ModelName, Reply, Server, ServerId};
@@ -122,12 +122,37 @@ pub enum BringError {
         /// Bytes that are free.
         free: u64,
     },
+    /// Its Ollama says that its disk is full.
+    #[error("no room: {0}")]
+    NoSpace(String),
     /// It could not be copied.
     #[error("{0}")]
     Copy(String),
     /// Ollama's own words, or those of the way there.
     #[error("{0}")]
     Pull(String),
+}
+
+/// What systems call a disk that is full, in the words that Ollama passes on: it ends a pull at once then
+/// (`server/download.go`), and tells the error of its system. Of a bare Ollama this is all that is ever known of its disk.
+const FULL: [&str; 3] = ["no space left on device", "not enough space on the disk", "disk quota exceeded"];
+
+/// Whether an error of an Ollama tells that its disk is full.
+fn tells_of_full_disk(why: &str) -> bool {
+    let why = why.to_ascii_lowercase();
+    FULL.iter().any(|words| why.contains(words))
+}
+
+impl BringError {
+    /// What an Ollama says of a pull that it has ended.
+    fn of_pull(why: String) -> Self {
+        if tells_of_full_disk(&why) { Self::NoSpace(why) } else { Self::Pull(why) }
+    }
+
+    /// Whether the server has no room, so that it is no fault of anybody's.
+    fn is_full(&self) -> bool {
+        matches!(self, Self::Full { .. } | Self::NoSpace(_))
+    }
 }
 
 /// A model on one server's disk.
@@ -199,7 +224,7 @@ impl Models {
             return Err(BringError::Pull(format!("'{model}' is no name of a model")));
         };
         let holders = self.holders(&name);
-        if let Some((held, sources)) = most_held(&holders) {
+        if let Some((held, sources)) = most_held(&holders, snapshot.known(&name).and_then(|known| known.usual())) {
             if holders.iter().any(|(holder, held_there)| holder.id == *to && held_there.digest == held.digest) {
                 return Ok(Brought::Here);
             }
@@ -212,6 +237,8 @@ impl Models {
                         self.has_now(server, &name);
                         return Ok(Brought::Copied);
                     }
+                    // The registry's would have no more room.
+                    Err(error) if error.is_full() => return Err(error),
                     Err(error) => {
                         arrived(Arrival::CopyFailed);
                         tracing::warn!(model, server = %to, %error, "no copy: the registry is asked");
@@ -295,6 +322,9 @@ impl Models {
                     }
                     Ok(None) if is_done => return Ok(()),
                     Ok(None) => return Err(BringError::Copy("the agent ended without success".to_owned())),
+                    Err(status) if tells_of_full_disk(status.message()) => {
+                        return Err(BringError::NoSpace(status.message().to_owned()));
+                    }
                     Err(status) => return Err(BringError::Copy(status.message().to_owned())),
                 },
                 Some(piece) = wants.next() => {
@@ -317,7 +347,7 @@ impl Models {
             let status = reply.status.as_u16();
             let body = reply.body.collect(LONGEST).await.map_err(failed)?;
             let line = Line::all(&body).next().unwrap_or_default();
-            return Err(BringError::Pull(line.error.unwrap_or_else(|| format!("status {status}"))));
+            return Err(BringError::of_pull(line.error.unwrap_or_else(|| format!("status {status}"))));
         }
         let mut body: Body = reply.body;
         let mut room = Room::of(server, self.config().margin());
@@ -325,7 +355,7 @@ impl Models {
         while let Some(chunk) = body.next().await {
             for line in Line::all(&chunk.map_err(failed)?.bytes) {
                 if let Some(why) = line.error {
-                    return Err(BringError::Pull(why));
+                    return Err(BringError::of_pull(why));
                 }
                 is_done |= line.status == "success";
                 room.sees(&line)?;
@@ -368,10 +398,10 @@ fn shares(server: &Server) -> bool {
     server.vitals.load().as_ref().is_some_and(|vitals| !vitals.hides_models)
 }
 
-/// The model that most of them have, and those of them who give it away.
-fn most_held(holders: &[Holder]) -> Option<(Held, Vec<Holder>)> {
-    let count = |digest: &str| holders.iter().filter(|(_, held)| held.digest == digest).count();
-    let most = holders.iter().map(|(_, held)| held).max_by_key(|held| count(&held.digest))?;
+/// The model that is meant by its name, and those of them who give it away.
+fn most_held(holders: &[Holder], usual: Option<&Variant>) -> Option<(Held, Vec<Holder>)> {
+    let usual = usual?.digest();
+    let most = holders.iter().map(|(_, held)| held).find(|held| held.digest == usual)?;
     let same =
         holders.iter().filter(|(server, held)| held.digest == most.digest && server.is_reachable() && shares(server));
     Some((most.clone(), same.cloned().collect()))

@@ -6,11 +6,13 @@
 mod connection;
 mod counters;
 mod exchange;
+mod few;
 mod host;
 mod lines;
 mod state;
 mod weights;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,9 +26,13 @@ use olol_middleware::{Error, Payload, Phase, Reply, ServerId};
 pub use connection::{Endpoint, EndpointError};
 pub(crate) use lines::lines_of;
 pub use state::StateError;
-pub(crate) use state::{Heard, IN_MEMORY, ON_DISK, every_on_disk, in_memory, on_disk};
+pub(crate) use state::{
+    Heard, IN_MEMORY, MOST_CAPABILITIES, MOST_MODELS, MOST_SIZE, ON_DISK, every_on_disk, in_memory, on_disk,
+};
 pub(crate) use weights::{Lore, parameters};
 
+use crate::pool::credentials::Shown;
+use crate::security::tls::{Connector, TlsError};
 use connection::{Link, Links};
 use exchange::Outgoing;
 use weights::Weights;
@@ -106,27 +112,57 @@ struct Inner {
     id: ServerId,
     links: Links,
     host: HeaderValue,
+    /// What it is shown where a call shows it nothing.
+    shown: Option<Shown>,
     weights: Arc<Weights>,
+}
+
+/// How an Ollama is met that is not on this machine.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Means {
+    /// Whom to trust, where it is reached over TLS.
+    pub(crate) tls: Option<Connector>,
+    /// What it is shown by calls that show nothing themselves.
+    pub(crate) shown: Option<Shown>,
 }
 
 impl Ollama {
     /// An Ollama at an address. Connects when it is first asked.
     pub fn new(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Self {
-        Self::with_lore(id, endpoint, connect_timeout, Lore::default())
+        Self::with(id, endpoint, Means::default(), connect_timeout, Lore::default())
     }
 
-    /// The same of one of several, which share what they have learnt about models.
-    pub(crate) fn with_lore(id: ServerId, endpoint: Endpoint, connect_timeout: Duration, lore: Lore) -> Self {
+    /// The same, where `https://` may stand before its address: then it must have a certificate of a CA that the system trusts,
+    /// or of one in this file.
+    pub fn maybe_over_tls(
+        id: ServerId,
+        endpoint: Endpoint,
+        ca: Option<&Path>,
+        connect_timeout: Duration,
+    ) -> Result<Self, TlsError> {
+        let tls = if endpoint.is_tls() { Some(Connector::of_system(ca)?) } else { None };
+        Ok(Self::with(id, endpoint, Means { tls, shown: None }, connect_timeout, Lore::default()))
+    }
+
+    /// One of several, which share what they have learnt about models.
+    pub(crate) fn with(id: ServerId, endpoint: Endpoint, means: Means, connect_timeout: Duration, lore: Lore) -> Self {
         let host = endpoint.host_header();
         let weights = Arc::new(Weights::new(lore));
-        Self(Arc::new(Inner { id, links: Links::new(endpoint, connect_timeout), host, weights }))
+        let Means { tls, shown } = means;
+        Self(Arc::new(Inner { id, links: Links::new(endpoint, tls, connect_timeout), host, shown, weights }))
+    }
+
+    /// Whether it is shown credentials whoever asks.
+    pub(crate) fn has_credentials(&self) -> bool {
+        self.0.shown.is_some()
     }
 
     /// The same Ollama over a connection of its own that takes little room: for who asks for its state now and then, and
     /// keeps the connection.
     pub(crate) fn aside(&self) -> Self {
-        let Inner { id, links, host, weights } = &*self.0;
-        Self(Arc::new(Inner { id: id.clone(), links: links.small(), host: host.clone(), weights: weights.clone() }))
+        let Inner { id, links, host, shown, weights } = &*self.0;
+        let (id, host, shown, weights) = (id.clone(), host.clone(), shown.clone(), weights.clone());
+        Self(Arc::new(Inner { id, links: links.small(), host, shown, weights }))
     }
 
     /// Its name.
@@ -187,6 +223,11 @@ impl Ollama {
             headers.remove(header::ORIGIN);
         }
         headers.insert(header::HOST, self.0.host.clone());
+        if let Some(shown) = &self.0.shown
+            && !headers.contains_key(header::AUTHORIZATION)
+        {
+            headers.insert(header::AUTHORIZATION, shown.header());
+        }
         let length = payload.length();
         let said = |headers: &HeaderMap| headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse::<u64>().ok();
         if has_length && (length.is_none() || said(&headers) != length) {

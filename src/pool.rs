@@ -3,6 +3,7 @@
 //! This is where a [`Call`] leaves the process. The pool also keeps the cluster's knowledge true (`health`), and keeps a
 //! load alive when the client that caused it has gone (`linger`).
 
+pub mod credentials;
 mod grpc;
 mod health;
 mod linger;
@@ -11,8 +12,9 @@ mod news;
 mod peers;
 mod told;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{self, Poll};
 use std::time::Duration;
@@ -24,17 +26,18 @@ use http::header;
 use olol_middleware::affinity::Turn;
 use olol_middleware::call::{Answer, Edits};
 use olol_middleware::cluster::{Member, Source};
+use olol_middleware::instruments;
 use olol_middleware::keys;
 use olol_middleware::pick::Fleet;
 use olol_middleware::units::{Seconds, SomeMs};
-use olol_middleware::{Call, Cluster, Error, Payload, Phase, Reply, Server, ServerId};
+use olol_middleware::{Call, Cluster, Error, Pattern, Payload, Phase, Reply, Server, ServerId};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::Service;
 
 use crate::discovery::Stranger;
-use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Ollama};
+use crate::ollama::{Ask, Endpoint, EndpointError, HOP, Lore, Means, Ollama, strip_hop_by_hop};
 use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
@@ -66,6 +69,8 @@ pub struct Config {
     pub load_linger_s: Seconds,
     /// Loads without a client that may go on at one server at the same time.
     pub load_linger_max: u32,
+    /// Files with what Ollamas without an agent are shown as `Authorization`, by the names of the servers.
+    pub credentials: BTreeMap<Pattern, PathBuf>,
 }
 
 impl Default for Config {
@@ -77,6 +82,7 @@ impl Default for Config {
             check_failures: NonZeroU32::MIN.saturating_add(1),
             load_linger_s: Seconds::new(600),
             load_linger_max: 4,
+            credentials: BTreeMap::new(),
         }
     }
 }
@@ -107,7 +113,7 @@ pub struct ServerSpec {
 
 impl ServerSpec {
     /// Reads `[NAME@]host:port[=WEIGHT]` (an agent; with `tls://` before the host over TLS alone, with `grpc://` without) or
-    /// `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama).
+    /// `[NAME@]http://host:port[=WEIGHT]` (a bare Ollama; with `https://` over TLS).
     pub fn parse(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim();
         let (rest, weight) = Self::weight(text, text)?;
@@ -132,7 +138,7 @@ impl ServerSpec {
             Way::Agent(Endpoint::parse(address, AGENT_PORT)?)
         };
         let shown = match &way {
-            Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.to_string(),
+            Way::Agent(endpoint) | Way::Ollama(endpoint) => endpoint.authority(),
             Way::Joined(lobby) => lobby.address().to_string(),
         };
         Ok(Self { id: ServerId::new(name.unwrap_or(&shown)), way, wire, weight })
@@ -200,7 +206,11 @@ impl Backend {
                 Self::Agent(Arc::new(grpc::Agent::new(id, &reach, trust, hop)))
             }
             Way::Ollama(_) if source.is_discovered() => Self::Stranger(id),
-            Way::Ollama(endpoint) => Self::Ollama(Ollama::with_lore(id, endpoint.clone(), connect, lore.clone())),
+            Way::Ollama(endpoint) => {
+                let tls = if endpoint.is_tls() { trust.web.to(&id) } else { None };
+                let means = Means { tls, shown: trust.credentials.of(&id) };
+                Self::Ollama(Ollama::with(id, endpoint.clone(), means, connect, lore.clone()))
+            }
         }
     }
 
@@ -210,6 +220,11 @@ impl Backend {
             Self::Agent(agent) => agent.id(),
             Self::Stranger(id) => id,
         }
+    }
+
+    /// Whether it is shown credentials that are its own, whoever asks.
+    fn has_credentials(&self) -> bool {
+        matches!(self, Self::Ollama(ollama) if ollama.has_credentials())
     }
 
     /// Sends a call and returns when the head of the answer is there.
@@ -444,6 +459,7 @@ impl Pool {
             if watches {
                 tracing::info!(server = %spec.id, source = source.as_str(), "a server has joined");
             }
+            instruments::member_changed(source, true);
             let inner = &self.0;
             let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
             self.put(index, Some(&Arc::new(backend)));
@@ -458,6 +474,7 @@ impl Pool {
         self.0.cluster.leave(&ids);
         for member in members {
             tracing::info!(server = %member.spec.id, source = member.source.as_str(), "a server has left");
+            instruments::member_changed(member.source, false);
             self.put(member.index, None);
         }
     }
@@ -526,7 +543,7 @@ impl Service<Call> for One {
             Backend::Ollama(_) | Backend::Stranger(_) => Context::default(),
         };
         let loading = linger::loads(&call, self.index);
-        let answer = backend.ask(prepared(call, backend.id(), &self.pool.hop), context);
+        let answer = backend.ask(prepared(call, backend, &self.pool.hop), context);
         match loading {
             Some(model) => Box::pin(linger::Outliving::new(answer, model, backend.clone(), self.pool.linger.clone())),
             None => answer,
@@ -535,13 +552,17 @@ impl Service<Call> for One {
 }
 
 /// A call as its server gets it: with what its client may show there, and without what it has shown here.
-fn prepared(call: Call, server: &ServerId, hop: &HeaderValue) -> Ask {
+fn prepared(call: Call, backend: &Backend, hop: &HeaderValue) -> Ask {
     let mut headers = call.headers.clone();
+    // First: a client must not be able to name in `Connection` what is put in here, and so have it taken out again.
+    strip_hop_by_hop(&mut headers);
     headers.insert(HOP, hop.clone());
     keys::strip(&mut headers);
     headers.remove(token::HEADER);
-    if let Some(credentials) = call.key.get().and_then(|key| key.outbound(server)) {
+    if let Some(credentials) = call.key.get().and_then(|key| key.outbound(backend.id())) {
         headers.insert(header::AUTHORIZATION, credentials.clone());
+    } else if backend.has_credentials() {
+        headers.remove(header::AUTHORIZATION);
     }
     let mut ask = Ask {
         method: call.method.clone(),

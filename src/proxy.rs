@@ -24,7 +24,7 @@ use tower::Service;
 use tower_http::body::UnsyncBoxBody;
 use tower_http::catch_panic::CatchPanic;
 
-use crate::api::{Answering, Api, Gate, HttpBody, Own, Room, Trusted};
+use crate::api::{self, Answering, Api, Gate, HttpBody, Own, Room, Trusted};
 use crate::config::{Config, Source};
 use crate::discovery::join::{self, Guests};
 use crate::discovery::{Finder, Listed, Names};
@@ -32,12 +32,13 @@ use crate::keys;
 use crate::models::Models;
 use crate::models::desired::{self, Desired, Driver};
 use crate::models::wake::{Waker, Waking};
+use crate::pool::credentials::Credentials;
 use crate::pool::{Pool, Watching};
 use crate::reload::{Members, ReloadError, Reloaded, Reloader, Running, Trigger};
 use crate::rpc::{self, Face};
 use crate::scatter::Scatter;
-use crate::security::Trust;
-use crate::security::tls::{Acceptor, Connector};
+use crate::security::tls::{Acceptor, Connector, InUse, Web};
+use crate::security::{Tokens, Trust};
 use crate::serve::{self, Answers, Peer};
 use crate::sessions::Sessions;
 use crate::state::State;
@@ -90,8 +91,7 @@ impl Proxy {
         let trust = trust(config, &listed)?;
         let state = State::of(&config.state)?;
         // Without agents nobody needs to have the same token, and what is told goes by the store.
-        let has_no_token = state.is_some() && !listed.has_agents();
-        let key = trust.turn_key().filter(|_| !has_no_token).unwrap_or_default();
+        let has_no_token = state.is_some() && !listed.has_agents() && !trust.is_token_given;
         let pool = Pool::new(&listed.servers, &config.pool, &hop, &trust);
         let names = Arc::new(Names::start(pool.clone(), &config.discovery)?);
         let is_usual = config.looks_for_usual();
@@ -117,11 +117,15 @@ impl Proxy {
             state: state.clone(),
             desired: desired.clone(),
             models: Models::new(pool.clone(), running.clone()),
+            tls: InUse { acceptor: tls.clone(), connector: trust.tls.clone(), web: trust.web.clone() },
         };
         let shared = Shared::new(cluster.clone());
-        shared.affinity.set_key(key);
         let (tell_agents, telling) = pool.tell_agents();
         shared.affinity.tell_agents_by(tell_agents);
+        let mut keying = JoinSet::new();
+        if !has_no_token {
+            keying.spawn(follow_token(trust.clone(), shared.clone()));
+        }
         let keys = keys(config, &shared)?;
         let sharing = state
             .as_ref()
@@ -170,7 +174,7 @@ impl Proxy {
             stop,
             running,
             _watching: watching,
-            _tasks: [upkeep, keys, tasks, telling].into_iter().chain(sharing.into_iter().flatten()).collect(),
+            _tasks: [upkeep, keys, tasks, telling, keying].into_iter().chain(sharing.into_iter().flatten()).collect(),
         })
     }
 
@@ -230,7 +234,26 @@ fn trust(config: &Config, listed: &Listed) -> anyhow::Result<Trust> {
         }
         tokens => Some(tokens?),
     };
-    Ok(Trust { tls: Connector::start(&config.tls)?, tokens, ..Trust::default() })
+    Ok(Trust {
+        tls: Connector::start(&config.tls)?,
+        web: Web::start(&config.tls)?,
+        credentials: Credentials::start(&config.pool.credentials).map_err(anyhow::Error::msg)?,
+        is_token_given: config.security.is_given(),
+        tokens,
+        ..Trust::default()
+    })
+}
+
+/// Keeps what proxies tell each other of conversations under the key that comes of the token, for ever.
+async fn follow_token(trust: Trust, shared: Shared) {
+    loop {
+        let changed = trust.tokens.as_ref().map(Tokens::changed);
+        shared.affinity.set_key(trust.turn_key().unwrap_or_default());
+        match changed {
+            Some(changed) => changed.await,
+            None => return,
+        }
+    }
 }
 
 /// The keys, followed from now on; also where nobody asks for them yet: a reload may bring `auth`.
@@ -330,7 +353,9 @@ impl Service<Request<Incoming>> for Visit {
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if Api::is_grpc(&request) {
             let client = self.edge.0.api.client(self.client, request.headers());
-            return Box::pin(self.edge.grpc(client).call(request).map_ok(|answer| answer.map(HttpBody::Grpc)));
+            let (request, holds) = api::counted(request, self.edge.0.api.room());
+            let answering = self.edge.grpc(client).call(request);
+            return Box::pin(answering.map_ok(|answer| holds.by(answer).map(HttpBody::Grpc)));
         }
         if request.uri().path() == join::PATH {
             let answer = self.edge.0.guests.answer(request, self.client, self.here, self.is_machine);

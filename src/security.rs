@@ -7,17 +7,23 @@
 //! | [`proof`] | proves to both ends of a connection that they know it |
 //! | [`tls`] | TLS, with certificates that may change |
 //! | [`certs`] | makes certificates |
+//! | `seldom` | keeps the log short that strangers could fill |
 
 pub mod certs;
 pub mod proof;
+mod seldom;
 pub mod tls;
 pub mod token;
 pub mod tokens;
 
 use std::path::PathBuf;
 
+use olol_middleware::{Pattern, ServerId};
 use serde::{Deserialize, Serialize};
 
+use crate::pool::credentials::Credentials;
+
+pub use seldom::Seldom;
 pub use token::{Token, TokenError};
 pub use tokens::Tokens;
 
@@ -41,6 +47,12 @@ pub struct Trust {
     pub insists: bool,
     /// What is proved to them, and they must prove; `None` where no server asks for one.
     pub tokens: Option<Tokens>,
+    /// Whether somebody has given the token, so that it is one and the same at all of the cluster.
+    pub is_token_given: bool,
+    /// How Ollamas at `https://` are reached.
+    pub web: tls::Web,
+    /// What Ollamas are shown.
+    pub credentials: Credentials,
 }
 
 /// Whether an agent is reached over TLS.
@@ -56,10 +68,12 @@ pub enum Wire {
 }
 
 impl Trust {
-    /// The key of what proxies tell each other of conversations, by way of the agents: it comes from the token, so that nobody
-    /// else can try guesses. Machines that know each other by certificates may have a token each, and talk over TLS alone.
+    /// The key of what proxies tell each other of conversations, by way of the agents or of a store: it comes from the token, so
+    /// that nobody else can try guesses. Machines that know each other by certificates may have made a token each, which would
+    /// keep them from understanding each other; there it counts only if somebody has given it. Without it nobody but machines
+    /// of the cluster hears what is told, since they talk over TLS alone.
     pub fn turn_key(&self) -> Option<u64> {
-        let tokens = self.tokens.as_ref().filter(|_| self.tls.is_none())?;
+        let tokens = self.tokens.as_ref().filter(|_| self.tls.is_none() || self.is_token_given)?;
         tokens.all().first().map(|token| token.number(b"olol turns"))
     }
 
@@ -71,14 +85,26 @@ impl Trust {
     }
 }
 
+/// What is meant for a server: under its very name, or else under a pattern that stands for several.
+pub(crate) fn meant_for<'a, T>(all: &'a [(Pattern, T)], server: &ServerId) -> Option<&'a T> {
+    let fits = |(pattern, _): &&(Pattern, T)| pattern.matches(server.as_str());
+    let named = all.iter().filter(|(pattern, _)| pattern.is_plain()).find(fits);
+    named.or_else(|| all.iter().find(fits)).map(|(_, meant)| meant)
+}
+
 impl Config {
+    /// Whether somebody has given the token, or named its file.
+    pub fn is_given(&self) -> bool {
+        self.token.is_some() || !self.token_file.as_os_str().is_empty()
+    }
+
     /// The token that the environment gives, else that of the file that is named, else that of the user's folder, which is
-    /// made if it is not there.
+    /// made if it is not there. Where a file has several it is the first.
     pub fn token(&self) -> Result<Token, TokenError> {
         match &self.token {
             Some(token) => Ok(token.clone()),
             None if self.token_file.as_os_str().is_empty() => token::of_folder(),
-            None => token::read(&self.token_file),
+            None => token::read(&self.token_file).map(token::first),
         }
     }
 

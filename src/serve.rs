@@ -1,7 +1,9 @@
 //! Takes connections, tells HTTP/1 from HTTP/2, and ends gracefully: what runs may finish, nothing new is taken.
 
+mod heads;
 mod paced;
 mod preamble;
+mod strangers;
 mod wire;
 
 use std::convert::Infallible;
@@ -20,8 +22,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use olol_middleware::BoxError;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio_util::either::Either;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tower::Service;
@@ -30,19 +31,35 @@ use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::security::tls::{Accepted, Acceptor};
 use paced::Paced;
 use preamble::Preamble;
+use strangers::Strangers;
 use wire::Brief;
 
 /// The longest head of a request, bytes: Go's limit and its tolerance.
 const LONGEST_HEAD: usize = (1 << 20) + 4096;
 /// Header lines that hyper takes without being told.
 const FEW_LINES: usize = 100;
+/// Time between two warnings that connections cannot be taken.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Silence after which a connection that has not yet asked anything is closed. One that has is kept for as long as its
 /// client is there, as Ollama does it.
 const IDLE: Duration = Duration::from_secs(600);
 /// Silence after which the kernel looks whether a client is still there, and again; Go's figure.
 const ALIVE: Duration = Duration::from_secs(15);
-/// Streams that one HTTP/2 connection may carry at the same time.
-const STREAMS: u32 = 16_384;
+/// How much one HTTP/2 connection may carry at the same time.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Streams.
+    pub streams: u32,
+    /// Bytes of all of them together that were sent and not yet read.
+    pub unread: u32,
+}
+
+impl Bounds {
+    /// For a proxy of the cluster, whose streams must not wait for each other.
+    pub const CLUSTER: Self = Self { streams: 16_384, unread: CONNECTION_WINDOW };
+    /// For anybody: streams times the window of a stream would be gigabytes.
+    pub const ANYBODY: Self = Self { streams: 4096, unread: 64 << 20 };
+}
 /// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -60,7 +77,7 @@ pub struct Peer {
 }
 
 /// A connection, with TLS or without.
-type Stream = Either<TcpStream, Box<Accepted>>;
+type Stream = Accepted;
 
 /// Answers requests.
 pub trait Answers: Clone + Send + 'static {
@@ -75,6 +92,11 @@ pub trait Answers: Clone + Send + 'static {
     /// The time within which a client must have asked something, and have become known; `None`: it may take its time, and
     /// need not.
     const INTRODUCTION: Option<Duration> = None;
+
+    /// The longest head of a request, bytes.
+    const LONGEST_HEAD: usize = LONGEST_HEAD;
+    /// How much one of its connections of HTTP/2 may carry.
+    const BOUNDS: Bounds = Bounds::ANYBODY;
 
     /// The service of the connection of a client.
     fn service(&self, peer: Peer) -> Self::Service;
@@ -109,6 +131,8 @@ pub async fn serve<A: Answers>(
     grace: Duration,
 ) -> bool {
     let (open, closing) = (TaskTracker::new(), Closing::default());
+    let strangers = Strangers::default();
+    let mut warned: Option<tokio::time::Instant> = None;
     loop {
         let (stream, client) = tokio::select! {
             () = stop.cancelled() => break,
@@ -116,12 +140,20 @@ pub async fn serve<A: Answers>(
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Too many open files, mostly: connections that end make room.
-                    tracing::warn!(%error, "a connection could not be taken");
+                    if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+                        warned = Some(tokio::time::Instant::now());
+                        tracing::warn!(%error, "a connection could not be taken");
+                    }
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             },
         };
+        let stranger = A::INTRODUCTION.map(|_| strangers.take(client.ip()));
+        if matches!(stranger, Some(None)) {
+            tracing::debug!(%client, "there are too many whom we do not know");
+            continue;
+        }
         let here = stream.local_addr().ok();
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
@@ -130,13 +162,13 @@ pub async fn serve<A: Answers>(
             let beginning = async {
                 let (stream, is_machine) = match &tls {
                     None => (Stream::Left(stream), false),
-                    Some(tls) => {
-                        // In a box: connections without TLS need no room for it.
-                        let (stream, is_machine) = Box::pin(tls.accept(stream)).await?;
-                        (Stream::Right(Box::new(stream)), is_machine)
-                    }
+                    // In a box: connections without TLS need no room for it.
+                    Some(tls) => Box::pin(tls.accept(stream)).await?,
                 };
-                Ok::<_, std::io::Error>((preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE)).await, is_machine))
+                Ok::<_, std::io::Error>((
+                    preamble::read(stream, A::INTRODUCTION.unwrap_or(IDLE), A::LONGEST_HEAD).await,
+                    is_machine,
+                ))
             };
             let begun = tokio::select! {
                 () = closing.signal.cancelled() => return,
@@ -154,7 +186,9 @@ pub async fn serve<A: Answers>(
                 None => connection.await,
                 Some(limit) => tokio::select! {
                     ended = &mut connection => ended,
-                    () = stays_unknown(limit, &is_known) => return tracing::debug!(%client, "nobody whom we know"),
+                    () = stays_unknown(limit, &is_known, stranger) => {
+                        return tracing::debug!(%client, "nobody whom we know");
+                    }
                 },
             };
             if let Err(error) = ended {
@@ -168,9 +202,10 @@ pub async fn serve<A: Answers>(
     tokio::time::timeout(grace, open.wait()).await.is_ok()
 }
 
-/// Ends after this time if the client is not known by then.
-pub(crate) async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
+/// Ends after this time if the client is not known by then; what it holds until then is let go.
+pub(crate) async fn stays_unknown<P>(limit: Duration, is_known: &AtomicBool, place: P) {
     tokio::time::sleep(limit).await;
+    drop(place);
     if is_known.load(Ordering::Relaxed) {
         std::future::pending::<()>().await;
     }
@@ -185,9 +220,9 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             Ok(())
         }
         Preamble::Http1(io, lines) => {
-            let (flag, line) = (io.brief(), io.line());
+            let (turn, line) = (io.turn(), io.line());
             let service = hyper::service::service_fn(move |request| {
-                let brief = Brief::begin(&flag, A::is_brief(&request));
+                let brief = Brief::begin(&turn, A::is_brief(&request));
                 let line = line.clone();
                 service.clone().call(request).map_ok(|answer| answer.map(|body| Paced::new(body, line, brief)))
             });
@@ -198,7 +233,7 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             }
             let connection = builder
                 .title_case_headers(true)
-                .max_buf_size(LONGEST_HEAD)
+                .max_buf_size(A::LONGEST_HEAD)
                 // A token is written as one piece: see `paced`.
                 .writev(false)
                 .serve_connection(TokioIo::new(io), service);
@@ -210,7 +245,7 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             let service = hyper::service::service_fn(move |request| service.clone().call(request));
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder.keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
-            let connection = with_room(&mut builder).serve_connection(TokioIo::new(io), service);
+            let connection = with_room(&mut builder, A::BOUNDS).serve_connection(TokioIo::new(io), service);
             // In a box: connections of HTTP/1 need no room for it.
             Box::pin(Gentle::new(connection, closing, http2::Connection::graceful_shutdown)).await
         }
@@ -233,7 +268,7 @@ where
     let service = hyper::service::service_fn(move |request| service.clone().call(request));
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder.keep_alive_interval(probe).keep_alive_timeout(probe);
-    let mut connection = std::pin::pin!(with_room(&mut builder).serve_connection(io, service));
+    let mut connection = std::pin::pin!(with_room(&mut builder, Bounds::CLUSTER).serve_connection(io, service));
     tokio::select! {
         ended = connection.as_mut() => return ended,
         () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
@@ -242,12 +277,12 @@ where
 }
 
 /// HTTP/2 whose streams do not wait for each other.
-fn with_room(builder: &mut http2::Builder<TokioExecutor>) -> &mut http2::Builder<TokioExecutor> {
+fn with_room(builder: &mut http2::Builder<TokioExecutor>, bounds: Bounds) -> &mut http2::Builder<TokioExecutor> {
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(STREAMS)
+        .initial_connection_window_size(bounds.unread)
+        .max_concurrent_streams(bounds.streams)
         .max_send_buf_size(64 << 10)
 }
 

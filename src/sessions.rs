@@ -7,6 +7,7 @@
 //! A session belongs to the key that made it. The file is not made before the first session, so who needs none has none; it
 //! is one process's: another one that finds it taken says so to whoever asks for sessions, and serves everything else.
 
+mod clock;
 mod openai;
 mod record;
 mod shared;
@@ -295,6 +296,8 @@ impl Sessions {
             first: 1,
             next: 1,
             generation: 0,
+            birth: fastrand::u64(..),
+            stamp: now,
         })
     }
 
@@ -315,12 +318,12 @@ impl Sessions {
 
     /// Some of the sessions that somebody may see, in the order of their names, from behind one of them on.
     pub async fn list(&self, visitor: &Visitor, after: &str, limit: usize) -> Result<Page, Error> {
-        let here = match self.opened().await? {
-            Some(store) => store.list(|session| visitor.sees(session), after, limit),
-            None => Page::default(),
+        let (here, now) = match self.opened().await? {
+            Some(store) => (store.list(|session| visitor.sees(session), after, limit), store.now()),
+            None => (Page::default(), unix_ms_now()),
         };
         let Some(shared) = &self.0.shared else { return Ok(here) };
-        let Ok((there, more)) = shared.list(visitor, after, limit).await else { return Ok(here) };
+        let Ok((there, more)) = shared.list(visitor, after, limit, now).await else { return Ok(here) };
         Ok(here.joined(there, more, limit))
     }
 
@@ -440,5 +443,5 @@ fn resolve(store: &Store, visitor: &Visitor, id: &str) -> Result<(Arc<Session>, 
         }
         found => found,
     };
-    found.filter(|(session, running)| running.is_busy() || !session.has_expired(unix_ms_now())).ok_or_else(not_found)
+    found.filter(|(session, running)| running.is_busy() || !session.has_expired(store.now())).ok_or_else(not_found)
 }

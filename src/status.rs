@@ -6,6 +6,7 @@ mod found;
 mod models;
 mod page;
 mod proxy;
+mod pulls;
 mod servers;
 mod sessions;
 mod time;
@@ -28,10 +29,12 @@ use crate::models::Models;
 use crate::models::desired::Desired;
 use crate::pool::Pool;
 use crate::reload::{Attempt, Running, State as Config};
+use crate::security::tls;
 use crate::sessions::Sessions;
 use time::rfc3339;
 
 pub use page::{Detail, Page, Wanted};
+use pulls::Pulls;
 
 /// Versions of servers that are told apart.
 const VERSIONS: usize = 16;
@@ -61,6 +64,8 @@ pub struct About {
     pub desired: Desired,
     /// What brings models to servers.
     pub models: Models,
+    /// Its certificates.
+    pub tls: tls::InUse,
 }
 
 /// The summary below the key `olol`: small, and made of what is in memory.
@@ -76,10 +81,15 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
         json!({
             "stack": running.layers(),
             "config": config(&running, about),
+            "tls": {
+                "clients": about.tls.acceptor.is_some(),
+                "agents": about.tls.connector.is_some(),
+                "faults": about.tls.faults(),
+            },
             "servers": {
                 "total": servers.len(),
-                // Those that are degraded answer, too.
-                "up": servers.iter().filter(|server| server.state == State::Up).count(),
+                // Those that are degraded or being drained answer, too.
+                "up": servers.iter().filter(|server| servers::is_online(server)).count(),
                 "degraded": in_condition(Condition::Degraded),
                 "draining": in_condition(Condition::Draining),
                 "down": in_condition(Condition::Down),
@@ -93,7 +103,7 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             "queued": shared.queue.len(),
             "clients": shared.clients.len(),
             "sessions": about.sessions.counts().0,
-            "registry": registry(snapshot),
+            "registry": registry(snapshot, about),
             "load_balancer": proxy::balancing(&running.config),
             "health_check": proxy::checking(&running.config),
             "details": Detail::ALL.map(|detail| format!("/api/status?detail={}", detail.as_str())),
@@ -122,7 +132,7 @@ fn identity(about: &About) -> Value {
 }
 
 /// What is known of the models as a whole.
-fn registry(snapshot: &Snapshot) -> Value {
+fn registry(snapshot: &Snapshot, about: &About) -> Value {
     let servers = &snapshot.servers;
     let mut versions: BTreeMap<&str, usize> = BTreeMap::new();
     for server in servers.iter().filter(|server| !server.report.version.is_empty()) {
@@ -130,13 +140,12 @@ fn registry(snapshot: &Snapshot) -> Value {
     }
     let lowest = versions.keys().min_by_key(|version| in_order(version)).copied();
     let updated = servers.iter().filter_map(|server| server.meters.health.last_good()).max();
-    let pulls = |server: &Arc<olol_middleware::Server>| {
-        server.vitals.load().as_ref().map_or(0, |vitals| vitals.pending_pulls.len())
-    };
+    let (pulls, first) = Pulls::of(about.models.under_way()).all(snapshot);
     json!({
         "total_models": snapshot.models.len(),
         "last_updated": updated.map(rfc3339),
-        "pending_pulls": servers.iter().map(pulls).sum::<usize>(),
+        "pending_pulls": first,
+        "pending_pulls_total": pulls,
         "version_info": {
             "lowest": lowest,
             "servers": versions.iter().take(VERSIONS).collect::<BTreeMap<_, _>>(),
@@ -180,7 +189,7 @@ pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
     }
     let why = [
         (count(&|server| server.state == State::Unknown), "not asked yet"),
-        (count(&|server| server.state == State::Down), "down"),
+        (count(&|server| server.state != State::Unknown && !servers::is_online(server)), "down"),
         (count(&|server| servers::is_online(server) && server.draining), "being drained"),
         (
             count(&|server| servers::is_online(server) && !server.draining && !server.is_usable()),
@@ -199,10 +208,11 @@ pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec
     let snapshot = shared.cluster.snapshot();
     let running = about.running.state();
     let config = &running.config;
+    let pulls = Pulls::of(about.models.under_way());
     match wanted.detail {
         Detail::Proxy => written(about, wanted, &[proxy::all(&snapshot, about)], 1, None),
         Detail::Servers => {
-            let (entries, has_more) = servers::page(&snapshot, wanted, config, &about.pool.specs());
+            let (entries, has_more) = servers::page(&snapshot, wanted, config, &about.pool.specs(), &pulls);
             let next = entries.last().filter(|_| has_more).map(|entry| entry.server);
             let found = wanted.after.is_none().then(|| found::all(&about.pool.strangers()));
             let page = Page { found, ..page_of(about, wanted, &entries, snapshot.servers.len(), next) };
@@ -211,8 +221,8 @@ pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec
         Detail::Models => {
             let standings = about.desired.standings();
             let absent = models::absent(&snapshot, &standings);
-            let (entries, has_more) =
-                models::page(&snapshot, wanted, &standings, &absent).map_err(|why| (StatusCode::BAD_REQUEST, why))?;
+            let (entries, has_more) = models::page(&snapshot, wanted, &standings, &absent, &pulls)
+                .map_err(|why| (StatusCode::BAD_REQUEST, why))?;
             let next = entries.last().filter(|_| has_more).map(|entry| entry.name);
             written(about, wanted, &entries, snapshot.models.len() + absent.len(), next)
         }
@@ -279,13 +289,14 @@ mod tests {
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
-            desired: Desired::open(running.clone(), None).unwrap(),
+            desired: Desired::open(running.clone(), None, false).unwrap(),
             running: running.clone(),
             pool: pool.clone(),
             guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),
             sessions: Sessions::new(crate::sessions::Config { dir: "/nowhere".into(), ..Default::default() }, "none"),
             state: None,
             models: Models::new(pool.clone(), running),
+            tls: tls::InUse::default(),
         };
         (Shared::new(pool.cluster().clone()), about)
     }

@@ -21,7 +21,7 @@ pub fn start(level: &str) -> anyhow::Result<()> {
         .with_env_filter(filter(level)?)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .map_event_format(Lines)
+        .map_event_format(|format| Lines(format.with_ansi(std::io::stderr().is_terminal())))
         .finish();
     // A test or an embedder may have set one before.
     let _ = tracing::subscriber::set_global_default(subscriber);
@@ -39,7 +39,9 @@ where
 {
     fn format_event(&self, context: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         if event.metadata().target() != ACCESS {
-            return self.0.format_event(context, out, event);
+            let mut line = String::new();
+            self.0.format_event(context, Writer::new(&mut line), event)?;
+            return write_line(&mut out, &line);
         }
         write_now(&mut out)?;
         out.write_str("  INFO ")?;
@@ -50,6 +52,20 @@ where
         fields.result?;
         out.write_char('\n')
     }
+}
+
+/// Writes what stands for one event so that no part of it can be taken for another: errors repeat what others have said, in
+/// as many lines as they like. What could change a terminal is made harmless by tracing-subscriber.
+fn write_line(out: &mut Writer<'_>, line: &str) -> fmt::Result {
+    let line = line.trim_end_matches('\n');
+    let mut rest = line;
+    while let Some(end) = rest.find(['\n', '\r']) {
+        out.write_str(&rest[..end])?;
+        rest = rest[end..].strip_prefix("\r\n").unwrap_or(&rest[end + 1..]);
+        out.write_str("\n    | ")?;
+    }
+    out.write_str(rest)?;
+    out.write_char('\n')
 }
 
 /// Writes fields as tracing-subscriber does.
@@ -141,5 +157,24 @@ pub fn raise_open_files() {
         {
             tracing::warn!(?limit, "the limit of open files could not be raised");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_writes_a_line_of_his_own_into_the_log() {
+        let written = |text: &str| {
+            let mut line = String::new();
+            write_line(&mut Writer::new(&mut line), text).unwrap();
+            line
+        };
+        assert_eq!(written("INFO all is well error=no\n"), "INFO all is well error=no\n");
+        assert_eq!(
+            written("WARN it fails error=no\n2026-01-01T00:00:00Z INFO fake\r\nmore\rand\n\n"),
+            "WARN it fails error=no\n    | 2026-01-01T00:00:00Z INFO fake\n    | more\n    | and\n"
+        );
     }
 }

@@ -6,8 +6,6 @@ mod harness;
 
 use harness::olol::{chat, chat_at_once, keep_alive, v1_chat};
 use harness::{Cluster, Connection, Olol, Request, Server, Way, answers};
-use olol::config::Config;
-use olol::proxy::Proxy;
 use serde_json::{Value, json};
 
 /// What every name here stands for.
@@ -205,16 +203,6 @@ async fn a_rule_may_weigh_servers_otherwise() {
     let olol = Olol::start(&cluster, rule).await;
     let _streams = running(&cluster, &olol, "tiny", 8).await;
     assert_eq!(work(&cluster), [6, 2]);
-}
-
-#[tokio::test]
-async fn a_rule_for_servers_that_there_are_not_is_refused_at_the_start() {
-    let mut config: Config = toml::from_str("[[alias.rules]]\nname = \"r\"\nservers = [\"gpu3\"]").unwrap();
-    config.proxy.port = 0;
-    config.discovery.mdns = false;
-    config.proxy.servers = vec!["gpu1@localhost:1".to_owned(), "attic@localhost:2".to_owned()];
-    let error = Proxy::start(&config).await.unwrap_err().to_string();
-    assert_eq!(error, "alias.rules[0].servers[0]: there is no server `gpu3`; did you mean `gpu1`?");
 }
 
 /// So many answers that have begun and will not end.

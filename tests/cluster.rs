@@ -195,6 +195,24 @@ async fn a_pull_that_fails_somewhere_says_where() {
 }
 
 #[tokio::test]
+async fn a_disk_that_is_full_is_left_out_where_it_need_not_fit_and_another_takes_its_place() {
+    for way in Way::BOTH {
+        for replicas in ["fits", "1"] {
+            let cluster = Cluster::of(3).await.over(way);
+            let full =
+                [json!({"status": "pulling manifest"}), json!({"error": "write /m/blobs/x: no space left on device"})];
+            for server in [0, 1] {
+                cluster.server(server).on("POST", "/api/pull", lines(&full));
+            }
+            let olol = Olol::start(&cluster, "").await;
+            let pulled = olol.ask(&pull("tiny").header("X-Olol-Replicas", replicas)).await;
+            assert_eq!(statuses(&pulled).last(), Some(&"success".into()), "{way:?} {replicas}: {}", pulled.text());
+            assert_eq!(having(&cluster, "tiny"), [false, false, true], "{way:?} {replicas}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_pull_that_a_server_refuses_says_which() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way);

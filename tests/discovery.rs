@@ -175,6 +175,28 @@ async fn one_that_vanishes_without_a_word_leaves() {
     until_told(&olol, "it leaves again", |servers, found| servers.is_empty() && found.is_empty()).await;
 }
 
+#[tokio::test]
+async fn one_that_comes_back_elsewhere_before_it_is_missed_gets_its_name_back() {
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    let port = mdns_port();
+    let ollama = format!("http://{}", cluster.server(0).address());
+    let mdns = port.to_string();
+    let arguments =
+        ["server", "--port", "0", "--ollama-host", &ollama, "--discovery", "--mdns-port", &mdns, "--name", "gpu1"];
+    let mut before = Process::start(&arguments).await;
+    let olol = listening(port, Vec::new(), "").await;
+    until_told(&olol, "it is found", |servers, _| servers == ["gpu1 up mdns"]).await;
+    let _now = Process::start(&arguments).await;
+    let (servers, _) = until_told(&olol, "both are there", |servers, _| {
+        servers.len() == 2 && servers.iter().all(|one| one.contains(" up "))
+    })
+    .await;
+    assert!(servers[0].starts_with("127.0.0.1:") && servers[1].starts_with("gpu1 "), "{servers:?}");
+    before.kill().await;
+    until_told(&olol, "the other has its name", |servers, _| servers == ["gpu1 up mdns"]).await;
+    assert_eq!(olol.chat("tiny", "hi").await.server(), "gpu1");
+}
+
 /// An address of loopback that nobody else uses, so that the usual ports are free there. Not every system has one.
 fn own_loopback() -> Option<Ipv4Addr> {
     let byte = || fastrand::u8(1..255);

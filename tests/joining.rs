@@ -77,6 +77,34 @@ async fn an_agent_that_dials_in_serves() {
 }
 
 #[tokio::test]
+async fn a_rule_may_name_an_agent_that_dials_in_later() {
+    let cluster = Cluster::of(2).await.all_have("tiny");
+    let rules = "[discovery]\nmdns = false\n[[alias.rules]]\nservers = [\"gpu1\"]\nmode = \"demand\"";
+    let olol = Olol::at(vec![format!("first@http://{}", cluster.server(0).address())], rules).await;
+    until("the first is known", || olol.state_of("first") == Some(State::Up)).await;
+    assert_eq!(olol.chat("tiny", "hi").await.status, 503, "who is demanded is not there yet");
+    let _agent = agent(&cluster, 1, "gpu1", &[olol.address()]).await;
+    is(&olol, "gpu1", State::Up).await;
+    assert_eq!(olol.chat("tiny", "hi").await.server(), "gpu1");
+    assert_eq!(cluster.server(0).work(), 0);
+}
+
+#[tokio::test]
+async fn many_agents_that_dial_in_at_once_are_all_taken() {
+    const MANY: usize = 40;
+    let cluster = Cluster::of(MANY).await;
+    let olol = proxy("").await;
+    let names: Vec<String> = (0..MANY).map(|at| format!("gpu{at}")).collect();
+    let proxies = [olol.address()];
+    let starting = names.iter().enumerate().map(|(at, name)| agent(&cluster, at, name, &proxies));
+    let agents = futures_util::future::join_all(starting).await;
+    for name in &names {
+        is(&olol, name, State::Up).await;
+    }
+    assert_eq!(agents.len(), olol.names().len());
+}
+
+#[tokio::test]
 async fn an_agent_with_another_token_is_refused_and_said_to_be() {
     let cluster = Cluster::of(1).await.all_have("tiny");
     let olol = proxy("").await;

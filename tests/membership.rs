@@ -10,12 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use harness::olol::chat;
-use harness::{Cluster, Ending, Gate, Olol, Process, Request, Way, until};
+use harness::{Ca, Cluster, Ending, Gate, Olol, Process, Request, Way, until};
 use hickory_resolver::proto::op::{Message, OpCode, ResponseCode};
 use hickory_resolver::proto::rr::rdata::SRV;
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
 use olol::agent::{Agent, Options};
 use olol::ollama::Endpoint;
+use olol::security::tls::Clients;
+use olol_middleware::cluster::State;
 use serde_json::{Value, json};
 use tokio::net::UdpSocket;
 use tokio_util::task::AbortOnDropHandle;
@@ -221,6 +223,31 @@ async fn servers_come_and_go_with_the_addresses_of_a_name() {
     zone.answers.store(true, Ordering::Relaxed);
     until("all have left", || olol.names().is_empty()).await;
     assert_eq!(olol.chat("tiny", "hi").await.status, 503);
+}
+
+#[tokio::test]
+async fn agents_behind_a_name_are_reached_over_tls_and_known_by_their_addresses() {
+    let (ca, cluster) = (Ca::new(), Cluster::of(1).await.all_have("tiny"));
+    // The first has a certificate for its address, the second one for another.
+    ca.issue("right", &["127.0.0.24"], false);
+    ca.issue("wrong", &["127.0.0.1"], false);
+    let mut port = 0;
+    let mut agents = Vec::new();
+    for (ip, name) in [([127, 0, 0, 24], "right"), ([127, 0, 0, 25], "wrong")] {
+        let ollama = Endpoint::parse(&cluster.server(0).address().to_string(), 0).unwrap();
+        let listen = SocketAddr::new(Ipv4Addr::from(ip).into(), port);
+        let base = Options { listen, ..harness::cluster::options(ollama) };
+        agents.push(Agent::start(ca.dress(name, Clients::Optional, base)).await.unwrap());
+        port = agents[0].address().port();
+    }
+    let zone = Zone::start().await;
+    zone.has("gpus.lab", RecordType::A, vec![a([127, 0, 0, 24]), a([127, 0, 0, 25])]);
+    let toml = format!("{}{}[pool]\ncheck-failures = 1\n", zone.toml(), ca.toml());
+    let olol = Olol::at(vec![format!("dns://gpus.lab:{port}")], &toml).await;
+    let named = |end: u8| format!("127.0.0.{end}:{port}");
+    until("the first is up", || olol.state_of(&named(24)) == Some(State::Up)).await;
+    until("the second is not", || olol.reason(&named(25)).contains("issue one with --host 127.0.0.25")).await;
+    assert_eq!(olol.chat("tiny", "hi").await.server(), named(24));
 }
 
 #[tokio::test]

@@ -168,7 +168,7 @@ async fn what_is_wrong_on_the_command_line_is_said_with_its_remedy() {
         (&["proxy", "--servers", "gpu1:99999"], 1, "'99999' is no port (1 to 65535)"),
         (&["proxy", "--servers", "a:1=0"], 1, "must be a whole number from 1 to 1000"),
         (&["proxy", "--servers", "a:1,a:1"], 1, "stands twice"),
-        (&["proxy", "--servers", "https://a"], 1, "plain HTTP"),
+        (&["proxy", "--servers", "https://a/path"], 1, "remove the path"),
         (&["proxy", "--servers", "::1:50051"], 1, "in brackets"),
         (&["proxy", "--host", "no such host"], 1, "cannot listen on 'no such host'"),
         (&["proxy", "--config", "/nowhere/olol.toml"], 1, "cannot read /nowhere/olol.toml"),

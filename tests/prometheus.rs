@@ -25,8 +25,15 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 /// Panels that cannot have data here, each with the reason.
-const WITHOUT_DATA: [(&str, &str); 2] =
-    [("olol/Servers that were woken", "no server is asleep here"), ("olol/Agents that dial in", "no agent is here")];
+const WITHOUT_DATA: [(&str, &str); 7] = [
+    ("olol/Servers that were woken", "no server is asleep here"),
+    ("olol/Agents that dial in", "no agent is here"),
+    ("olol/Servers that come and go", "all are named from the beginning"),
+    ("olol/Proofs of agents that were found", "no agent is here"),
+    ("olol/Leases that ended", "nobody was found who could go"),
+    ("olol/Looks of scans", "nothing is scanned"),
+    ("olol/Look-ups of names", "no name stands for servers"),
+];
 
 /// How long the load goes on until every panel has data.
 const LONG_ENOUGH: Duration = Duration::from_secs(90);

@@ -179,6 +179,44 @@ async fn a_session_goes_on_without_the_store_and_nothing_is_lost() {
 }
 
 #[tokio::test]
+async fn a_session_of_a_proxy_whose_clock_differs_is_as_old_as_it_is() {
+    const DAYS: i64 = 2 * 24 * 3600 * 1000;
+    let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    for (id, by) in [("behind", -DAYS), ("ahead", DAYS)] {
+        make(&one, id).await;
+        turn(&one, id).await;
+        written_by_a_clock(&store, id, by).await;
+        assert_eq!(turn(&other, id).await, 2, "{id}");
+        assert_eq!(turn(&one, id).await, 3, "{id}");
+        written_by_a_clock(&store, id, by).await;
+        // Who only looks gets it from there, too.
+        let late = Olol::start(&cluster, &store.toml()).await;
+        until("it shares", || late.shares()).await;
+        let listed = late.get("/api/status/sessions").await.json();
+        let entry = listed["sessions"].as_array().unwrap().iter().find(|entry| entry["session_id"] == id).unwrap();
+        let last: jiff::Timestamp = entry["last_active"].as_str().unwrap().parse().unwrap();
+        let age = jiff::Timestamp::now().as_second() - last.as_second();
+        assert!(entry["status"] == "active" && (0..60).contains(&age), "{id}: {entry}");
+    }
+}
+
+/// A session in the store is now as a proxy has written it whose clock is so many milliseconds ahead.
+async fn written_by_a_clock(store: &Store, id: &str, ahead: i64) {
+    let (mut there, key) = (store.connection().await, format!("olol:session:{id}"));
+    let record: String = redis::cmd("HGET").arg(&key).arg("session").query_async(&mut there).await.unwrap();
+    let mut record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    for time in ["created_at", "last_active", "stamp"] {
+        record[time] = (record[time].as_i64().unwrap() + ahead).into();
+    }
+    let at = record["stamp"].as_i64().unwrap();
+    let mut put = redis::cmd("HSET");
+    put.arg(&key).arg("session").arg(record.to_string()).arg("at").arg(at);
+    let _: i64 = put.query_async(&mut there).await.unwrap();
+}
+
+#[tokio::test]
 async fn turns_at_two_proxies_at_once_are_both_kept() {
     let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
     let [one, other] = [Olol::start(&cluster, &store.toml()).await, Olol::start(&cluster, &store.toml()).await];

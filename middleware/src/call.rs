@@ -471,6 +471,24 @@ pub struct Counters {
     pub load_duration: Duration,
 }
 
+impl Counters {
+    /// No answer has more tokens than this, and none takes longer.
+    const MOST_TOKENS: u64 = 1 << 32;
+    const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+
+    /// As far as it can be true: sums of what a server says must not overflow, whatever that is.
+    #[must_use]
+    pub fn believed(self) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens.min(Self::MOST_TOKENS),
+            output_tokens: self.output_tokens.min(Self::MOST_TOKENS),
+            prompt_duration: self.prompt_duration.min(Self::LONGEST),
+            eval_duration: self.eval_duration.min(Self::LONGEST),
+            load_duration: self.load_duration.min(Self::LONGEST),
+        }
+    }
+}
+
 /// How an answer came about, known when its body ends.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {

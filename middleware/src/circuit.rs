@@ -9,7 +9,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 use tokio::time::Instant;
@@ -87,6 +87,8 @@ struct State {
     openings: u32,
     /// Whether it opened because nobody was there.
     is_unreachable: bool,
+    /// When it was last closed.
+    left: Option<SystemTime>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -171,6 +173,9 @@ impl Circuit {
         let mut state = self.lock();
         let was_closed = state.stage == Stage::Closed;
         let changed = change(&mut state);
+        if was_closed && state.stage != Stage::Closed {
+            state.left = Some(SystemTime::now());
+        }
         self.mood.store(state.mood(), Ordering::Relaxed);
         match (was_closed, state.stage == Stage::Closed) {
             (true, false) => drop(self.restless.fetch_add(1, Ordering::Relaxed)),
@@ -276,6 +281,14 @@ impl Circuits {
     /// Whether the server is left alone because it could not be reached.
     pub fn is_server_unreachable(&self) -> bool {
         self.is_server_open() && self.server.lock().is_unreachable
+    }
+
+    /// When the circuit of the server opened, if it is not closed.
+    pub fn server_since(&self) -> Option<SystemTime> {
+        if self.server.mood() <= SHAKEN {
+            return None;
+        }
+        self.server.lock().left
     }
 
     /// The circuit of the server for its metric: 0 closed, 1 open, 2 half-open.
@@ -491,7 +504,11 @@ impl Trial {
 impl Drop for Trial {
     fn drop(&mut self) {
         match self.course {
-            Course::Asked if self.was_silence() => self.fail(),
+            Course::Asked if self.was_silence() => {
+                let runner = self.model.as_ref().map(|(_, runner)| runner);
+                self.server.record.bad(runner, &"a model in memory said nothing to anybody");
+                self.fail();
+            }
             Course::Asked => self.give_back(),
             _ => self.ended(End::Dropped),
         }

@@ -3,9 +3,14 @@
 //! Topology and load are two things. Models and states change seldom and are rebuilt into a new snapshot, at most 20 times
 //! a second; what a server is doing right now is a handful of atomics beside it. Reading takes no lock.
 
+mod candidates;
 mod found;
 mod held;
+mod member;
+mod said;
 mod servers;
+#[cfg(test)]
+mod tests;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,15 +26,19 @@ use tokio::time::Instant;
 use crate::affinity::{Share, Table, Turn};
 use crate::circuit::Circuits;
 use crate::instruments::{ModelMeters, ServerMeters};
+use crate::judge::{self, Record, Verdict};
 use crate::names::{ModelName, ServerId};
 use crate::place::LoadOptions;
-use crate::quant_fallback::Level;
 use crate::runner::Runners;
 use crate::slots::Load;
 use crate::vitals::{self, Vitals};
 
 use found::{Finding, Found};
+
+pub use candidates::{Bits, Candidates};
 pub use held::{Held, Kept};
+pub use member::{Condition, Full, Member, Source, State};
+pub use said::{Loaded, Model, Report};
 pub use servers::{Iter, Servers};
 
 /// Shortest time between two snapshots.
@@ -39,194 +48,6 @@ const REBUILD_LATER: Duration = Duration::from_secs(1);
 
 /// The most servers that a process ever knows: each keeps its place, also when it has left.
 pub const MOST_SERVERS: usize = 8192;
-
-/// A server as somebody named it.
-#[derive(Clone, Debug)]
-pub struct Member {
-    /// Its name.
-    pub id: ServerId,
-    /// How much more it gets than a server of weight one.
-    pub weight: NonZeroU32,
-    /// Who named it.
-    pub source: Source,
-}
-
-/// How a server became a member: who counts more first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Source {
-    /// The configuration names it.
-    #[default]
-    Static,
-    /// A name of the configuration stands for it.
-    Dns,
-    /// Its agent dialled in, and has proved that it knows the token of the cluster.
-    Joined,
-    /// It announced itself by multicast DNS.
-    Mdns,
-    /// It answered a scan of the network.
-    Scan,
-    /// An Ollama without an agent that answered a scan, where the operator wants those to be used.
-    ScannedOllama,
-    /// The agent of this machine, where nobody has named a server.
-    Local,
-}
-
-impl Source {
-    /// The word for status pages.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Static => "static",
-            Self::Dns => "dns",
-            Self::Joined => "joined",
-            Self::Mdns => "mdns",
-            Self::Scan | Self::ScannedOllama => "scan",
-            Self::Local => "local",
-        }
-    }
-
-    /// Whether nobody of ours has named it: it has found us, or we it. Such a server is used only once it has proved that it
-    /// is of the cluster, at the very address at which it is reached.
-    pub fn is_discovered(self) -> bool {
-        matches!(self, Self::Mdns | Self::Scan)
-    }
-}
-
-/// No more servers can become members.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{MOST_SERVERS} servers have been members of this process: no other can join before it is restarted")]
-pub struct Full;
-
-/// Whether a server takes calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// Nobody has asked it yet.
-    Unknown,
-    /// It answers.
-    Up,
-    /// It does not answer.
-    Down,
-}
-
-impl State {
-    /// The word for status pages and metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::Up => "up",
-            Self::Down => "down",
-        }
-    }
-}
-
-/// How a server is, as people are told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Condition {
-    /// Nobody has asked it yet.
-    Unknown,
-    /// All is well.
-    Up,
-    /// It answers, but checks or calls have failed lately.
-    Degraded,
-    /// It finishes what it has.
-    Draining,
-    /// It does not answer.
-    Down,
-}
-
-impl Condition {
-    /// The word for it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::Up => "up",
-            Self::Degraded => "degraded",
-            Self::Draining => "draining",
-            Self::Down => "down",
-        }
-    }
-}
-
-/// What a server says of itself.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Report {
-    /// Version of its engine.
-    pub version: String,
-    /// Models on its disk.
-    pub models: Vec<Model>,
-    /// Models in its memory.
-    pub loaded: Vec<Loaded>,
-}
-
-/// A model on a server's disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Model {
-    /// The name as the server lists it.
-    pub name: String,
-    /// Digest of its manifest.
-    pub digest: String,
-    /// Bytes on the disk.
-    pub size: u64,
-    /// Family: "llama".
-    pub family: String,
-    /// Parameters as Ollama writes them: "3.2B".
-    pub parameter_size: String,
-    /// Quantization level: "`Q4_K_M`".
-    pub quantization: String,
-    /// `general.architecture` of its weights. Empty: nobody has asked; the family is the same word then.
-    pub architecture: String,
-    /// Context it was trained for, tokens; 0: unknown.
-    pub context_length: u32,
-    /// What it can do.
-    pub capabilities: Vec<String>,
-    /// RFC 3339 time of the last change.
-    pub modified_at: String,
-    /// What its runner is started with: the digests of its weights, projectors and adapters. Empty: nobody has asked.
-    pub weights: String,
-    /// Its own parameters, a JSON object. Empty: nobody has asked.
-    pub parameters: String,
-}
-
-impl Model {
-    /// What it is said to be: family, number of parameters, quantization.
-    pub fn kind(&self) -> [&str; 3] {
-        [&self.family, &self.parameter_size, &self.quantization]
-    }
-
-    /// `general.architecture` of its weights, as far as it is known; Ollama calls its models' family so, too.
-    pub fn architecture(&self) -> &str {
-        if self.architecture.is_empty() { &self.family } else { &self.architecture }
-    }
-
-    /// The bits that a weight of its quantization takes, if the level is a known one.
-    pub fn bits_per_weight(&self) -> Option<f32> {
-        Level::parse(&self.quantization)?.bits_per_weight()
-    }
-
-    /// What tells whether it shares a runner with another model of its server: Ollama keeps runners by the file of the
-    /// weights, not by the name. Nothing if too little is known of it.
-    fn identity(&self) -> Option<&str> {
-        [&self.weights, &self.digest].into_iter().map(String::as_str).find(|text| !text.is_empty())
-    }
-}
-
-/// A model in a server's memory.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Loaded {
-    /// The name under which it was loaded.
-    pub name: String,
-    /// Digest of its manifest.
-    pub digest: String,
-    /// Bytes in all memories.
-    pub size: u64,
-    /// Bytes of it in graphics memory.
-    pub size_vram: u64,
-    /// RFC 3339 time at which it goes when it stays idle.
-    pub expires_at: String,
-    /// Context of one slot, tokens; 0: unknown.
-    pub context_length: u32,
-    /// Calls that its runner answers side by side; 0: unknown.
-    pub slots: u32,
-}
 
 /// A server, as it was when the snapshot was made, and its live figures.
 #[derive(Debug)]
@@ -243,10 +64,16 @@ pub struct Server {
     pub reason: String,
     /// Since when it is in that state.
     pub since: SystemTime,
+    /// The same by the clock that nobody sets: for how long it is.
+    pub entered: Instant,
     /// Checks that failed since the last good one, or were silent.
     pub failures: u32,
+    /// Since when checks fail, or are silent, if they do.
+    pub failing_since: SystemTime,
     /// Whether it finishes what it has, and gets nothing new.
     pub draining: bool,
+    /// Since when, if it does.
+    pub draining_since: SystemTime,
     /// Whether that is because it has said that it is about to go.
     pub leaving: bool,
     /// Who named it.
@@ -257,6 +84,8 @@ pub struct Server {
     pub load: Arc<Load>,
     /// Live: whether it is left alone, after how the last calls went.
     pub circuits: Arc<Circuits>,
+    /// Live: what its calls have made of it.
+    pub record: Arc<Record>,
     /// Live: how much of the conversations it has.
     pub share: Arc<Share>,
     /// Its metrics.
@@ -269,7 +98,10 @@ pub struct Server {
 impl Server {
     /// Whether calls should go there while others can take them.
     pub fn is_usable(&self) -> bool {
-        self.state != State::Down && !self.draining && !self.circuits.is_server_open()
+        self.state != State::Down
+            && !self.draining
+            && !self.circuits.is_server_open()
+            && self.record.verdict() != Verdict::Down
     }
 
     /// How it is, in one word.
@@ -278,8 +110,42 @@ impl Server {
             _ if self.draining => Condition::Draining,
             State::Down => Condition::Down,
             State::Unknown => Condition::Unknown,
+            State::Up if self.record.verdict() == Verdict::Down => Condition::Down,
             State::Up if self.failures > 0 || self.circuits.server_state() != 0 => Condition::Degraded,
+            State::Up if self.record.verdict() != Verdict::Well => Condition::Degraded,
             State::Up => Condition::Up,
+        }
+    }
+
+    /// Since when it is in that condition.
+    pub fn condition_since(&self) -> SystemTime {
+        match self.condition() {
+            Condition::Draining => self.draining_since,
+            _ if self.state != State::Up => self.since,
+            _ if self.record.verdict() != Verdict::Well => {
+                self.record.ruling().map_or(self.since, |ruling| ruling.since)
+            }
+            Condition::Degraded if self.failures > 0 => self.failing_since,
+            Condition::Degraded => self.circuits.server_since().unwrap_or(self.since),
+            // It may have been degraded before.
+            _ => self.record.ruling().map_or(self.since, |ruling| ruling.since.max(self.since)),
+        }
+    }
+
+    /// Why it is in that condition; empty if all is well.
+    pub fn why(&self) -> String {
+        let ruling = || self.record.ruling().map(|ruling| ruling.why.clone()).unwrap_or_default();
+        match self.condition() {
+            Condition::Draining if self.leaving => "it says that it is about to go".to_owned(),
+            Condition::Draining => "an operator drains it".to_owned(),
+            _ if self.state != State::Up => self.reason.clone(),
+            _ if self.record.verdict() != Verdict::Well => ruling(),
+            Condition::Degraded if self.failures > 0 => {
+                let last = self.meters.health.last_error();
+                last.map(|last| format!("the last check failed: {}", last.reason)).unwrap_or_default()
+            }
+            Condition::Degraded => "calls to it have failed: it is left alone, or being tried again".to_owned(),
+            _ => String::new(),
         }
     }
 
@@ -302,12 +168,49 @@ pub struct Known {
     pub size: u64,
     /// What the servers say it is: one entry, as long as they agree.
     pub makes: SmallVec<[Make; 1]>,
+    /// The digests that it has on the servers: one entry, as long as they agree.
+    pub variants: SmallVec<[Variant; 1]>,
     /// Its runners on the servers; shared with the other names of the same weights.
     pub runners: Arc<Runners>,
     /// The load options that it names by itself, for calls that name none.
     pub defaults: Option<Arc<LoadOptions>>,
     /// Its metrics.
     pub meters: Arc<ModelMeters>,
+}
+
+impl Known {
+    /// The digest that is meant by the name: that of most servers; of equals the newest, by what the servers say of it.
+    pub fn usual(&self) -> Option<&Variant> {
+        let worth = |variant: &&Variant| {
+            let held = &variant.held;
+            (!held.digest.is_empty(), variant.servers.count(), held.modified_at.clone(), held.digest.clone())
+        };
+        // Nearly always there is one.
+        if self.variants.len() < 2 { self.variants.first() } else { self.variants.iter().max_by_key(worth) }
+    }
+
+    /// Whether a server has another model under the name. One that has told no digest yet has what is meant.
+    pub fn differs(&self, server: usize) -> bool {
+        let other = self.variants.iter().find(|variant| variant.servers.contains(server));
+        let (Some(usual), Some(other)) = (self.usual(), other) else { return false };
+        !other.digest().is_empty() && other.digest() != usual.digest()
+    }
+}
+
+/// The servers that have a model with the same digest.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// They.
+    pub servers: Bits,
+    /// As the one lists it that changed it last.
+    held: Held,
+}
+
+impl Variant {
+    /// The digest.
+    pub fn digest(&self) -> &str {
+        &self.held.digest
+    }
 }
 
 /// What some servers say a model is: those that say it of the same family, size and quantization.
@@ -352,170 +255,22 @@ impl Snapshot {
         self.models.get(model)
     }
 
+    /// The models of which a runner was needed so far. Names of the same weights share their runners, which count once: under
+    /// the first of these names.
+    pub fn with_runners(&self) -> impl Iterator<Item = &Known> {
+        let mut first: RapidHashMap<*const Runners, &Known> = RapidHashMap::default();
+        for known in self.models.values().filter(|known| !known.runners.all().is_empty()) {
+            let other = first.entry(Arc::as_ptr(&known.runners)).or_insert(known);
+            if known.name < other.name {
+                *other = known;
+            }
+        }
+        first.into_values()
+    }
+
     /// Every server.
     pub fn all(self: &Arc<Self>) -> Candidates {
         Candidates { bits: self.every.clone(), snapshot: self.clone() }
-    }
-}
-
-/// A set of servers, by their index.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Bits(SmallVec<[u64; 2]>);
-
-impl Clone for Bits {
-    fn clone(&self) -> Self {
-        Self(SmallVec::from_slice(&self.0))
-    }
-}
-
-impl<'a> Extend<&'a Arc<Server>> for Bits {
-    fn extend<I: IntoIterator<Item = &'a Arc<Server>>>(&mut self, servers: I) {
-        servers.into_iter().for_each(|server| self.insert(server.index));
-    }
-}
-
-impl Bits {
-    fn of(servers: &Servers) -> Self {
-        let mut bits = Self::default();
-        servers.iter().for_each(|server| bits.insert(server.index));
-        bits
-    }
-
-    /// Adds those of another set.
-    pub fn add(&mut self, other: &Self) {
-        self.0.resize(self.0.len().max(other.0.len()), 0);
-        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word |= other);
-    }
-
-    /// Adds a server.
-    pub fn insert(&mut self, index: usize) {
-        if self.0.len() <= index / 64 {
-            self.0.resize(index / 64 + 1, 0);
-        }
-        self.0[index / 64] |= 1 << (index % 64);
-    }
-
-    /// Takes a server out.
-    pub fn remove(&mut self, index: usize) {
-        if let Some(word) = self.0.get_mut(index / 64) {
-            *word &= !(1 << (index % 64));
-        }
-    }
-
-    /// Whether a server is in.
-    pub fn contains(&self, index: usize) -> bool {
-        self.0.get(index / 64).is_some_and(|word| word & (1 << (index % 64)) != 0)
-    }
-
-    /// Whether nobody is in.
-    pub fn is_empty(&self) -> bool {
-        self.0.iter().all(|word| *word == 0)
-    }
-
-    /// How many are in.
-    pub fn count(&self) -> usize {
-        self.0.iter().map(|word| word.count_ones() as usize).sum()
-    }
-
-    /// Keeps only those that are in another set too.
-    pub fn keep(&mut self, other: &Self) {
-        self.0.truncate(other.0.len());
-        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word &= other);
-    }
-
-    /// The indices, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        self.0.iter().enumerate().flat_map(|(at, word)| {
-            let mut word = *word;
-            std::iter::from_fn(move || {
-                (word != 0).then(|| {
-                    let bit = word.trailing_zeros() as usize;
-                    word &= word - 1;
-                    at * 64 + bit
-                })
-            })
-        })
-    }
-}
-
-/// The servers that are still in question for a call, and the snapshot they belong to.
-#[derive(Clone, Debug)]
-pub struct Candidates {
-    snapshot: Arc<Snapshot>,
-    bits: Bits,
-}
-
-impl Candidates {
-    /// The snapshot.
-    pub fn snapshot(&self) -> &Arc<Snapshot> {
-        &self.snapshot
-    }
-
-    /// The same servers as they are now: all of them if all were in question.
-    pub fn renew(&mut self, snapshot: Arc<Snapshot>) {
-        if self.bits == self.snapshot.every {
-            self.bits.clone_from(&snapshot.every);
-        }
-        self.snapshot = snapshot;
-    }
-
-    /// Keeps only those that are in a set.
-    pub fn keep(&mut self, bits: &Bits) {
-        self.bits.keep(bits);
-    }
-
-    /// Keeps only one, which may have been out before.
-    pub fn only(&mut self, index: usize) {
-        self.bits = Bits::default();
-        self.bits.insert(index);
-    }
-
-    /// Takes a server out.
-    pub fn drop_index(&mut self, index: usize) {
-        self.bits.remove(index);
-    }
-
-    /// Takes a server out by its name.
-    pub fn drop_server(&mut self, id: &ServerId) {
-        if let Some(index) = self.index_of(id) {
-            self.drop_index(index);
-        }
-    }
-
-    /// Where a server stands in the snapshot.
-    pub fn index_of(&self, id: &ServerId) -> Option<usize> {
-        self.snapshot.server(id).map(|server| server.index)
-    }
-
-    /// Whether a server is in question.
-    pub fn contains(&self, id: &ServerId) -> bool {
-        self.index_of(id).is_some_and(|index| self.bits.contains(index))
-    }
-
-    /// Whether anybody but this server may still be asked.
-    pub fn has_other_than(&self, id: &ServerId) -> bool {
-        let index = self.index_of(id);
-        self.bits.iter().any(|other| Some(other) != index)
-    }
-
-    /// Whether nobody is left.
-    pub fn is_empty(&self) -> bool {
-        self.bits.is_empty()
-    }
-
-    /// How many are left.
-    pub fn count(&self) -> usize {
-        self.bits.count()
-    }
-
-    /// One of them, if it is left.
-    pub fn get(&self, index: usize) -> Option<&Arc<Server>> {
-        self.snapshot.servers.get(index).filter(|_| self.bits.contains(index))
-    }
-
-    /// Those that are left.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Server>> {
-        self.bits.iter().filter_map(|index| self.snapshot.servers.get(index))
     }
 }
 
@@ -528,6 +283,8 @@ pub struct Cluster {
     shelf: Mutex<held::Shelf>,
     /// Who has which conversations, where that is remembered.
     conversations: OnceLock<Arc<Table>>,
+    /// By which servers are judged.
+    rules: Arc<judge::Rules>,
     /// To go on with from a task that must not keep the cluster alive.
     this: Weak<Self>,
 }
@@ -561,14 +318,18 @@ struct Entry {
     draining: bool,
     /// Whether it has said that it is about to go.
     leaving: bool,
+    draining_since: SystemTime,
     state: State,
     reason: String,
     since: SystemTime,
+    entered: Instant,
     failures: u32,
+    failing_since: SystemTime,
     refresh: Arc<Refresh>,
     report: Arc<Kept>,
     load: Arc<Load>,
     circuits: Arc<Circuits>,
+    record: Arc<Record>,
     share: Arc<Share>,
     meters: Arc<ServerMeters>,
     vitals: Arc<vitals::Live>,
@@ -606,9 +367,11 @@ fn remove(report: &mut Kept, name: &ModelName) {
 
 impl Entry {
     /// A member of which nothing is known.
-    fn new(member: Member) -> Self {
+    fn new(member: Member, rules: &Arc<judge::Rules>) -> Self {
         let meters = Arc::new(ServerMeters::new(&member.id));
+        let now = SystemTime::now();
         Self {
+            record: Arc::new(Record::new(member.id.clone(), rules.clone())),
             circuits: Arc::new(Circuits::new(member.id.clone(), meters.clone())),
             meters,
             changes: Vec::new(),
@@ -618,8 +381,11 @@ impl Entry {
             leaving: false,
             state: State::Unknown,
             reason: String::new(),
-            since: SystemTime::now(),
+            since: now,
+            entered: Instant::now(),
+            draining_since: now,
             failures: 0,
+            failing_since: now,
             refresh: Arc::default(),
             report: Arc::default(),
             load: Arc::default(),
@@ -630,7 +396,7 @@ impl Entry {
 
     fn is_now(&mut self, state: State, reason: String) {
         if self.state != state {
-            self.since = SystemTime::now();
+            (self.since, self.entered) = (SystemTime::now(), Instant::now());
         }
         (self.state, self.reason) = (state, reason);
     }
@@ -644,13 +410,17 @@ impl Entry {
             state: self.state,
             reason: self.reason.clone(),
             since: self.since,
+            entered: self.entered,
             failures: self.failures,
+            failing_since: self.failing_since,
             draining: self.draining || self.leaving,
+            draining_since: self.draining_since,
             leaving: self.leaving,
             source: self.member.source,
             report: self.report.clone(),
             load: self.load.clone(),
             circuits: self.circuits.clone(),
+            record: self.record.clone(),
             share: self.share.clone(),
             meters: self.meters.clone(),
             vitals: self.vitals.clone(),
@@ -677,17 +447,24 @@ impl Default for Refresh {
 impl Cluster {
     /// Begins with servers of which nothing is known.
     pub fn new(members: Vec<Member>) -> Arc<Self> {
-        let entries = members.into_iter().map(Entry::new).collect();
+        let rules = Arc::<judge::Rules>::default();
+        let entries = members.into_iter().map(|member| Entry::new(member, &rules)).collect();
         let book = Book { entries, models: found::Before::new(), rebuilt: None, due: None };
         let cluster = Arc::new_cyclic(|this| Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             book: Mutex::new(book),
             shelf: Mutex::default(),
             conversations: OnceLock::new(),
+            rules,
             this: this.clone(),
         });
         cluster.rebuild(&mut cluster.book());
         cluster
+    }
+
+    /// By which rules servers are judged from now on.
+    pub fn judge_by(&self, rules: judge::Config) {
+        self.rules.store(Arc::new(rules));
     }
 
     /// What is known now.
@@ -707,12 +484,14 @@ impl Cluster {
             Some(index) => {
                 let entry = &mut book.entries[*index];
                 let (meters, load, draining) = (entry.meters.clone(), entry.load.clone(), entry.draining);
-                *entry = Entry { draining, load, meters, ..Entry::new(member) };
+                let since = entry.draining_since;
+                let fresh = Entry::new(member, &self.rules);
+                *entry = Entry { draining, draining_since: since, load, meters, ..fresh };
                 Ok(*index)
             }
             None if book.entries.len() >= MOST_SERVERS => Err(Full),
             None => {
-                book.entries.push(Entry::new(member));
+                book.entries.push(Entry::new(member, &self.rules));
                 Ok(book.entries.len() - 1)
             }
         });
@@ -745,12 +524,14 @@ impl Cluster {
         }
     }
 
-    /// From now on a server finishes what it has and gets nothing new, or takes calls again. Returns whether it is a member.
+    /// From now on a server finishes what it has and gets nothing new, or takes calls again. Of one that has left it holds
+    /// when it comes back. Returns whether it is or was a member.
     pub fn drain(&self, server: &ServerId, draining: bool) -> bool {
         let mut book = self.book();
-        let Some(entry) = book.named(server) else { return false };
+        let Some(entry) = book.entries.iter_mut().find(|entry| entry.member.id == *server) else { return false };
         if entry.draining != draining {
             entry.draining = draining;
+            entry.draining_since = SystemTime::now();
             tracing::info!(%server, draining, "the operator says whether a server takes calls");
             self.rebuild(&mut book);
         }
@@ -766,6 +547,7 @@ impl Cluster {
         let Some(entry) = book.member(index) else { return };
         entry.leaving = leaving;
         if leaving {
+            entry.draining_since = SystemTime::now();
             tracing::info!(server = %entry.member.id, "a server says that it goes");
         }
         // The next call is not to go there.
@@ -804,6 +586,10 @@ impl Cluster {
         entry.meters.checked(true);
         entry.meters.health.good();
         entry.circuits.seen_well();
+        if entry.state == State::Down {
+            entry.record.clear();
+        }
+        entry.record.look();
         let was_well = entry.state == State::Up && entry.failures == 0;
         if was_well && (Arc::ptr_eq(&entry.report, &kept) || *entry.report == *kept) {
             return;
@@ -848,6 +634,9 @@ impl Cluster {
     pub fn check_failed(&self, index: usize, reason: String, threshold: u32) {
         let mut book = self.book();
         let Some(entry) = book.member(index) else { return };
+        if entry.failures == 0 {
+            entry.failing_since = SystemTime::now();
+        }
         entry.failures += 1;
         entry.meters.checked(false);
         entry.meters.health.bad(&reason);
@@ -935,11 +724,17 @@ impl Cluster {
     /// Asks for fresh news of every server and waits until those that are up have told them, or the time is over. The
     /// snapshot then shows what they told.
     pub async fn refresh(&self, limit: Duration) {
+        self.refresh_those(limit, |_| true).await;
+    }
+
+    /// The same of some servers.
+    pub async fn refresh_those(&self, limit: Duration, is_meant: impl Fn(&Server) -> bool) {
         let deadline = Instant::now() + limit;
         let snapshot = self.snapshot();
         let waits: Vec<_> = snapshot
             .servers
             .iter()
+            .filter(|server| is_meant(server))
             .filter_map(|server| {
                 let refresh = &server.refresh;
                 let round = refresh.begun.load(Ordering::SeqCst) + 1;
@@ -1034,12 +829,15 @@ impl Cluster {
         let (findings, left) = found.settle(&book.models, &servers);
         let models = findings
             .into_iter()
-            .map(|Finding { name, installed, loaded, size, makes, defaults, runners }| {
+            .map(|Finding { name, installed, loaded, size, makes, variants, defaults, runners }| {
                 let entry = book.models.entry(name.clone());
                 let entry = entry.or_insert_with(|| (Arc::new(ModelMeters::new(&name)), runners.clone()));
                 entry.1 = runners.clone();
                 let meters = entry.0.clone();
-                (name.clone(), Arc::new(Known { name, installed, loaded, size, makes, runners, defaults, meters }))
+                (
+                    name.clone(),
+                    Arc::new(Known { name, installed, loaded, size, makes, variants, runners, defaults, meters }),
+                )
             })
             .collect();
         let every = Bits::of(&servers);
@@ -1052,181 +850,5 @@ impl Cluster {
         for runners in all.filter(|runners| !runners.line().is_empty()) {
             runners.line().look_again();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing;
-
-    #[tokio::test(start_paused = true)]
-    async fn what_servers_say_is_known_under_canonical_names() {
-        let cluster = testing::cluster(&[&["Tiny:latest"], &["tiny", "other:q4"]]).await;
-        let snapshot = cluster.snapshot();
-        let tiny = snapshot.known(&ModelName::parse("TINY").unwrap()).unwrap();
-        assert_eq!(tiny.installed.iter().collect::<Vec<_>>(), [0, 1]);
-        assert!(tiny.loaded.is_empty());
-        cluster.note_loaded(&ServerId::new("1"), &tiny.name, true);
-        cluster.catch_up().await;
-        let loaded = cluster.snapshot().known(&tiny.name).unwrap().loaded.clone();
-        assert_eq!(loaded.iter().collect::<Vec<_>>(), [1]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_change_is_known_at_once_and_outlives_a_report_that_was_begun_before_it() {
-        let cluster = testing::cluster(&[&["tiny"], &["tiny"]]).await;
-        let (one, copy, tiny) =
-            (ServerId::new("1"), ModelName::parse("copy").unwrap(), ModelName::parse("tiny").unwrap());
-        let holders = |name| cluster.snapshot().known(name).map(|known| known.installed.iter().collect::<Vec<_>>());
-        let before = Instant::now();
-        tokio::time::advance(Duration::from_millis(1)).await;
-        cluster.note_installed(std::slice::from_ref(&one), &copy, Some(&tiny));
-        cluster.note_removed(std::slice::from_ref(&one), &tiny);
-        assert_eq!((holders(&copy), holders(&tiny)), (Some(vec![1]), Some(vec![0])));
-        let old =
-            Report { models: vec![Model { name: "tiny:latest".into(), ..Model::default() }], ..Report::default() };
-        cluster.report_since(1, old.clone(), before);
-        tokio::time::sleep(REBUILD_PAUSE).await;
-        assert_eq!((holders(&copy), holders(&tiny)), (Some(vec![1]), Some(vec![0])));
-        cluster.report(1, old);
-        tokio::time::sleep(REBUILD_PAUSE).await;
-        assert_eq!((holders(&copy), holders(&tiny)), (None, Some(vec![0, 1])));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_server_is_down_after_checks_in_a_row() {
-        let cluster = testing::cluster(&[&["tiny"]]).await;
-        cluster.check_failed(0, "no answer".into(), 2);
-        tokio::time::sleep(REBUILD_PAUSE).await;
-        assert_eq!(cluster.snapshot().servers[0].state, State::Up);
-        cluster.check_failed(0, "no answer".into(), 2);
-        tokio::time::sleep(REBUILD_PAUSE).await;
-        assert_eq!(cluster.snapshot().servers[0].state, State::Down);
-        cluster.report(0, Report::default());
-        tokio::time::sleep(REBUILD_PAUSE).await;
-        assert_eq!(cluster.snapshot().servers[0].state, State::Up);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn news_that_were_asked_for_are_waited_for() {
-        let cluster = testing::cluster(&[&["tiny"]]).await;
-        let asking = tokio::spawn({
-            let cluster = cluster.clone();
-            async move { cluster.refresh(Duration::from_secs(9)).await }
-        });
-        cluster.news_wanted(0).await;
-        let round = cluster.round_begins(0);
-        assert!(!asking.is_finished());
-        let model = Model { name: "new".to_owned(), ..Model::default() };
-        cluster.report(0, Report { models: vec![model], ..Report::default() });
-        cluster.round_ends(0, round);
-        asking.await.unwrap();
-        assert!(cluster.snapshot().known(&ModelName::parse("new").unwrap()).is_some());
-    }
-
-    fn member(name: &str) -> Member {
-        Member { id: ServerId::new(name), weight: NonZeroU32::MIN, source: Source::Dns }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_leaves_is_in_question_no_more_and_keeps_its_place_for_later() {
-        let cluster = testing::cluster(&[&["tiny"], &["tiny"], &["tiny"]]).await;
-        let (one, tiny) = (ServerId::new("1"), ModelName::parse("tiny").unwrap());
-        let before = cluster.snapshot();
-        cluster.leave(std::slice::from_ref(&one));
-        let after = cluster.snapshot();
-        let names = |snapshot: &Arc<Snapshot>| snapshot.all().iter().map(|s| s.id.to_string()).collect::<Vec<_>>();
-        assert_eq!((names(&before).len(), names(&after)), (3, vec!["0".to_owned(), "2".to_owned()]));
-        assert_eq!(after.known(&tiny).unwrap().installed.iter().collect::<Vec<_>>(), [0, 2]);
-        assert!(after.server(&one).is_none() && after.servers.len() == 2 && after.servers.get(1).is_none());
-        // What is heard of it afterwards is of no account.
-        cluster
-            .report(1, Report { models: vec![Model { name: "tiny".into(), ..Model::default() }], ..Report::default() });
-        cluster.catch_up().await;
-        assert_eq!(cluster.snapshot().known(&tiny).unwrap().installed.iter().collect::<Vec<_>>(), [0, 2]);
-        assert_eq!(cluster.join(vec![member("new"), member("1")]), [Ok(3), Ok(1)]);
-        let again = cluster.snapshot();
-        assert_eq!((again.servers[1].state, again.servers[1].report.models.len()), (State::Unknown, 0));
-        assert_eq!(names(&again), ["0", "1", "2", "new"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_waits_for_news_of_one_that_has_just_joined_gets_them() {
-        let cluster = testing::cluster(&[&["tiny"]]).await;
-        let index = cluster.join(vec![member("new")])[0].unwrap();
-        cluster.want_news_of(&ServerId::new("new"));
-        cluster.news_wanted(index).await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn servers_that_say_the_same_share_it() {
-        let cluster = Cluster::new(vec![member("0"), member("1")]);
-        let said = |modified_at: &str| {
-            let model = Model { name: "tiny".into(), modified_at: modified_at.to_owned(), ..Model::default() };
-            Report { models: vec![model], ..Report::default() }
-        };
-        cluster.report(0, said("2026-01-01"));
-        cluster.report(1, said("2026-01-02"));
-        cluster.catch_up().await;
-        let snapshot = cluster.snapshot();
-        let [one, other] = [0, 1].map(|index| &snapshot.servers[index].report.models[0]);
-        assert_eq!(one.number(), other.number());
-        assert_eq!((&*one.modified_at, &*other.modified_at), ("2026-01-01", "2026-01-02"));
-        assert_eq!(snapshot.known(&ModelName::parse("tiny").unwrap()).unwrap().makes.len(), 1);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn when_a_model_goes_is_shown_later_than_what_decides_something() {
-        let cluster = testing::cluster(&[&["tiny"]]).await;
-        let said = |expires_at: &str| {
-            let loaded = Loaded { name: "tiny".into(), expires_at: expires_at.to_owned(), ..Loaded::default() };
-            let tiny = Model { name: "tiny".into(), ..Model::default() };
-            Report { models: vec![tiny], loaded: vec![loaded], ..Report::default() }
-        };
-        let shown = || cluster.snapshot().servers[0].report.loaded.first().map(|loaded| loaded.expires_at.clone());
-        cluster.report(0, said("1"));
-        cluster.catch_up().await;
-        tokio::time::sleep(REBUILD_PAUSE * 2).await;
-        cluster.report(0, said("2"));
-        tokio::time::sleep(REBUILD_PAUSE * 2).await;
-        assert_eq!(shown().as_deref(), Some("1"));
-        tokio::time::sleep(REBUILD_LATER).await;
-        assert_eq!(shown().as_deref(), Some("2"));
-        // Whatever decides something takes it along.
-        cluster.report(0, said("3"));
-        cluster.report(0, Report { version: "1".into(), ..said("4") });
-        tokio::time::sleep(REBUILD_PAUSE * 2).await;
-        assert_eq!(shown().as_deref(), Some("4"));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn how_a_server_is_is_one_word() {
-        let cluster = testing::cluster(&[&["tiny"]]).await;
-        let condition = async || {
-            cluster.catch_up().await;
-            cluster.snapshot().servers[0].condition()
-        };
-        assert_eq!(condition().await, Condition::Up);
-        cluster.check_failed(0, "no answer".into(), 2);
-        assert_eq!(condition().await, Condition::Degraded);
-        cluster.check_failed(0, "no answer".into(), 2);
-        assert_eq!(condition().await, Condition::Down);
-        assert!(cluster.drain(&ServerId::new("0"), true) && !cluster.drain(&ServerId::new("x"), true));
-        assert_eq!(condition().await, Condition::Draining);
-        cluster.report(0, Report::default());
-        assert!(cluster.drain(&ServerId::new("0"), false));
-        assert_eq!(condition().await, Condition::Up);
-    }
-
-    #[test]
-    fn bits_hold_any_number_of_servers() {
-        let mut bits = Bits::default();
-        for index in [0, 63, 64, 999] {
-            bits.insert(index);
-        }
-        bits.remove(63);
-        assert_eq!(bits.iter().collect::<Vec<_>>(), [0, 64, 999]);
-        assert!(bits.contains(999) && !bits.contains(63) && !bits.contains(5000));
     }
 }

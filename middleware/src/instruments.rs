@@ -5,6 +5,7 @@
 //! moment of a scrape ([`observed`]).
 
 mod few;
+mod members;
 mod observed;
 mod page;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use metrics::{Counter, Histogram, Label, Unit, counter, describe_counter, describe_histogram, histogram};
 
+pub use self::members::{LookUp, Probed, lease_ended, looked_up, member_changed, observe_members, probed, proved};
 pub use self::observed::{
     Process, Wish, observe, observe_build, observe_config, observe_process, observe_sessions, observe_state,
     observe_wishes,
@@ -73,6 +75,8 @@ const AFFINITY_ENTRIES: &str = "olol_affinity_entries";
 const SERVER_REQUESTS: &str = "olol_server_requests_total";
 const SERVER_IN_FLIGHT: &str = "olol_server_in_flight";
 const SERVER_UP: &str = "olol_server_up";
+const SERVER_STATE: &str = "olol_server_state";
+const SERVER_ERRORS: &str = "olol_server_error_ratio";
 const SERVER_MODELS: &str = "olol_server_models";
 const SERVER_LOADED: &str = "olol_server_loaded_models";
 const SERVER_CHECKS: &str = "olol_server_health_checks_total";
@@ -106,9 +110,16 @@ const WISH_ACTIONS: &str = "olol_desired_actions_total";
 const WAKES: &str = "olol_wakes_total";
 
 const JOINS: &str = "olol_joins_total";
+const MEMBERS: &str = "olol_servers";
+const MEMBERSHIP: &str = "olol_server_membership_total";
+const PROOFS: &str = "olol_discovery_proofs_total";
+const LEASES: &str = "olol_discovery_leases_ended_total";
+const PROBES: &str = "olol_discovery_probes_total";
+const LOOK_UPS: &str = "olol_discovery_lookups_total";
 
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
+const CERTIFICATES: &str = "olol_tls_reloads_total";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
 const BUILD: &str = "olol_build_info";
 
@@ -164,6 +175,8 @@ pub const NAMES: &[&str] = &[
     SERVER_REQUESTS,
     SERVER_IN_FLIGHT,
     SERVER_UP,
+    SERVER_STATE,
+    SERVER_ERRORS,
     SERVER_MODELS,
     SERVER_LOADED,
     SERVER_CHECKS,
@@ -185,6 +198,12 @@ pub const NAMES: &[&str] = &[
     SERVER_DISK_FREE,
     SERVER_OTHERS,
     JOINS,
+    MEMBERS,
+    MEMBERSHIP,
+    PROOFS,
+    LEASES,
+    PROBES,
+    LOOK_UPS,
     SESSIONS,
     SESSIONS_BYTES,
     SESSION_TURNS,
@@ -195,6 +214,7 @@ pub const NAMES: &[&str] = &[
     WISHED_HELD,
     WISH_ACTIONS,
     WAKES,
+    CERTIFICATES,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -379,8 +399,14 @@ pub fn describe() {
     );
     describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    members::describe();
     describe_sessions();
     describe_wishes();
+    describe_counter!(
+        CERTIFICATES,
+        Unit::Count,
+        "Times that changed certificates were read again, by result (ok, failed)"
+    );
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
 }
 
@@ -426,6 +452,8 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (SESSION_TURNS, "result", &["stored", "ended", "broken", "failed"]),
     (SESSION_EVICTIONS, "why", &["expired", "sessions", "bytes"]),
     (WAKES, "result", &["sent", "failed"]),
+    (CERTIFICATES, "result", &["ok", "failed"]),
+    (JOINS, "outcome", &["taken", "refused", "full"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
 
@@ -437,6 +465,7 @@ pub fn begin() {
     for name in [FAILOVERS, NO_BUDGET, STATE_FAILURES] {
         counter!(name).increment(0);
     }
+    members::begin();
     for action in ["bring", "load"] {
         for result in ["ok", "failed"] {
             counter!(WISH_ACTIONS, "action" => action, "result" => result).increment(0);
@@ -983,6 +1012,11 @@ impl ServerMeters {
         counter!(CIRCUIT_OPENED, vec![Label::new("server", self.label.clone()), Label::new("scope", scope)])
             .increment(1);
     }
+}
+
+/// Changed certificates were read again; or they are no good, and those before stay.
+pub fn certificates_read(is_good: bool) {
+    counter!(CERTIFICATES, "result" => if is_good { "ok" } else { "failed" }).increment(1);
 }
 
 /// The configuration was read again, and is good or not.

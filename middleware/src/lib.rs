@@ -39,6 +39,7 @@ mod form;
 pub mod hedge;
 pub mod instruments;
 pub mod json;
+pub mod judge;
 pub mod keys;
 pub mod listing;
 pub mod metrics;

@@ -27,6 +27,7 @@ use crate::circuit::Trial;
 use crate::cluster::{Known, Server};
 use crate::error::Error;
 use crate::instruments::{self, RunnerMeters};
+use crate::judge::Witness;
 use crate::names::ModelName;
 use crate::pattern::Pattern;
 use crate::place::LoadOptions;
@@ -249,6 +250,7 @@ impl Picked {
         let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
         let alone = self.server.load.others() == 0;
         let trial = Trial::of(call, &self.server, self.known.as_deref().zip(runner.as_ref()));
+        let witness = Witness::of(call, &self.server, runner.as_ref());
         let sent = Instant::now();
         call.progress.is_sent(sent - call.arrived, loading.is_some());
         Visit {
@@ -266,6 +268,7 @@ impl Picked {
             alone,
             predicted: self.cost,
             uncached,
+            witness,
         }
     }
 }
@@ -330,6 +333,7 @@ impl Picking {
         if choices.iter().any(|choice| choice.server.is_usable()) {
             choices.retain(|choice| choice.server.is_usable());
         }
+        leave_doubtful(&mut choices, call);
         if choices.is_empty() {
             return Err(nobody(call));
         }
@@ -474,6 +478,17 @@ fn nobody(call: &Call) -> Error {
     let (rule, wanted) = (tiers.rule(), tiers.wanted());
     let model = call.place.model.as_ref().map_or("the model", ModelName::as_str);
     Error::NoServer(format!("rule '{rule}' demands {wanted} for {model}, and none of those has it or is left"))
+}
+
+/// Takes those out that fail calls of late, while somebody else has room.
+fn leave_doubtful(choices: &mut Choices<'_>, call: &Call) {
+    let is_doubtful = |choice: &Choice<'_>| choice.server.record.is_doubtful(choice.runner);
+    if !choices.iter().any(is_doubtful) || !choices.iter().any(|choice| choice.has_room && !is_doubtful(choice)) {
+        return;
+    }
+    let before = choices.len();
+    choices.retain(|choice| !is_doubtful(choice));
+    call.note("pick", "passes over those that are degraded", [("count", (before - choices.len()).into())]);
 }
 
 /// Keeps those of the first tier of a rule in which somebody has room. While nobody has, all stay.
@@ -629,6 +644,7 @@ async fn follow(
     match answer.await {
         Ok(mut reply) => {
             visit.loading = None;
+            visit.witness.answered(reply.status);
             visit.server.meters.attempt(true);
             if let Some(meters) = &meters {
                 meters.attempt(true);
@@ -643,6 +659,7 @@ async fn follow(
             Ok(reply.watch(visit))
         }
         Err(error) => {
+            visit.witness.failed(&error);
             visit.server.meters.attempt(false);
             if let Some(meters) = &meters {
                 meters.attempt(false);
@@ -678,6 +695,8 @@ struct Visit {
     predicted: Cost,
     /// The share of the prompt that is not believed to be cached there.
     uncached: f32,
+    /// By what the server is judged.
+    witness: Witness,
 }
 
 impl Watcher for Visit {
@@ -702,6 +721,7 @@ impl Watcher for Visit {
             // A limit of the operator's is no word on the server.
             trial.ended(if end == End::Broken("timeout") { End::Dropped } else { end });
         }
+        self.witness.ended(end);
         if end == End::Whole {
             self.learn(outcome);
         }
@@ -730,6 +750,9 @@ impl Visit {
         }
         if let Some(meters) = outcome.meters.as_ref().filter(|_| self.loads && !counters.load_duration.is_zero()) {
             meters.loaded(counters.load_duration);
+        }
+        if let Some(times) = runner.pace(&seen) {
+            self.server.record.paced(times);
         }
         runner.ended(&seen);
     }
@@ -817,6 +840,66 @@ mod tests {
         cluster.check_failed(2, "gone".to_owned(), 1);
         cluster.catch_up().await;
         assert_eq!(picked(&cluster, &tiers, 1).0, ["1"], "who fails is passed over");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_fails_calls_of_late_is_asked_when_the_others_have_no_room() {
+        let cluster = testing::cluster(&[&["tiny", "other"], &["tiny", "other"]]).await;
+        let snapshot = cluster.snapshot();
+        let runners = |model| {
+            let known = snapshot.known(&ModelName::parse(model).unwrap()).unwrap();
+            [0, 1].map(|at| known.runners.at(&snapshot.servers[at]))
+        };
+        let (tiny, other) = (runners("tiny"), runners("other"));
+        tiny.iter().for_each(|runner| runner.reported(2));
+        (0..10).for_each(|_| snapshot.servers[0].record.bad(Some(&tiny[0]), &"cut"));
+        assert_eq!(snapshot.servers[0].condition(), crate::cluster::Condition::Degraded);
+        let picked: Vec<_> = (0..3).map(|_| pick(&cluster, "tiny")).collect();
+        assert_eq!(picked.iter().map(|picked| picked.server.index).collect::<Vec<_>>(), [1, 1, 0]);
+        // Other models have done nothing.
+        let others: Vec<_> = (0..2).map(|_| pick(&cluster, "other").server.index).collect();
+        assert!(others.contains(&0), "{others:?}");
+        (0..10).for_each(|_| snapshot.servers[0].record.bad(Some(&other[0]), &"cut"));
+        assert_eq!(snapshot.servers[0].condition(), crate::cluster::Condition::Down);
+        let full: Vec<_> = (0..3).map(|_| pick(&cluster, "tiny").server.index).collect();
+        assert_eq!(full, [1, 1, 1], "who is down gets nothing, though the other is full");
+    }
+
+    /// A fleet that answers everybody the same.
+    #[derive(Clone)]
+    struct Same(fn() -> Result<Reply, Error>);
+
+    impl Fleet for Same {
+        type Service = tower::util::BoxService<Call, Reply, Error>;
+
+        fn service(&self, _server: &Server) -> Option<Self::Service> {
+            let answer = self.0;
+            Some(tower::util::BoxService::new(tower::service_fn(move |_call: Call| async move { answer() })))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_is_judged_by_its_own_failures_alone() {
+        use crate::error::Phase;
+        let answers: [(fn() -> Result<Reply, Error>, bool, u32, u32); 8] = [
+            (|| Ok(testing::reply("{}")), true, 1, 0),
+            (|| Ok(testing::reply("{}")), false, 0, 0),
+            (|| Ok(testing::refusal("0")), true, 0, 0),
+            (|| Ok(testing::busy("0")), true, 0, 0),
+            (|| Ok(Reply { status: StatusCode::BAD_GATEWAY, ..testing::reply("{}") }), true, 1, 1),
+            (|| Ok(testing::stream("0", &["{}\n"], true)), true, 1, 1),
+            (|| Err(testing::failure("0", Phase::Waiting, false)), true, 1, 1),
+            (|| Err(testing::failure("0", Phase::Waiting, true)), true, 0, 0),
+        ];
+        for (number, (answer, waits, calls, failures)) in answers.into_iter().enumerate() {
+            let cluster = testing::cluster(&[&["tiny"]]).await;
+            let reply = Pick::new(Same(answer), Arc::default()).call(testing::call_in(&cluster, "tiny")).await;
+            if let (Ok(reply), true) = (reply, waits) {
+                let _ = reply.body.collect(99).await;
+            }
+            let seen = cluster.snapshot().servers[0].record.seen();
+            assert_eq!((seen.calls, seen.failures), (calls, failures), "{number}");
+        }
     }
 
     #[tokio::test]

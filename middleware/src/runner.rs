@@ -16,6 +16,7 @@ use crate::call::{Call, Counters};
 use crate::circuit::Circuit;
 use crate::cluster::Server;
 use crate::hedge::Times;
+use crate::judge::Usual;
 use crate::place::{LoadOptions, Named};
 use crate::slots::{Line, Load};
 
@@ -109,6 +110,8 @@ pub struct Runner {
     options: ArcSwap<LoadOptions>,
     /// Context of a slot as the server tells it, tokens; 0: it does not, or nothing is loaded.
     context: AtomicU32,
+    /// How long it usually takes for a token.
+    usual: Usual,
     book: Mutex<Book>,
 }
 
@@ -169,6 +172,7 @@ impl Runner {
             loading: AtomicU32::new(0),
             options: ArcSwap::default(),
             context: AtomicU32::new(0),
+            usual: Usual::default(),
             book: Mutex::new(Book { samples: Vec::new(), next: 0, known_since: None, born: Instant::now() }),
         }
     }
@@ -342,6 +346,11 @@ impl Runner {
         self.configured.load(Ordering::Relaxed) != 0 || self.reported.load(Ordering::Relaxed) != 0
     }
 
+    /// How many times as long as usual the tokens of an answer took, once that is known.
+    pub(crate) fn pace(&self, seen: &Seen) -> Option<f32> {
+        self.usual.times(seen.per_token()?, seen.others == 0)
+    }
+
     /// An answer is over and whole: what it shows is learned.
     pub fn ended(self: &Arc<Self>, seen: &Seen) {
         self.speeds.learn(seen);
@@ -415,6 +424,15 @@ impl Seen {
     /// For how long the server says that it worked on the answer itself, without waiting and loading.
     fn work(&self) -> Duration {
         self.counters.prompt_duration + self.counters.eval_duration
+    }
+
+    /// Milliseconds for a token of the answer, if it has several.
+    fn per_token(&self) -> Option<f32> {
+        let told = self.counters.eval_duration;
+        let making = if told > Duration::ZERO { told } else { self.ended - self.first };
+        #[expect(clippy::cast_precision_loss, reason = "an average of thousands at most")]
+        let tokens = self.counters.output_tokens as f32;
+        (tokens > 1.0).then(|| making.as_secs_f32() * 1000.0 / tokens)
     }
 
     /// From the call to its first piece, without the load.
@@ -521,10 +539,8 @@ impl Speeds {
         } else if seen.streamed && seen.others == 0 && seen.uncached > 0 {
             self.prefill.add(per(seen.until_first(), seen.uncached));
         }
-        let making =
-            if counters.eval_duration > Duration::ZERO { counters.eval_duration } else { seen.ended - seen.first };
-        if counters.output_tokens > 1 {
-            self.decode.add(per(making, counters.output_tokens));
+        if let Some(pace) = seen.per_token() {
+            self.decode.add(pace);
         }
         let took = (seen.ended - seen.sent).saturating_sub(counters.load_duration);
         self.service.add(if seen.work() > Duration::from_millis(1) { ms(seen.work()).min(ms(took)) } else { ms(took) });

@@ -232,6 +232,8 @@ pub struct Config {
     pub stack: Table,
     /// The `[pick]` table.
     pub pick: crate::pick::Config,
+    /// The `[judge]` table.
+    pub judge: crate::judge::Config,
     /// The `[trace]` table.
     pub trace: crate::trace::Config,
     /// The `[metrics]` table.
@@ -410,6 +412,7 @@ fn check(order: &[Concern]) -> Result<(), OrderError> {
 /// Wraps `leaf` in the configured layers, the innermost first.
 pub fn build(config: &Config, shared: &shared::Shared, leaf: Stack) -> Stack {
     shared.picking.configure(config.pick.clone());
+    shared.cluster.judge_by(config.judge.clone());
     // The proxy's own pages are beside the stack, and yet behind the same door.
     let has_door = config.stack.order.layers().contains(&Concern::Auth);
     shared.keys.guard(if has_door { config.auth.guard() } else { Guard::Never });

@@ -45,8 +45,10 @@ pub struct Vitals {
     pub active_sessions: Vec<String>,
     /// Running pulls, and the share of each that is done, 0 to 1.
     pub pending_pulls: Vec<(String, f32)>,
-    /// When this was told.
+    /// When this was told, by our clock.
     pub told: Option<SystemTime>,
+    /// Milliseconds that its clock is ahead of ours, less the time that the message took; none: unknown.
+    pub clock_ahead: Option<i64>,
 }
 
 /// How the calls of a server went in the last minute, from whomever they came.

@@ -1,25 +1,23 @@
 //! Who is let in: a machine of the cluster, known by its certificate or by its proof, and programs that show the token.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use http::HeaderMap;
 use olol_proto::v1::membership_server::{Membership, MembershipServer};
 use olol_proto::v1::{HelloRequest, HelloResponse, ProveRequest, ProveResponse};
 use tokio::sync::Notify;
-use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use crate::security::proof::{self, Nonce, Purpose, Side, Transcript};
-use crate::security::{Tokens, token};
+use crate::security::{Seldom, Tokens, token};
 use crate::serve::Peer;
 
-/// Time between two warnings of refused callers, however many there are.
-const WARN_EVERY: Duration = Duration::from_secs(60);
 /// The largest message that a stranger may send, bytes.
 const LARGEST_HELLO: usize = 1024;
+/// Proofs that may be made at the same time on one connection: whoever begins one has a stream open until it is over.
+const MOST_PROVING: u32 = 4;
 /// Where proofs are made.
 const PROOFS: &str = "/olol.v1.Membership/";
 
@@ -29,25 +27,18 @@ pub struct Doorkeeper {
     tokens: Tokens,
     /// The id of this process.
     instance: String,
-    /// Milliseconds since `since` before which nothing is said in the log.
-    warned: AtomicU64,
-    since: Instant,
+    warned: Seldom,
 }
 
 impl Doorkeeper {
     /// Lets in who knows one of these tokens. `instance`: the id of this process.
     pub fn new(tokens: Tokens, instance: String) -> Self {
-        Self { tokens, instance, warned: AtomicU64::new(0), since: Instant::now() }
+        Self { tokens, instance, warned: Seldom::default() }
     }
 
     /// Says in the log that somebody was refused, if nothing was said for a while.
     fn warn(&self, client: SocketAddr, reason: &str) {
-        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let wait = u64::try_from(WARN_EVERY.as_millis()).unwrap_or(u64::MAX);
-        let next = self.warned.load(Ordering::Relaxed);
-        let later = now.saturating_add(wait);
-        let is_first = || self.warned.compare_exchange(next, later, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        if now >= next && is_first() {
+        if self.warned.may_speak() {
             tracing::warn!(%client, reason, "a call was refused");
         }
     }
@@ -63,6 +54,8 @@ pub struct Door {
     is_open: AtomicBool,
     /// What a caller that has said Hello is about to prove.
     begun: Mutex<Option<Transcript>>,
+    /// Proofs that are being made.
+    proving: AtomicU32,
     /// Whether a caller has proved nothing, or has not believed us.
     is_refused: AtomicBool,
     /// The first call has come in.
@@ -80,6 +73,7 @@ impl Door {
             is_open: AtomicBool::new(peer.is_machine),
             peer,
             begun: Mutex::default(),
+            proving: AtomicU32::new(0),
             is_refused: AtomicBool::new(false),
             entered: AtomicBool::new(false),
             enters: Notify::new(),
@@ -91,9 +85,12 @@ impl Door {
         path.starts_with(PROOFS)
     }
 
-    /// Where proofs are made.
-    pub fn proofs(self: &Arc<Self>) -> MembershipServer<Proofs> {
-        MembershipServer::new(Proofs(self.clone())).max_decoding_message_size(LARGEST_HELLO)
+    /// Where proofs are made, unless too many are being made already.
+    pub fn proofs(self: &Arc<Self>) -> Option<MembershipServer<Proofs>> {
+        let more = |count: u32| (count < MOST_PROVING).then_some(count + 1);
+        self.proving.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        let proofs = Proofs(Arc::new(Place(self.clone())));
+        Some(MembershipServer::new(proofs).max_decoding_message_size(LARGEST_HELLO))
     }
 
     /// Whether a caller has proved nothing, or has not believed us.
@@ -168,17 +165,27 @@ impl Door {
     }
 }
 
-/// Where the proofs of one connection are made.
+/// Where a proof is made. Clones are the same.
 #[derive(Clone, Debug)]
-pub struct Proofs(Arc<Door>);
+pub struct Proofs(Arc<Place>);
+
+/// One of the places for those who prove something, until it is dropped.
+#[derive(Debug)]
+struct Place(Arc<Door>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.proving.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 #[tonic::async_trait]
 impl Membership for Proofs {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
-        self.0.hello(request.into_inner()).map(Response::new)
+        self.0.0.hello(request.into_inner()).map(Response::new)
     }
 
     async fn prove(&self, request: Request<ProveRequest>) -> Result<Response<ProveResponse>, Status> {
-        self.0.prove(&request.into_inner().proof).map(Response::new)
+        self.0.0.prove(&request.into_inner().proof).map(Response::new)
     }
 }

@@ -43,7 +43,7 @@ fn holds_manifests(folder: &Path) -> Option<PathBuf> {
 fn is_this_machine(endpoint: &Endpoint) -> bool {
     let (host, port) = match endpoint {
         Endpoint::Unix(_) => return true,
-        Endpoint::Tcp { host, port } => (host, *port),
+        Endpoint::Tcp { host, port } | Endpoint::Tls { host, port } => (host, *port),
     };
     let Ok(mut addresses) = (host.as_str(), port).to_socket_addrs() else { return false };
     let own = networks::addresses();

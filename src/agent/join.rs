@@ -25,7 +25,7 @@ use super::{Grpc, INTRODUCTION, Visit};
 use crate::discovery::join::{INSTANCE, NAME, PATH, PROTOCOL};
 use crate::ollama::Endpoint;
 use crate::security::proof::Purpose;
-use crate::security::tls::Connector;
+use crate::security::tls::{self, Connector};
 use crate::serve::{self, Peer};
 
 /// Port of a proxy when none is given.
@@ -34,6 +34,8 @@ const PROXY_PORT: u16 = 8000;
 const DIALLING: Duration = Duration::from_secs(5);
 /// The shortest pause before a proxy is dialled again, and the longest: one that comes back is found within 3 seconds.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(2500));
+/// The pause where a proxy has too many to take in at this moment: its turn comes soon, and it is never far away.
+const SHORT_PAUSE: Duration = Duration::from_millis(200);
 /// The pause where only a person can mend what is wrong, or nothing has to be done.
 const LONG_PAUSE: Duration = Duration::from_secs(10);
 /// Silence after which a proxy is probed, and after which a probe counts as lost.
@@ -106,6 +108,8 @@ pub(super) struct Joining {
 enum Failure {
     /// It may be otherwise in a moment.
     Now(BoxError),
+    /// It takes in others first.
+    Busy(BoxError),
     /// It stays so for a while.
     Lasting(BoxError),
 }
@@ -165,6 +169,12 @@ impl Joining {
                 },
             };
             let (error, next) = match failure {
+                // Many begin together, and each has its turn soon: nobody waits ever longer for that.
+                Failure::Busy(error) => {
+                    tracing::debug!(%proxy, error, "a proxy takes in others first");
+                    self.rests(SHORT_PAUSE.mul_f64(0.5 + fastrand::f64())).await;
+                    continue;
+                }
                 Failure::Now(error) => (error, pause),
                 Failure::Lasting(error) => (error, LONG_PAUSE),
             };
@@ -206,7 +216,8 @@ impl Joining {
             .header(NAME, self.name.clone())
             .header(INSTANCE, self.instance.clone())
             .body(Empty::<Bytes>::new())?;
-        let answer = sender.send_request(request).await?;
+        let failed = |error: hyper::Error| tls::told(error.to_string(), std::error::Error::source(&error));
+        let answer = sender.send_request(request).await.map_err(failed)?;
         let status = answer.status();
         if status == StatusCode::SWITCHING_PROTOCOLS {
             let peer = Peer { address, here, is_machine: proxy.is_tls, is_known: Arc::default() };
@@ -214,9 +225,10 @@ impl Joining {
         }
         let body = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
         let text = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).trim().to_owned()).unwrap_or_default();
-        let error = format!("it answers {status}: {text}").into();
+        let hint = if !proxy.is_tls && text.contains("HTTPS server") { "; say https://" } else { "" };
+        let error = format!("it answers {status}: {text}{hint}").into();
         Err(match status {
-            StatusCode::TOO_MANY_REQUESTS => Failure::Now(error),
+            StatusCode::TOO_MANY_REQUESTS => Failure::Busy(error),
             _ => Failure::Lasting(error),
         })
     }
@@ -233,7 +245,7 @@ impl Joining {
             let serving = serve::serve_dialled(upgraded, visit, PROBE, &stop);
             let served = tokio::select! {
                 served = serving => served.map_err(|error| error.to_string()),
-                () = serve::stays_unknown(INTRODUCTION, &known) => Err("it has proved nothing in time".to_owned()),
+                () = serve::stays_unknown(INTRODUCTION, &known, ()) => Err("it has proved nothing in time".to_owned()),
             };
             if let Err(error) = served {
                 tracing::debug!(error, "a connection to a proxy ended early");

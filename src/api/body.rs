@@ -38,6 +38,11 @@ impl Room {
         Arc::new(Self { left: AtomicU64::new(bytes), pause })
     }
 
+    /// The longest time between two pieces of a body.
+    pub(super) fn pause(&self) -> Duration {
+        self.pause
+    }
+
     fn take(&self, bytes: u64) -> bool {
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)).is_ok()
     }
@@ -53,6 +58,11 @@ pub(super) struct Taken {
 }
 
 impl Taken {
+    /// Nothing so far.
+    pub(super) fn nothing(room: &Arc<Room>) -> Self {
+        Self { room: room.clone(), bytes: 0, over: None }
+    }
+
     /// Whether a part of the body was not wanted so far: who answers now does not wait for it.
     pub(super) fn is_cut(&self) -> bool {
         self.over.as_ref().is_some_and(|over| !over.load(Ordering::Relaxed))
@@ -98,7 +108,7 @@ pub(super) fn arrived(
     streams: bool,
     room: &Arc<Room>,
 ) -> Result<Arrived, Error> {
-    let mut taken = Taken { room: room.clone(), bytes: 0, over: None };
+    let mut taken = Taken::nothing(room);
     let mut pieces = SmallVec::new();
     if incoming.is_end_stream() {
         return Ok(Arrived::Whole(Payload::Whole(pieces), taken));

@@ -182,7 +182,8 @@ fn bare(host: &str) -> &str {
 }
 
 fn is_address_allowed(here: &Here, host: &str) -> bool {
-    let host = host.split_once('%').map_or(host, |(host, _)| host);
+    // Only addresses of IPv6 have the name of an interface behind them.
+    let host = host.split_once('%').map_or(host, |(host, _)| if host.contains(':') { host } else { "" });
     let Ok(address) = host.parse::<IpAddr>() else { return false };
     let is_private = match address {
         IpAddr::V4(v4) => v4.is_private(),
@@ -229,6 +230,9 @@ mod tests {
             ("a.local", 200),
             ("example.com", 403),
             ("8.8.8.8", 403),
+            ("[fe80::1%eth0]", 403),
+            ("[::1%lo]:1", 200),
+            ("127.0.0.1%evil.example", 403),
             ("localhost.example.com", 403),
         ] {
             assert_eq!(status(&gate(""), &Method::GET, host, ""), wanted, "{host}");

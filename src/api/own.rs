@@ -110,6 +110,10 @@ fn page(known: &Known) -> String {
         observed,
         sessions,
         instruments::observe_state(known.about.state.as_ref().map(crate::state::State::is_up)),
+        instruments::observe_members(
+            &known.shared.cluster.snapshot(),
+            known.about.pool.strangers().iter().map(|one| one.source),
+        ),
         instruments::observe_wishes(&known.about.desired.wishes()),
         instruments::observe_config(is_good, state.since),
         instruments::observe_process(&process()),

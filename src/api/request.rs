@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Version};
 use olol_middleware::{Head, ModelName, Payload, Peek, Route};
+use smallvec::SmallVec;
 
 use super::body::HttpBody;
 use super::response;
@@ -95,6 +97,37 @@ pub(super) fn head(route: Route, subject: Option<String>, parts: Parts, client: 
     Head { headers: parts.headers, peek, client, ..Head::new(route, parts.method, path) }
 }
 
+/// Bytes of a body up to which a request is put together: half of what hyper reads at once.
+const SMALL: usize = 4 << 10;
+
+/// Puts a small request into memory of its own. What hyper hands over lies in the buffer that it has read into, and while
+/// that is held, here for as long as an answer streams, hyper takes another one of the same 8 KiB to read on.
+pub(super) fn put_together(head: &mut Arc<Head>, payload: &mut Payload) {
+    let (Some(head), Payload::Whole(pieces)) = (Arc::get_mut(head), payload) else { return };
+    let body = pieces.iter().map(Bytes::len).sum();
+    if body > SMALL {
+        return;
+    }
+    let path = head.path.as_str().len();
+    let mut room = BytesMut::with_capacity(body + path + head.headers.values().map(HeaderValue::len).sum::<usize>());
+    pieces.iter().for_each(|piece| room.extend_from_slice(piece));
+    room.extend_from_slice(head.path.as_str().as_bytes());
+    head.headers.values().for_each(|value| room.extend_from_slice(value.as_bytes()));
+    let mut room = room.freeze();
+    if body > 0 {
+        *pieces = SmallVec::from_buf([room.split_to(body)]);
+    }
+    // Neither can fail: it is what was there before.
+    if let Ok(same) = PathAndQuery::from_maybe_shared(room.split_to(path)) {
+        head.path = same;
+    }
+    for value in head.headers.values_mut() {
+        if let Ok(same) = HeaderValue::from_maybe_shared(room.split_to(value.len())) {
+            *value = same;
+        }
+    }
+}
+
 /// Looks into the body of a call for what routing needs, where the path did not tell it.
 pub(super) fn look(head: &mut Arc<Head>, payload: &Payload) {
     let Some(head) = Arc::get_mut(head) else { return };
@@ -123,6 +156,25 @@ mod tests {
         for (expect, wanted) in [("100-continue", None), ("a, 100-Continue", None), ("", None), ("a", Some(417))] {
             assert_eq!(refusal(Request::builder().header("expect", expect)), wanted, "{expect}");
         }
+    }
+
+    #[test]
+    fn a_small_request_holds_on_to_nothing_else() {
+        let read = BytesMut::from(&b"/api/chat?a=%20bvalue\xfftwo{\"model\":1}"[..]).freeze();
+        let part = |from: usize, to: usize| read.slice(from..to);
+        let mut parts = Request::new(()).into_parts().0;
+        parts.uri = http::Uri::from_maybe_shared(part(0, 16)).unwrap();
+        parts.headers.append("x-a", HeaderValue::from_maybe_shared(part(16, 22)).unwrap());
+        parts.headers.append("x-a", HeaderValue::from_maybe_shared(part(22, 25)).unwrap());
+        let mut head = Arc::new(head(Route::Chat, None, parts, None));
+        let mut payload = Payload::Whole([part(25, 30), part(30, read.len())].into_iter().collect());
+        let before = (head.path.clone(), head.headers.clone());
+        put_together(&mut head, &mut payload);
+        assert_eq!((&head.path, &head.headers), (&before.0, &before.1));
+        let Payload::Whole(pieces) = payload else { unreachable!() };
+        assert_eq!(pieces.as_slice(), [&b"{\"model\":1}"[..]]);
+        drop(before);
+        assert!(read.is_unique());
     }
 
     #[test]

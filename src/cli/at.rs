@@ -37,12 +37,11 @@ impl At {
         }
         let reply = super::send(proxy, ask).await?;
         let status = reply.status;
-        let told: Value = serde_json::from_slice(&reply.body.collect(LONGEST).await?).unwrap_or_default();
+        let told = reply.body.collect(LONGEST).await?;
         if !status.is_success() {
-            let error = error_in(&told).unwrap_or("this is no OLOL proxy, or an older one");
-            bail!("{error} (status {})", status.as_u16());
+            bail!("{} (status {})", refusal(&told), status.as_u16());
         }
-        Ok(told)
+        Ok(serde_json::from_slice(&told).unwrap_or_default())
     }
 }
 
@@ -51,6 +50,20 @@ pub(super) fn bearer(key: &str) -> Result<HeaderValue, InvalidHeaderValue> {
     let mut header = HeaderValue::from_str(&format!("Bearer {}", key.trim()))?;
     header.set_sensitive(true);
     Ok(header)
+}
+
+/// Why a proxy refuses, or what answers in its place.
+pub(super) fn refusal(body: &[u8]) -> String {
+    let told: Value = serde_json::from_slice(body).unwrap_or_default();
+    let other = || {
+        let speaks_tls = memchr::memmem::find(body, b"HTTPS").is_some();
+        if speaks_tls {
+            "what answers there speaks TLS: say https://"
+        } else {
+            "what answers there is no OLOL proxy, or an older one"
+        }
+    };
+    error_in(&told).unwrap_or_else(other).to_owned()
 }
 
 /// What a refusal says, in whichever dialect.

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::flags::Flags;
 use crate::config::{Effective, Origin, Setting};
+use crate::pool::credentials::Credentials;
 
 /// The longest value that has the column of origins moved to the right for it, characters.
 const WIDEST: usize = 40;
@@ -37,6 +38,7 @@ impl Arguments {
         let source = self.flags.source(matches)?;
         let effective = source.read()?;
         effective.config.tls.read()?;
+        Credentials::check(&effective.config.pool.credentials).map_err(anyhow::Error::msg)?;
         let settings = effective.settings()?;
         super::print(&if self.json {
             format!("{:#}\n", as_json(source.file.as_ref(), &effective, &settings))

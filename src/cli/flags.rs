@@ -18,7 +18,7 @@ pub(super) struct Flags {
     /// Port to listen on; 0 takes any [default: 8000]
     #[arg(long, env = "OLOL_PORT")]
     port: Option<u16>,
-    /// Servers: agents as HOST:PORT, bare Ollamas as http://HOST:PORT, each with =WEIGHT behind it and NAME@ before it if
+    /// Servers: agents as HOST:PORT, bare Ollamas as http://HOST:PORT or https://HOST, each with =WEIGHT behind it and NAME@ before it if
     /// you like: gpu1:50051=2,attic@http://10.0.0.7:11434,[::1]:50051
     #[arg(long, env = "OLLAMA_SERVERS", value_name = "LIST")]
     servers: Option<String>,

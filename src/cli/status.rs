@@ -10,11 +10,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use http::header::{self, HeaderValue};
-use olol_middleware::{Reply, ServerId};
+use olol_middleware::Reply;
 use serde_json::Value;
 
 use super::Stop;
-use super::at::{bearer, error_in};
+use super::at::{bearer, refusal};
 use crate::ollama::{Ask, Endpoint, Ollama};
 use table::Look;
 
@@ -140,8 +140,9 @@ impl Arguments {
 
 /// The proxy at a URL.
 fn at(url: &str) -> anyhow::Result<Ollama> {
-    let endpoint = Endpoint::parse(url, 8000).context("--url must say where the proxy is: http://HOST:PORT")?;
-    Ok(Ollama::new(ServerId::new(url), endpoint, Duration::from_secs(5)))
+    let endpoint = Endpoint::parse(url, 8000)
+        .context("--url must say where the proxy is: http://HOST:PORT or https://HOST:PORT")?;
+    super::reach(url, endpoint)
 }
 
 /// A running proxy.
@@ -235,11 +236,10 @@ impl Proxy {
     /// Why it refuses.
     pub(super) async fn refusal(&self, reply: Reply) -> anyhow::Error {
         let status = reply.status;
-        let told: Value = match reply.body.collect(LONGEST).await {
-            Ok(body) => serde_json::from_slice(&body).unwrap_or_default(),
+        let error = match reply.body.collect(LONGEST).await {
+            Ok(body) => refusal(&body),
             Err(error) => return error.into(),
         };
-        let error = error_in(&told).unwrap_or("what answers there is no OLOL proxy, or an older one");
         let hint = match status.as_u16() {
             401 | 403 => "; give the key as --key, --key-file or OLOL_KEY",
             _ => "",

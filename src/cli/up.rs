@@ -18,7 +18,7 @@ use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::pool::AGENT_PORT;
 use crate::proxy::Proxy;
 use crate::security::Tokens;
-use crate::security::tls::Connector;
+use crate::security::tls::{self, Acceptor, Clients, Connector};
 
 /// How long an Ollama is waited for.
 const PROBE: Duration = Duration::from_secs(2);
@@ -131,6 +131,12 @@ async fn start_agent(
     tokens: &Tokens,
     grace: Duration,
 ) -> anyhow::Result<Agent> {
+    // As of `olol server`: a machine with a certificate needs no token, and one without may still come with it.
+    let asked = match config.tls.clients {
+        Clients::None if !config.tls.ca.as_os_str().is_empty() => Clients::Optional,
+        asked => asked,
+    };
+    let tls = tls::Config { clients: asked, ..config.tls.clone() };
     let options = |port| -> anyhow::Result<Options> {
         Ok(Options {
             listen: listen_address(&config.proxy.host, port).map_err(anyhow::Error::msg)?,
@@ -138,7 +144,7 @@ async fn start_agent(
             name: String::new(),
             engine: behind.kind,
             tokens: tokens.clone(),
-            tls: None,
+            tls: Acceptor::start(&tls)?.map(Acceptor::sparing_own),
             join: Vec::new(),
             join_tls: None,
             connector: Connector::start(&config.tls)?,
@@ -208,7 +214,7 @@ async fn find_ollama(own: SocketAddr) -> anyhow::Result<Option<Endpoint>> {
         places.push(usual);
     }
     for place in places {
-        let Endpoint::Tcp { host, port } = &place else { continue };
+        let (Endpoint::Tcp { host, port } | Endpoint::Tls { host, port }) = &place else { continue };
         let reached: Vec<SocketAddr> =
             tokio::net::lookup_host((host.as_str(), *port)).await.map(Iterator::collect).unwrap_or_default();
         let is_own = |address: &SocketAddr| address.port() == own.port() && near(address.ip()) == near(own.ip());
@@ -220,7 +226,7 @@ async fn find_ollama(own: SocketAddr) -> anyhow::Result<Option<Endpoint>> {
 }
 
 async fn answers(place: &Endpoint) -> bool {
-    let ollama = Ollama::new(ServerId::new("probe"), place.clone(), PROBE);
+    let Ok(ollama) = Ollama::maybe_over_tls(ServerId::new("probe"), place.clone(), None, PROBE) else { return false };
     match tokio::time::timeout(PROBE, ollama.send(Ask::get("/api/version"))).await {
         Ok(Ok(reply)) => reply.status.is_success() && !reply.headers.contains_key(ServerId::HEADER),
         _ => false,

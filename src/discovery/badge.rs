@@ -25,7 +25,7 @@ pub struct Badge {
     pub name: String,
     /// What tells this process from all others.
     pub instance: String,
-    /// What tells its cluster from others.
+    /// What tells its cluster from others, for each of its tokens, with `+` between.
     pub cluster: String,
     /// Whether it is reached over TLS.
     pub is_tls: bool,
@@ -53,6 +53,12 @@ impl fmt::Debug for Tells {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Tells").field(&self.now()).finish()
     }
+}
+
+/// What tells a cluster from others, as a badge says it.
+pub(crate) fn clusters(tokens: &[Token]) -> String {
+    let most = (LONGEST + 1) / 17;
+    tokens.iter().take(most).map(cluster).collect::<Vec<_>>().join("+")
 }
 
 /// What tells a cluster from others. It is the same for all that have the token, and tells nothing of it.
@@ -110,6 +116,40 @@ pub(super) fn word(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::noise;
+
+    #[test]
+    fn a_badge_says_nothing_that_a_page_could_not_show() {
+        const PIECES: &[&str] = &[
+            "name",
+            "id",
+            "cluster",
+            "tls",
+            "version",
+            "=",
+            ";",
+            " ",
+            "yes",
+            "\t",
+            "\u{1b}[2J",
+            "\"",
+            "<b>",
+            "gpu1",
+            "ä",
+            "../",
+            "a=b; ",
+        ];
+        for text in noise::texts(PIECES, noise::MANY) {
+            let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) else { continue };
+            let badge = Badge::of_header(&value);
+            let is_word = |text: &String| text.len() <= LONGEST && word(text) == *text;
+            assert!(
+                [&badge.name, &badge.instance, &badge.cluster, &badge.version].into_iter().all(is_word),
+                "{text:?}"
+            );
+            assert_eq!(Badge::of_header(&badge.header()), badge);
+        }
+    }
 
     #[test]
     fn a_cluster_is_known_by_its_token_and_does_not_tell_it() {

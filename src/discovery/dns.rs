@@ -15,14 +15,16 @@ use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::{RData, RecordType};
 use hickory_resolver::{Resolver, TokioResolver};
-use olol_middleware::ServerId;
 use olol_middleware::cluster::Source;
+use olol_middleware::instruments::{self, LookUp};
+use olol_middleware::{BoxError, ServerId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Config;
+use super::networks;
 use crate::ollama::{Endpoint, EndpointError};
 use crate::pool::{AGENT_PORT, OLLAMA_PORT, Pool, ServerSpec, Way};
 use crate::security::Wire;
@@ -31,6 +33,8 @@ use crate::security::Wire;
 const SHORTEST: Duration = Duration::from_secs(1);
 /// The most servers that one name may stand for.
 const MOST: usize = 1024;
+/// The longest that all look-ups for one name may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// The heaviest server.
 const HEAVIEST: u16 = 1000;
 
@@ -89,9 +93,6 @@ impl NameSpec {
                 (name, Some(port.ok_or_else(|| EndpointError(format!("'{text}' has no port from 1 to 65535")))?))
             }
             None => (rest, None),
-        };
-        let is_label = |label: &str| {
-            (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
         };
         if name.len() > 253 || !name.trim_end_matches('.').split('.').all(is_label) {
             return Err(EndpointError(format!("'{name}' in '{text}' is no name of DNS")));
@@ -215,9 +216,17 @@ async fn keep(
             if at.is_some_and(|at| known[at].1.until > Instant::now()) {
                 continue;
             }
-            let found = match look_up(&resolver, name, longest).await {
-                Ok(found) => found,
+            let looking = tokio::time::timeout(PATIENCE, look_up(&resolver, name, longest)).await;
+            let looked = looking
+                .map_or_else(|_| Err("the name servers take too long".into()), |found| found.map_err(BoxError::from));
+            let found = match looked {
+                Ok(found) => {
+                    let is_nowhere = found.servers.is_empty();
+                    instruments::looked_up(if is_nowhere { LookUp::Nowhere } else { LookUp::Found });
+                    found
+                }
                 Err(error) => {
+                    instruments::looked_up(LookUp::Failed);
                     tracing::warn!(%name, %error, "a name cannot be looked up; who was there stays");
                     let before = at.map(|at| std::mem::take(&mut known[at].1.servers)).unwrap_or_default();
                     Found { servers: before, until: Instant::now() + longest.min(SHORTEST * 5) }
@@ -256,6 +265,25 @@ async fn keep(
     }
 }
 
+fn is_label(label: &str) -> bool {
+    (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+}
+
+/// Whether an address can be that of one server that others reach by its name: not that of many or of nobody, nor one that means
+/// something else on every link, such as 169.254.169.254, where clouds give their secrets away.
+fn is_of_one(spec: &NameSpec, ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    let is_of_a_link = match ip {
+        IpAddr::V4(v4) => v4.is_broadcast() || v4.is_link_local(),
+        IpAddr::V6(_) => networks::is_link_local(ip),
+    };
+    let is_good = !(ip.is_unspecified() || ip.is_multicast() || is_of_a_link);
+    if !is_good {
+        tracing::warn!(name = %spec, %ip, "a name leads to an address at which no server can be, which is left out");
+    }
+    is_good
+}
+
 /// Looks a name up. One that does not exist, or has no such records, leads nowhere, which is an answer.
 async fn look_up(resolver: &TokioResolver, spec: &NameSpec, longest: Duration) -> Result<Found, NetError> {
     let nowhere = || Found { servers: Vec::new(), until: Instant::now() + longest.min(SHORTEST * 5) };
@@ -268,7 +296,7 @@ async fn look_up(resolver: &TokioResolver, spec: &NameSpec, longest: Duration) -
             other => other?,
         };
         until = until.min(Instant::from_std(found.valid_until()));
-        for ip in found.iter() {
+        for ip in found.iter().filter(|ip| is_of_one(spec, *ip)) {
             let address = SocketAddr::new(ip, port);
             servers.extend(spec.server(&address.to_string(), address, spec.weight));
         }
@@ -278,19 +306,29 @@ async fn look_up(resolver: &TokioResolver, spec: &NameSpec, longest: Duration) -
             other => other?,
         };
         until = until.min(Instant::from_std(found.valid_until()));
-        for record in found.answers() {
-            let RData::SRV(service) = &record.data else { continue };
+        let services = found.answers().iter().filter_map(|record| match &record.data {
+            RData::SRV(service) => Some(service),
+            _ => None,
+        });
+        // One more than there may be, so that it is seen that there are more.
+        for service in services.take(MOST + 1) {
             let target = service.target.to_utf8();
             let ips = match resolver.lookup_ip(&*target).await {
                 Err(error) if is_nowhere(&error) => continue,
                 other => other?,
             };
             until = until.min(Instant::from_std(ips.valid_until()));
-            let Some(ip) = ips.iter().next() else { continue };
+            let Some(ip) = ips.iter().find(|ip| is_of_one(spec, *ip)) else { continue };
             let own = NonZeroU32::new(service.weight.clamp(1, HEAVIEST).into()).unwrap_or(NonZeroU32::MIN);
             let weight = own.saturating_mul(spec.weight).min(NonZeroU32::MIN.saturating_add(u32::from(HEAVIEST) - 1));
-            let id = format!("{}:{}", target.trim_end_matches('.'), service.port);
-            servers.extend(spec.server(&id, SocketAddr::new(ip, service.port), weight));
+            let (target, address) = (target.trim_end_matches('.'), SocketAddr::new(ip, service.port));
+            // What is no name of a host is not what a server is called here, in logs and on pages.
+            let id = if target.split('.').all(is_label) {
+                format!("{target}:{}", service.port)
+            } else {
+                address.to_string()
+            };
+            servers.extend(spec.server(&id, address, weight));
         }
     }
     if servers.len() > MOST {
@@ -328,6 +366,26 @@ mod tests {
         ] {
             let error = NameSpec::parse(text).unwrap_err().to_string();
             assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_name_leads_to_no_address_that_is_not_of_one_server() {
+        let spec = NameSpec::parse("dns://gpus.lab").unwrap().unwrap();
+        for ip in ["10.0.0.1", "127.0.0.1", "192.0.2.7", "fd00::1", "2001:db8::1"] {
+            assert!(is_of_one(&spec, ip.parse().unwrap()), "{ip}");
+        }
+        for ip in [
+            "169.254.169.254",
+            "0.0.0.0",
+            "224.0.0.251",
+            "255.255.255.255",
+            "fe80::1",
+            "::",
+            "ff02::fb",
+            "::ffff:169.254.169.254",
+        ] {
+            assert!(!is_of_one(&spec, ip.parse().unwrap()), "{ip}");
         }
     }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::cluster::{Source, State};
+use olol_middleware::instruments;
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{ServerId, Snapshot};
 use tokio::sync::{mpsc, watch};
@@ -146,8 +147,10 @@ struct Sighting {
     failures: u32,
     /// Why it has proved nothing.
     why: String,
-    /// What it is called as a server.
+    /// What it is called as a server, or was.
     id: Option<ServerId>,
+    /// It is a server now.
+    is_used: bool,
 }
 
 impl Sighting {
@@ -166,6 +169,7 @@ impl Sighting {
             failures: 0,
             why: String::new(),
             id: None,
+            is_used: false,
         }
     }
 
@@ -360,6 +364,9 @@ impl Keeper {
             (Err(_), Source::Local) => shortest,
             (Err(_), _) => shortest.saturating_mul(1 << one.failures.min(8)).min(longest),
         };
+        if one.is_agent() {
+            instruments::proved(source, result.is_ok());
+        }
         one.is_asked = false;
         one.again = Instant::now() + pause.mul_f64(0.9 + 0.2 * fastrand::f64());
         match result {
@@ -376,10 +383,14 @@ impl Keeper {
         self.ask();
         let named = self.named(&snapshot);
         let mut servers: HashMap<Source, Vec<ServerSpec>> = HashMap::new();
-        let (mut strangers, mut chosen) = (Vec::new(), Chosen::default());
+        let held = self.book.iter().enumerate().filter(|(_, one)| one.is_used);
+        let held = held.filter_map(|(at, one)| Some((one.id.clone()?, at))).collect();
+        let (mut strangers, mut chosen) = (Vec::new(), Chosen { held, ..Chosen::default() });
         // The agent of this machine first, then in the order in which they were found.
         for at in 0..self.book.len() {
-            match self.judge(at, &named, &mut chosen) {
+            let judged = self.judge(at, &named, &mut chosen);
+            self.book[at].is_used = judged.is_ok();
+            match judged {
                 Ok(spec) => servers.entry(self.book[at].source).or_default().push(spec),
                 Err(Refusal::Twin) => {}
                 Err(Refusal::Because(reason)) => {
@@ -411,7 +422,8 @@ impl Keeper {
     fn forget(&mut self, snapshot: &Snapshot, ear: Option<&Ear>) {
         let lease = self.config.lease_s.time();
         let state = |one: &Sighting| {
-            let server = snapshot.server(one.id.as_ref()?)?;
+            // Another may have its name by now.
+            let server = snapshot.server(one.id.as_ref().filter(|_| one.is_used)?)?;
             (server.source == one.source).then_some(server.state)
         };
         let now = Instant::now();
@@ -435,14 +447,18 @@ impl Keeper {
                         one.proof = None;
                     }
                     if one.proof.is_none() && (one.id.is_none() || one.last.elapsed() > REMEMBERED) {
+                        instruments::lease_ended(one.source);
                         return false;
                     }
                 }
-                Source::Scan | Source::ScannedOllama if is_over => return false,
+                Source::Scan | Source::ScannedOllama if is_over => {
+                    instruments::lease_ended(one.source);
+                    return false;
+                }
                 _ => {}
             }
-            if one.is_down && is_over {
-                one.proof = None;
+            if one.is_down && is_over && one.proof.take().is_some() {
+                instruments::lease_ended(one.source);
             }
             if one.is_down
                 && one.again <= now
@@ -505,6 +521,7 @@ impl Keeper {
             });
         }
         let Badge { cluster, is_tls, .. } = &one.seen.badge;
+        let is_same = |cluster: &str| cluster.split('+').any(|one| self.cluster.iter().any(|ours| ours == one));
         match (&self.trust.tls, is_tls) {
             (None, true) => Some(
                 "it is reached over TLS, and this proxy knows no CA: name that of the cluster in `ca` of [tls]".to_owned(),
@@ -516,7 +533,7 @@ impl Keeper {
             // A certificate tells more than a token.
             (Some(_), true) => None,
             // One that has proved itself may tell of a token that was changed since.
-            (None, false) if cluster.is_empty() || self.cluster.contains(cluster) || one.proof.is_some() => None,
+            (None, false) if cluster.is_empty() || is_same(cluster) || one.proof.is_some() => None,
             (None, false) => Some(
                 "its token is not ours, so it is of another cluster; if it should be of this one, give both the same: `olol token` \
                  prints it"
@@ -559,12 +576,13 @@ impl Keeper {
         let way = if place.0 { Way::Agent(place.1) } else { Way::Ollama(place.1) };
         let address = one.address(&host);
         let name = if one.seen.badge.name.is_empty() { address.clone() } else { one.seen.badge.name.clone() };
-        let is_free = |id: &ServerId| !named.ids.contains(id) && !chosen.ids.contains(id);
-        let id = one.id.clone().filter(is_free).unwrap_or_else(|| ServerId::new(&name));
-        let id = if is_free(&id) { id } else { ServerId::new(&address) };
-        if !is_free(&id) {
-            return Err(Refusal::Twin);
-        }
+        let is_free = |id: &ServerId| {
+            let is_held = chosen.held.get(id).is_some_and(|holder| *holder != at);
+            !is_held && !named.ids.contains(id) && !chosen.ids.contains(id)
+        };
+        // Its own name as soon as nobody else has it: a machine that comes back elsewhere is found before the old one is missed.
+        let ids = [Some(ServerId::new(&name)), one.id.clone(), Some(ServerId::new(&address))];
+        let Some(id) = ids.into_iter().flatten().find(is_free) else { return Err(Refusal::Twin) };
         chosen.ids.insert(id.clone());
         let wire = one.wire();
         self.book[at].id = Some(id.clone());
@@ -593,6 +611,8 @@ struct Named {
 /// Those among the found who are servers.
 #[derive(Default)]
 struct Chosen {
+    /// Who had which name until now.
+    held: HashMap<ServerId, usize>,
     ids: HashSet<ServerId>,
     places: HashSet<Place>,
     instances: HashSet<String>,

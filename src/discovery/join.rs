@@ -258,7 +258,7 @@ impl Drop for Place {
 }
 
 /// What counts as one address: of IPv6 a /64, whose addresses one machine may have all.
-fn network(address: IpAddr) -> IpAddr {
+pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) >> 64 << 64).into()),
         v4 @ IpAddr::V4(_) => v4,
@@ -405,6 +405,9 @@ impl Inner {
         let coming: HashSet<ServerId> = book.coming.iter().map(|spec| spec.id.clone()).collect();
         let ends = |(id, guest): (&ServerId, &Guest)| {
             let is_gone = guest.gone.is_some_and(|gone| gone.elapsed() >= self.lease);
+            if is_gone {
+                instruments::lease_ended(Source::Joined);
+            }
             let other = otherwise.get(guest.instance.as_str());
             if let Some(other) = other {
                 tracing::info!(server = %id, %other, "an agent that dialled in is reached by another way, too");

@@ -17,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use if_addrs::Interface;
 use ipnet::IpNet;
 use olol_middleware::BoxError;
+use olol_middleware::instruments::{self, Probed};
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -195,18 +196,22 @@ pub(super) async fn scan(config: Config, networks: Networks, tls: Option<Connect
 /// Who answers at an address.
 async fn look(ip: IpAddr, tls: Option<&Connector>) -> Vec<Seen> {
     let (agent, ollama) = tokio::join!(agent(ip, tls), ollama(ip));
+    instruments::probed(if agent.is_some() { Probed::Agent } else { Probed::Nobody });
+    instruments::probed(if ollama.is_some() { Probed::Ollama } else { Probed::Nobody });
     agent.into_iter().chain(ollama).collect()
 }
 
-/// An agent answers even plain HTTP, with what it is.
+/// An agent answers even plain HTTP, with what it is; one that wants TLS says so, and the rest over that.
 async fn agent(ip: IpAddr, tls: Option<&Connector>) -> Option<Seen> {
-    let answer = ask(ip, AGENT_PORT, "/", None).await;
-    let answer = match (answer, tls) {
-        (Some(Err(_)), Some(tls)) => ask(ip, AGENT_PORT, "/", Some(tls)).await,
-        (answer, _) => answer,
+    let badge = |(_, headers, _): Said| headers.get(badge::HEADER).map(Badge::of_header);
+    let secure = match tls {
+        Some(tls) => ask(ip, AGENT_PORT, "/", Some(tls)).await?.ok().and_then(badge),
+        None => None,
     };
-    let (_, headers, _) = answer?.ok()?;
-    let badge = Badge::of_header(headers.get(badge::HEADER)?);
+    let badge = match secure {
+        Some(secure) => secure,
+        None => badge(ask(ip, AGENT_PORT, "/", None).await?.ok()?)?,
+    };
     Some(Seen { is_agent: true, badge, ..at(ip, AGENT_PORT) })
 }
 

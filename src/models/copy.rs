@@ -5,6 +5,7 @@
 //! goes wrong in between leaves no name behind: an agent that was killed clears up when it starts again.
 
 use std::collections::HashMap;
+use std::net::SocketAddrV4;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -197,8 +198,10 @@ impl Copier {
 
 /// Whether the registry that a name leads to is still there: then somebody is at work.
 async fn is_alive(name: &str) -> bool {
-    let Some((address, _)) = name.split_once('/') else { return false };
-    let connecting = tokio::net::TcpStream::connect(address.to_owned());
+    // Anybody can give a model such a name: nothing but a port of this machine is looked at, and nothing is looked up.
+    let address = name.split_once('/').and_then(|(address, _)| address.parse::<SocketAddrV4>().ok());
+    let Some(address) = address.filter(|address| address.ip().is_loopback()) else { return false };
+    let connecting = tokio::net::TcpStream::connect(address);
     matches!(tokio::time::timeout(Duration::from_secs(1), connecting).await, Ok(Ok(_)))
 }
 

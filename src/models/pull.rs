@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::replicas::ranked;
 use super::told::{Board, Telling};
-use super::{BringError, Holder, Line, Models, Replicas, Room, held_by, shares};
+use super::{BringError, Holder, Line, Models, Replicas, Room, held_by, shares, tells_of_full_disk};
 use crate::ollama::lines_of;
 
 /// Copies that one server gives at a time.
@@ -61,6 +61,8 @@ pub struct Pull {
 #[derive(Debug, Default)]
 pub struct State {
     board: Board,
+    /// Who stands on the board, by number.
+    servers: Vec<ServerId>,
     /// The headers of the first good answer.
     headers: Option<HeaderMap>,
     /// Servers whose first word is still waited for.
@@ -99,6 +101,21 @@ struct Failure {
 }
 
 impl Models {
+    /// The pulls that go on through this proxy: the model, the server, and the share of it that is there.
+    pub fn under_way(&self) -> Vec<(ModelName, ServerId, f32)> {
+        let running = self.pulls.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = Vec::new();
+        for ((model, ..), pull) in running.iter() {
+            let Some(pull) = pull.upgrade() else { continue };
+            let state = pull.state.borrow();
+            if state.end.is_none() {
+                let of_it = state.board.under_way();
+                all.extend(of_it.filter_map(|(at, done)| Some((model.clone(), state.servers.get(at)?.clone(), done))));
+            }
+        }
+        all
+    }
+
     /// Begins a pull, or joins one like it that goes on.
     pub fn pull(&self, order: Order) -> Arc<Pull> {
         let mut ids: Vec<ServerId> = order.servers.iter().map(|server| server.id.clone()).collect();
@@ -247,7 +264,7 @@ impl Work {
         let has_agent = |server: &Arc<Server>| models.pool.peer(server).is_some();
         let (copiers, askers): (Vec<_>, Vec<_>) = meant.into_iter().partition(has_agent);
         let tell = Arc::new(tell);
-        let waiting = copiers.into_iter().map(|server| Part { course: add(&tell), server }).collect();
+        let waiting = copiers.into_iter().map(|server| Part { course: add(&tell, &server), server }).collect();
         Self {
             models,
             model,
@@ -272,7 +289,7 @@ impl Work {
     async fn run(mut self) {
         let mut tasks: FuturesUnordered<Task> = FuturesUnordered::new();
         for server in std::mem::take(&mut self.askers) {
-            let part = Part { course: add(&self.tell), server };
+            let part = Part { course: add(&self.tell, &server), server };
             tasks.push(self.asks(part));
         }
         self.send_on(&mut tasks);
@@ -395,7 +412,7 @@ impl Work {
 
     /// A server could not copy: it asks the registry itself, if it has room.
     fn not_copied(&mut self, part: Part, error: &BringError, tasks: &mut FuturesUnordered<Task>) {
-        if matches!(error, BringError::Full { .. }) {
+        if error.is_full() {
             let failure = Failure { why: error.to_string(), refusal: None, is_final: false, is_full: true };
             self.failed(&part, failure, tasks);
             return;
@@ -432,7 +449,7 @@ impl Work {
         }
         let Some(server) = self.spares.pop_front() else { return };
         tracing::info!(failed = %part.server.id, server = %server.id, model = %self.model, "another server takes its place");
-        let part = Part { course: add(&self.tell), server };
+        let part = Part { course: add(&self.tell, &server), server };
         if self.models.pool.peer(&part.server).is_some() {
             self.waiting.push_back(part);
         } else {
@@ -470,9 +487,12 @@ impl Work {
 }
 
 /// One server more on the board.
-fn add(tell: &watch::Sender<State>) -> usize {
+fn add(tell: &watch::Sender<State>, server: &Server) -> usize {
     let mut course = 0;
-    tell.send_modify(|state| course = state.board.add());
+    tell.send_modify(|state| {
+        course = state.board.add();
+        state.servers.push(server.id.clone());
+    });
     course
 }
 
@@ -499,7 +519,7 @@ async fn pull_at(ask: &Asking, part: &Part, mut room: Room, tell: &watch::Sender
             return Err(failure);
         }
     };
-    let failed = |why: String| Failure { is_final: why.contains(NOT_THERE), why, refusal: None, is_full: false };
+    let failed = Failure::of;
     let mut success = None;
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|error| failed(error.to_string()))?.bytes;
@@ -525,20 +545,29 @@ async fn pull_at(ask: &Asking, part: &Part, mut room: Room, tell: &watch::Sender
 }
 
 impl Failure {
+    /// What an Ollama, or the way there, says of a pull that has ended.
+    fn of(why: String) -> Self {
+        Self { is_final: why.contains(NOT_THERE), is_full: tells_of_full_disk(&why), why, refusal: None }
+    }
+
     /// A server has refused from the beginning.
     async fn refused(refused: Result<Reply, Error>) -> Self {
         match refused {
-            Err(error) => Self { why: error.to_string(), refusal: Some(Err(error)), is_final: false, is_full: false },
+            Err(error) => {
+                let failure = Self::of(error.to_string());
+                Self { refusal: Some(Err(error)), is_final: false, ..failure }
+            }
             Ok(reply) => {
                 let Reply { status, headers, body } = reply;
                 let outcome = body.outcome().clone();
                 let bytes = body.collect(LONGEST).await.unwrap_or_default();
                 let line = Line::all(&bytes).next().unwrap_or_default();
                 let why = line.error.unwrap_or_else(|| String::from_utf8_lossy(&bytes).into_owned());
-                let is_final = status.is_client_error() || why.contains(NOT_THERE);
+                let failure = Self::of(why);
+                let is_final = status.is_client_error() || failure.is_final;
                 let mut reply = Reply::full(status, headers, bytes);
                 *reply.body.outcome_mut() = outcome;
-                Self { why, refusal: Some(Ok(reply)), is_final, is_full: false }
+                Self { refusal: Some(Ok(reply)), is_final, ..failure }
             }
         }
     }

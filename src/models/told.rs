@@ -117,6 +117,17 @@ impl Board {
         }
     }
 
+    /// The servers that are not done yet, by number, and the share of it that each has.
+    pub fn under_way(&self) -> impl Iterator<Item = (usize, f32)> {
+        let all: u64 = self.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.total));
+        let is_under_way = |(_, course): &(usize, &Course)| course.counts && !course.is_over;
+        self.courses
+            .iter()
+            .enumerate()
+            .filter(is_under_way)
+            .map(move |(at, course)| (at, share(course.done.iter().sum(), all)))
+    }
+
     fn counting(&self) -> impl Iterator<Item = &Course> {
         self.courses.iter().filter(|course| course.counts)
     }
@@ -138,6 +149,11 @@ impl Board {
         let of = |course: &Course| if course.is_over { self.tail.len() } else { course.tail };
         self.counting().map(of).min().unwrap_or(0)
     }
+}
+
+#[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "a share")]
+fn share(part: u64, whole: u64) -> f32 {
+    if whole == 0 { 0.0 } else { (part as f64 / whole as f64).min(1.0) as f32 }
 }
 
 /// What one client has been told.

@@ -19,9 +19,11 @@ use hyper_util::rt::TokioIo;
 use olol_middleware::BoxError;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Instant;
+use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
 use super::exchange::Outgoing;
+use crate::security::tls::Connector;
 
 /// Idle connections that are kept for one server.
 const KEEP_IDLE: usize = 512;
@@ -44,9 +46,19 @@ pub enum Endpoint {
         /// Port.
         port: u16,
     },
+    /// The same, over TLS.
+    Tls {
+        /// Name or address; an IPv6 address without brackets.
+        host: String,
+        /// Port.
+        port: u16,
+    },
     /// A Unix socket.
     Unix(PathBuf),
 }
+
+/// Port of HTTP over TLS when none is given.
+const TLS_PORT: u16 = 443;
 
 /// Text that is no address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,15 +66,12 @@ pub enum Endpoint {
 pub struct EndpointError(pub String);
 
 impl Endpoint {
-    /// Reads `host:port`, `[v6]:port`, `http://host:port` or a lone host, with a port for when none is given.
+    /// Reads `host:port`, `[v6]:port`, `http://host:port`, `https://host` or a lone host, with a port for when none is given.
     pub fn parse(text: &str, default_port: u16) -> Result<Self, EndpointError> {
         let bad = |why: &str| EndpointError(format!("'{text}' is not an address: {why}"));
-        if text.starts_with("https://") {
-            return Err(bad(
-                "servers are reached over plain HTTP in this version; put the agent `olol server` beside it",
-            ));
-        }
-        let rest = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        let secure = text.strip_prefix("https://");
+        let default_port = if secure.is_some() { TLS_PORT } else { default_port };
+        let rest = secure.or(text.strip_prefix("http://")).unwrap_or(text).trim_end_matches('/');
         if let Some((_, after)) = rest.split_once('/') {
             return Err(bad(&format!("remove the path '/{after}'")));
         }
@@ -84,8 +93,8 @@ impl Endpoint {
         if host.is_empty() {
             return Err(bad("the host is missing"));
         }
-        if host.chars().any(|c| c.is_whitespace() || c == '@' || c == '?' || c == '#') {
-            return Err(bad("a host name has no blanks, '@', '?' or '#'"));
+        if host.chars().any(|c| c.is_whitespace() || c.is_control() || c == '@' || c == '?' || c == '#') {
+            return Err(bad("a host name has no blanks, no control characters, no '@', '?' or '#'"));
         }
         let port = match port {
             None => default_port,
@@ -94,48 +103,74 @@ impl Endpoint {
                 _ => return Err(bad(&format!("'{port}' is no port (1 to 65535)"))),
             },
         };
-        Ok(Self::Tcp { host: host.to_owned(), port })
+        let host = host.to_owned();
+        Ok(if secure.is_some() { Self::Tls { host, port } } else { Self::Tcp { host, port } })
+    }
+
+    /// Whether it is reached over TLS.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls { .. })
+    }
+
+    /// Host and port, or the path of the socket.
+    pub fn authority(&self) -> String {
+        match self {
+            Self::Tcp { host, port } | Self::Tls { host, port } if host.contains(':') => format!("[{host}]:{port}"),
+            Self::Tcp { host, port } | Self::Tls { host, port } => format!("{host}:{port}"),
+            Self::Unix(path) => format!("unix:{}", path.display()),
+        }
     }
 
     /// What stands in the `Host` header of a request to it.
     pub(super) fn host_header(&self) -> HeaderValue {
         let host = match self {
             // The name of an interface is nobody else's business.
-            Self::Tcp { host, port } if host.contains('%') => {
+            Self::Tcp { host, port } | Self::Tls { host, port } if host.contains('%') => {
                 format!("[{}]:{port}", host.split('%').next().unwrap_or_default())
             }
-            Self::Tcp { .. } => self.to_string(),
+            // As browsers have it: who tells many hosts apart knows them so.
+            Self::Tls { host, port: TLS_PORT } if !host.contains(':') => host.clone(),
+            Self::Tcp { .. } | Self::Tls { .. } => self.authority(),
             Self::Unix(_) => "localhost".to_owned(),
         };
         HeaderValue::from_str(&host).unwrap_or(HeaderValue::from_static("localhost"))
     }
 
-    async fn connect(&self) -> std::io::Result<Either<TcpStream, UnixStream>> {
+    async fn connect(&self, tls: Option<&Connector>) -> std::io::Result<Stream> {
         match self {
-            Self::Tcp { host, port } => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await?;
-                stream.set_nodelay(true)?;
-                Ok(Either::Left(stream))
+            Self::Tcp { host, port } => Ok(Either::Left(dial(host, *port).await?)),
+            Self::Tls { host, port } => {
+                let Some(tls) = tls else { return Err(std::io::Error::other("nobody here trusts any CA")) };
+                let stream = tls.connect(host, dial(host, *port).await?).await?;
+                Ok(Either::Right(Either::Right(Box::new(stream))))
             }
-            Self::Unix(path) => Ok(Either::Right(UnixStream::connect(path).await?)),
+            Self::Unix(path) => Ok(Either::Right(Either::Left(UnixStream::connect(path).await?))),
         }
     }
 }
 
+async fn dial(host: &str, port: u16) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// A connection in plain, over a socket of this machine, or, in a box since it is large and seldom, over TLS.
+type Stream = Either<TcpStream, Either<UnixStream, Box<TlsStream<TcpStream>>>>;
+
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        if self.is_tls() {
+            f.write_str("https://")?;
         }
+        f.write_str(&self.authority())
     }
 }
 
 /// One connection, driven by who holds it.
 pub(super) struct Link {
     sender: http1::SendRequest<Outgoing>,
-    connection: http1::Connection<TokioIo<Either<TcpStream, UnixStream>>, Outgoing>,
+    connection: http1::Connection<TokioIo<Stream>, Outgoing>,
     /// Whether the connection is over.
     closed: bool,
     idle_since: Instant,
@@ -213,6 +248,8 @@ impl<F: Future<Output = hyper::Result<Response<Incoming>>>> Future for Asking<F>
 /// The connections of one server.
 pub(super) struct Links {
     endpoint: Endpoint,
+    /// Who counts, where it is reached over TLS.
+    tls: Option<Connector>,
     timeout: Duration,
     /// Whether connections take as little room as they can.
     are_small: bool,
@@ -223,13 +260,13 @@ pub(super) struct Links {
 }
 
 impl Links {
-    pub(super) fn new(endpoint: Endpoint, timeout: Duration) -> Self {
-        Self { endpoint, timeout, are_small: false, made: AtomicU64::new(0), idle: Mutex::new(Vec::new()) }
+    pub(super) fn new(endpoint: Endpoint, tls: Option<Connector>, timeout: Duration) -> Self {
+        Self { endpoint, tls, timeout, are_small: false, made: AtomicU64::new(0), idle: Mutex::new(Vec::new()) }
     }
 
     /// Others to the same server that take little room.
     pub(super) fn small(&self) -> Self {
-        Self { are_small: true, ..Self::new(self.endpoint.clone(), self.timeout) }
+        Self { are_small: true, ..Self::new(self.endpoint.clone(), self.tls.clone(), self.timeout) }
     }
 
     /// Connections that were made so far: whoever answers is the same process as long as there is none more.
@@ -257,7 +294,7 @@ impl Links {
     pub(super) async fn connect(&self, limit: Option<Duration>) -> Result<Box<Link>, BoxError> {
         let limit = limit.unwrap_or(self.timeout);
         let connecting = async {
-            let io = TokioIo::new(self.endpoint.connect().await?);
+            let io = TokioIo::new(self.endpoint.connect(self.tls.as_ref()).await?);
             let (sender, connection) =
                 http1::Builder::new().read_buf_exact_size(self.are_small.then_some(SMALL)).handshake(io).await?;
             self.made.fetch_add(1, Ordering::Relaxed);
@@ -313,8 +350,23 @@ mod tests {
             ("[::1]", "[::1]:11434"),
             ("http://[::1]:8", "[::1]:8"),
             ("[fe80::1%eth0]:8", "[fe80::1%eth0]:8"),
+            ("https://a", "https://a:443"),
+            ("https://[::1]:8/", "https://[::1]:8"),
         ] {
             assert_eq!(Endpoint::parse(text, 11434).unwrap().to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn a_host_is_told_as_browsers_tell_it() {
+        for (text, host) in [
+            ("https://a", "a"),
+            ("https://a:8443", "a:8443"),
+            ("http://a:443", "a:443"),
+            ("https://[::1]", "[::1]:443"),
+            ("[fe80::1%eth0]:8", "[fe80::1]:8"),
+        ] {
+            assert_eq!(Endpoint::parse(text, 11434).unwrap().host_header(), host);
         }
     }
 
@@ -331,8 +383,9 @@ mod tests {
             ("[xyz]:80", "no IPv6 address"),
             ("[fe80::1%]:80", "interface is missing"),
             ("http://a/path", "remove the path '/path'"),
-            ("https://a", "plain HTTP"),
+            ("https://a/path", "remove the path '/path'"),
             ("a b", "no blanks"),
+            ("a\u{1b}[2Jb", "no control characters"),
         ] {
             let error = Endpoint::parse(text, 1).unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");

@@ -80,7 +80,7 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
 
 /// The counts in the bytes, native or of a `usage`. Nearly always they are the last thing there.
 fn counters(bytes: &[u8]) -> Option<Counters> {
-    counters_at_the_end(bytes).or_else(|| counters_anywhere(bytes))
+    counters_at_the_end(bytes).or_else(|| counters_anywhere(bytes)).map(Counters::believed)
 }
 
 /// Reads `"key":number` after `"key":number` from the end of an object.
@@ -142,6 +142,38 @@ fn value(digits: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::noise;
+
+    #[test]
+    fn counts_are_none_or_such_as_can_be_whatever_is_said() {
+        const PIECES: &[&str] = &[
+            "\"eval_count\":",
+            "\"prompt_eval_count\":",
+            "\"eval_duration\":",
+            "\"usage\":{",
+            "\"done\":true",
+            "9",
+            "0",
+            "99999999999999999999999",
+            "18446744073709551615",
+            "}",
+            "}}",
+            "{",
+            ",",
+            "\"",
+            "\\",
+            "-1",
+            "1e9",
+            "\n",
+            "x",
+            "\"output_tokens\":",
+        ];
+        for text in noise::texts(PIECES, noise::MANY) {
+            let found = counters(text.as_bytes()).unwrap_or_default();
+            assert!(found.prompt_tokens <= 1 << 32 && found.output_tokens <= 1 << 32, "{text}");
+            let _ = [found.eval_duration, found.load_duration, found.prompt_duration].iter().sum::<Duration>() * 1000;
+        }
+    }
 
     fn tokens(boundary: Boundary, pieces: &[&'static str]) -> Option<(u64, u64)> {
         let mut count = Count::new(boundary);

@@ -11,12 +11,14 @@ impl Endpoint {
     /// Reads `OLLAMA_HOST`: a host, an address, with or without scheme, port and path; empty is 127.0.0.1:11434.
     pub fn from_ollama_host(text: &str) -> Result<Self, EndpointError> {
         let text = text.trim().trim_matches(['"', '\'']).trim();
+        let is_tls = text.starts_with("https://");
         let (port, rest) = match text.split_once("://") {
             None => (DEFAULT_PORT, text),
             Some(("http", rest)) => (80, rest),
+            Some(("https", rest)) => (443, rest),
             Some((scheme, _)) => {
                 return Err(EndpointError(format!(
-                    "OLLAMA_HOST: '{scheme}' is not supported; servers are reached over plain HTTP"
+                    "OLLAMA_HOST: '{scheme}' is not supported; servers are reached at http:// or https://"
                 )));
             }
         };
@@ -29,7 +31,8 @@ impl Endpoint {
             (if bare.parse::<IpAddr>().is_ok() { bare } else { hostport }, port)
         };
         let host = if host.is_empty() { "127.0.0.1" } else { host };
-        Ok(Self::Tcp { host: host.to_owned(), port })
+        let host = host.to_owned();
+        Ok(if is_tls { Self::Tls { host, port } } else { Self::Tcp { host, port } })
     }
 }
 
@@ -63,9 +66,11 @@ mod tests {
             ("::1", "[::1]:11434"),
             (" \"1.2.3.4\" ", "1.2.3.4:11434"),
             ("0.0.0.0", "0.0.0.0:11434"),
+            ("https://example.com", "https://example.com:443"),
+            ("https://example.com:8/path", "https://example.com:8"),
         ] {
             assert_eq!(Endpoint::from_ollama_host(text).unwrap().to_string(), wanted, "{text:?}");
         }
-        assert!(Endpoint::from_ollama_host("https://example.com").is_err());
+        assert!(Endpoint::from_ollama_host("ftp://example.com").is_err());
     }
 }

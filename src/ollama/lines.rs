@@ -101,6 +101,30 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::noise;
+
+    #[test]
+    fn nothing_is_lost_and_nothing_is_made_up_however_it_is_cut() {
+        const PIECES: &[&str] =
+            &["\n", "\n\n", "\r\n", "data: ", "{}", "[DONE]", "\0", "ä", "long enough to be cut somewhere"];
+        for (seed, text) in (0..).zip(noise::texts(PIECES, noise::MANY / 10)) {
+            for boundary in [Boundary::None, Boundary::Line, Boundary::Event] {
+                let mut lines = Lines::new(boundary);
+                let pieces = noise::cut(text.as_bytes(), seed);
+                let mut out: Vec<Bytes> =
+                    pieces.iter().filter_map(|piece| lines.push(Bytes::copy_from_slice(piece))).collect();
+                let end = match boundary {
+                    Boundary::None => &b""[..],
+                    Boundary::Line => b"\n",
+                    Boundary::Event => b"\n\n",
+                };
+                assert!(out.iter().all(|piece| piece.ends_with(end)), "{text:?}");
+                out.extend(lines.rest());
+                assert_eq!(out.concat(), text.as_bytes());
+            }
+            assert_eq!(lines_of(&Bytes::from(text.clone())).concat(), text.as_bytes());
+        }
+    }
 
     fn run(boundary: Boundary, pieces: &[&str]) -> Vec<String> {
         let mut lines = Lines::new(boundary);

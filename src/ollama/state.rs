@@ -10,7 +10,17 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
+use super::few::Few;
 use super::{Ask, Ollama};
+
+/// The most of a refusal that stands in a reason, characters.
+const SHORT: usize = 120;
+/// Models that are believed of one server, and what one of them is believed to be able to do.
+pub(crate) const MOST_MODELS: usize = 65_536;
+pub(crate) const MOST_CAPABILITIES: usize = 64;
+
+/// Bytes that anything of a server is believed to take: sums of such must not overflow, whatever it says.
+pub(crate) const MOST_SIZE: u64 = 1 << 44;
 
 /// The longest answer to one question about its state, bytes.
 const LONGEST: usize = 64 << 20;
@@ -72,8 +82,9 @@ struct Version {
 }
 
 #[derive(Deserialize)]
+#[serde(bound(deserialize = "T: Deserialize<'de>"))]
 struct List<T> {
-    models: Option<Vec<T>>,
+    models: Option<Few<T, MOST_MODELS>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -86,7 +97,7 @@ struct Entry {
     modified_at: String,
     expires_at: String,
     context_length: u32,
-    capabilities: Option<Vec<String>>,
+    capabilities: Option<Few<String, MOST_CAPABILITIES>>,
     details: Details,
 }
 
@@ -151,11 +162,20 @@ impl Ollama {
             other => other?,
         };
         if !reply.status.is_success() {
-            let source = format!("status {}", reply.status.as_u16()).into();
+            let status = reply.status.as_u16();
+            let body = reply.body.collect(LONGEST).await.unwrap_or_default();
+            let source = format!("status {status}{}", in_short(&body)).into();
             return Err(StateError::Foreign { path, source });
         }
         Ok(reply.body.collect(LONGEST).await?)
     }
+}
+
+/// The first words of a refusal, as they may stand in a reason.
+fn in_short(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHORT)]);
+    let text: String = text.trim().chars().take_while(|c| !c.is_control()).take(SHORT).collect();
+    if text.is_empty() || text.starts_with(['<', '{']) { String::new() } else { format!(": {text}") }
 }
 
 /// The question for the models on the disk.
@@ -173,13 +193,14 @@ pub(crate) fn on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
 /// All the models that an answer to [`ON_DISK`] names.
 pub(crate) fn every_on_disk(answer: &[u8]) -> Result<Vec<Model>, StateError> {
     let list: List<Entry> = parse(ON_DISK, answer)?;
-    Ok(list.models.unwrap_or_default().into_iter().map(Entry::into_model).collect())
+    Ok(list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_model).collect())
 }
 
 /// The models that an answer to [`IN_MEMORY`] names.
 pub(crate) fn in_memory(answer: &[u8]) -> Result<Vec<Loaded>, StateError> {
     let list: List<Entry> = parse(IN_MEMORY, answer)?;
-    let mut loaded: Vec<Loaded> = list.models.unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
+    let mut loaded: Vec<Loaded> =
+        list.models.map(|models| models.0).unwrap_or_default().into_iter().map(Entry::into_loaded).collect();
     loaded.retain(|loaded| !ModelName::is_unfinished(&loaded.name));
     Ok(loaded)
 }
@@ -193,12 +214,12 @@ impl Entry {
         Model {
             name: self.name,
             digest: self.digest,
-            size: self.size,
+            size: self.size.min(MOST_SIZE),
             family: self.details.family,
             parameter_size: self.details.parameter_size,
             quantization: self.details.quantization_level,
             context_length: self.details.context_length,
-            capabilities: self.capabilities.unwrap_or_default(),
+            capabilities: self.capabilities.map(|some| some.0).unwrap_or_default(),
             modified_at: self.modified_at,
             ..Model::default()
         }
@@ -209,8 +230,8 @@ impl Entry {
         Loaded {
             name,
             digest: self.digest,
-            size: self.size,
-            size_vram: self.size_vram,
+            size: self.size.min(MOST_SIZE),
+            size_vram: self.size_vram.min(MOST_SIZE),
             expires_at: self.expires_at,
             context_length: self.context_length,
             slots: 0,

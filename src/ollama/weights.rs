@@ -10,15 +10,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use olol_middleware::cluster::Model;
 use olol_middleware::modelfile;
-use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 
+use super::few::{Few, Plain};
+use super::state::MOST_CAPABILITIES;
 use super::{Ask, Ollama};
 
 /// The longest answer about one model, bytes: a vocabulary may be in it.
 const LONGEST: usize = 64 << 20;
 /// Models whose weights are the same differ in size by less than this, bytes: templates, licences, parameters.
 const SLACK: u64 = 1 << 20;
+
+/// Bytes of text that are remembered of one.
+const LONGEST_MADE: usize = 16 << 10;
+/// Architectures whose context is looked at.
+const MOST_CONTEXTS: usize = 16;
 
 /// Manifests that are remembered. When there are more, all are forgotten, and asked for again where they are needed.
 const MOST: usize = 16_384;
@@ -65,14 +73,75 @@ struct Made {
     capabilities: Vec<String>,
 }
 
+impl Made {
+    /// Whether anything is known that is worth the room to remember it.
+    fn is_known(&self) -> bool {
+        let texts = [&self.weights, &self.parameters, &self.architecture];
+        let length = texts.into_iter().chain(&self.capabilities).fold(0, |sum, text| sum + text.len());
+        !self.weights.is_empty() && length <= LONGEST_MADE
+    }
+}
+
 /// The answer of `/api/show`, as far as it is of use here.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Shown {
     modelfile: String,
     parameters: String,
-    capabilities: Option<Vec<String>>,
-    model_info: Option<Map<String, Value>>,
+    capabilities: Option<Few<String, MOST_CAPABILITIES>>,
+    model_info: Option<Info>,
+}
+
+/// What is wanted of the facts about a model, of which there may be very many: its architecture, and its context.
+#[derive(Debug, Default)]
+struct Info {
+    architecture: String,
+    /// By the names of architectures.
+    contexts: Vec<(String, u64)>,
+}
+
+impl<'de> Deserialize<'de> for Info {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Info;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("facts about a model")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut facts: A) -> Result<Info, A::Error> {
+                let mut info = Info::default();
+                while let Some(key) = facts.next_key::<String>()? {
+                    if key == "general.architecture" {
+                        if let Plain::Text(text) = facts.next_value()? {
+                            info.architecture = text;
+                        }
+                    } else if let Some(of) = key.strip_suffix(".context_length")
+                        && info.contexts.len() < MOST_CONTEXTS
+                    {
+                        if let Plain::Number(tokens) = facts.next_value()? {
+                            info.contexts.push((of.to_owned(), tokens));
+                        }
+                    } else {
+                        facts.next_value::<IgnoredAny>()?;
+                    }
+                }
+                Ok(info)
+            }
+        }
+
+        from.deserialize_map(Reader)
+    }
+}
+
+impl Info {
+    /// The context of the architecture, tokens.
+    fn context_length(&self) -> Option<u32> {
+        let found = self.contexts.iter().find(|(of, _)| *of == self.architecture)?;
+        found.1.try_into().ok()
+    }
 }
 
 impl Weights {
@@ -181,16 +250,14 @@ impl Ollama {
         let shown = is_shown.then(|| serde_json::from_slice::<Shown>(&body).ok()).flatten();
         Some(shown.and_then(|shown| {
             let info = shown.model_info.unwrap_or_default();
-            let architecture = info.get("general.architecture").and_then(Value::as_str).unwrap_or_default();
-            let context = info.get(&format!("{architecture}.context_length")).and_then(Value::as_u64);
             let made = Made {
                 weights: made_of(&shown.modelfile),
                 parameters: parameters(&shown.parameters),
-                architecture: architecture.to_owned(),
-                context_length: context.and_then(|tokens| tokens.try_into().ok()).unwrap_or(0),
-                capabilities: shown.capabilities.unwrap_or_default(),
+                context_length: info.context_length().unwrap_or(0),
+                architecture: info.architecture,
+                capabilities: shown.capabilities.unwrap_or_default().0,
             };
-            (!made.weights.is_empty()).then(|| (made, folder_of(&shown.modelfile)))
+            made.is_known().then(|| (made, folder_of(&shown.modelfile)))
         }))
     }
 }
@@ -288,6 +355,23 @@ mod tests {
             lore.learn(number.to_string(), made("w"));
         }
         assert_eq!(lore.lock().len(), 2);
+    }
+
+    #[test]
+    fn of_the_facts_about_a_model_only_those_are_read_that_are_wanted() {
+        let facts = r#"{"general.architecture": "llama", "llama.context_length": 8, "a.context_length": [[[]]],
+            "tokens": ["a", "b"], "b.context_length": 9}"#;
+        let info: Info = serde_json::from_str(facts).unwrap();
+        assert_eq!((info.architecture.as_str(), info.context_length()), ("llama", Some(8)));
+        let many: String = (0..1000).map(|number| format!("\"{number}.context_length\": 1, ")).collect();
+        let info: Info = serde_json::from_str(&format!("{{{many} \"general.architecture\": {{}}}}")).unwrap();
+        assert_eq!((info.contexts.len(), info.context_length()), (MOST_CONTEXTS, None));
+    }
+
+    #[test]
+    fn what_is_too_long_to_remember_is_as_good_as_unknown() {
+        assert!(made("w").is_known() && !made("").is_known());
+        assert!(!made(&"w".repeat(LONGEST_MADE + 1)).is_known());
     }
 
     #[test]

@@ -34,7 +34,7 @@ use super::lobby::Lobby;
 use crate::ollama::{Ask, Endpoint};
 use crate::rpc;
 use crate::security::proof::{self, Dialled, Known, Purpose, Refused};
-use crate::security::{Tokens, Trust};
+use crate::security::{Tokens, Trust, tls};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
@@ -217,16 +217,7 @@ impl Agent {
 /// What a status says, with what it comes from where the connection has failed: a handshake is often refused only when the
 /// first answer is waited for.
 pub(crate) fn told(status: &Status) -> String {
-    let mut text = status.message().to_owned();
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = error.source();
-    }
-    text
+    tls::told(status.message().to_owned(), std::error::Error::source(status))
 }
 
 fn client(channel: Channel) -> ServerClient<Channel> {
@@ -369,6 +360,7 @@ fn chunk(message: RelayResponse) -> Chunk {
         eval_duration: Duration::from_nanos(counters.eval_duration_ns),
         load_duration: Duration::from_nanos(counters.load_duration_ns),
     });
+    let end = end.map(Counters::believed);
     Chunk { bytes: message.body, end }
 }
 
@@ -426,7 +418,7 @@ impl Line {
         let (host, port) = match &self.reach.to {
             To::Take(lobby) => return Ok((lobby.take().await, None)),
             To::Dial(Endpoint::Tcp { host, port }) => (host, port),
-            To::Dial(Endpoint::Unix(_)) => return Err("an agent is reached over TCP".into()),
+            To::Dial(Endpoint::Unix(_) | Endpoint::Tls { .. }) => return Err("an agent is at HOST:PORT".into()),
         };
         let stream = TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;

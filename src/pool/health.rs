@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use olol_middleware::Cluster;
 use olol_middleware::cluster::State;
+use olol_middleware::time::unix_ms_now;
 use olol_middleware::vitals::Vitals;
+use olol_proto::v1::ServerState;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
@@ -19,6 +21,9 @@ const SHORTEST: Duration = Duration::from_millis(20);
 
 /// How old what an agent tells may be: the longest that its look at its engine takes.
 const AGENT_LAG: Duration = Duration::from_secs(3);
+
+/// Milliseconds by which clocks differ so that it is worth saying.
+const CLOCKS_DIFFER: u64 = 60_000;
 
 /// The shortest time, and the usual one, until a server that has refused us is asked again: nothing but a person mends that.
 const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
@@ -159,6 +164,7 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                         }
                         if about.is_none() && !std::mem::replace(&mut asked, true) {
                             about = agent.describe(config.check_timeout_ms.time()).await.ok();
+                            compare_clocks(cluster, index, &state);
                         }
                         tell(cluster, index, told::vitals(about.as_ref(), &state));
                         let is_online = state.online;
@@ -199,6 +205,20 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
     }
 }
 
+/// Says that the clock of another machine differs from ours. Nothing here goes by it; certificates and their ends do.
+fn compare_clocks(cluster: &Cluster, index: usize, state: &ServerState) {
+    let Some(ahead) = told::clock_ahead(state.heartbeat_ms, unix_ms_now()) else { return };
+    if ahead.unsigned_abs() >= CLOCKS_DIFFER
+        && let Some(server) = cluster.snapshot().servers.get(index)
+    {
+        tracing::warn!(
+            server = %server.id, ahead_seconds = ahead / 1000,
+            "the clocks of this machine and of a server's differ: certificates may be refused, and times in lists are not \
+             comparable; set the clocks, by NTP for instance"
+        );
+    }
+}
+
 /// Takes in how a machine is, and what others have it do.
 fn tell(cluster: &Cluster, index: usize, vitals: Vitals) {
     tell_others(cluster, index, vitals.others);
@@ -207,7 +227,7 @@ fn tell(cluster: &Cluster, index: usize, vitals: Vitals) {
 
 fn tell_others(cluster: &Cluster, index: usize, others: u32) {
     if let Some(server) = cluster.snapshot().servers.get(index) {
-        server.load.tell_others(others);
+        server.load.tell_others(others.min(told::MOST_CALLS));
     }
 }
 

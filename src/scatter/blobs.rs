@@ -5,7 +5,7 @@
 //! and what nobody used is removed after a while. Names come from digests only, never from a path of a client.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -33,6 +33,18 @@ pub(super) struct Spool {
     dir: PathBuf,
     max_bytes: u64,
     ttl: Duration,
+    held: Mutex<Held>,
+    /// What the names of parts begin with that we are writing.
+    parts: String,
+}
+
+/// What is in the spool, bytes.
+#[derive(Debug, Default)]
+struct Held {
+    /// What was found there, and what we have put there since.
+    there: u64,
+    /// Parts that we are writing.
+    writing: u64,
 }
 
 /// A blob in the spool.
@@ -47,24 +59,29 @@ impl Spool {
     pub(super) fn new(config: &Config) -> Self {
         let dir =
             if config.dir.as_os_str().is_empty() { std::env::temp_dir().join("olol") } else { config.dir.clone() };
-        Self { dir, max_bytes: config.max_bytes, ttl: config.ttl_s.time() }
+        let parts = format!("partial-{:016x}-", fastrand::u64(..));
+        Self { dir, max_bytes: config.max_bytes, ttl: config.ttl_s.time(), held: Mutex::default(), parts }
     }
 
     /// A blob that is there.
     pub(super) fn find(&self, digest: &str) -> Option<Spooled> {
         let hex = hex_of(digest)?;
         let path = self.dir.join(format!("sha256-{hex}"));
-        let length = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file)?.len();
+        // Not where a link leads to: we make none.
+        let length = std::fs::symlink_metadata(&path).ok().filter(std::fs::Metadata::is_file)?.len();
         Some(Spooled { digest: format!("sha256:{hex}"), path, length })
     }
 
-    /// Removes what is too old, and returns the bytes that are left.
+    /// Removes what is too old, and returns the bytes that are left, without the parts that we are writing.
     fn sweep(&self) -> u64 {
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return 0 };
         let mut held = 0;
         for entry in entries.flatten() {
             // Nothing but what we have put there.
             let name = entry.file_name();
+            if name.to_str().is_some_and(|name| name.starts_with(&self.parts)) {
+                continue;
+            }
             if !name.to_str().is_some_and(|name| name.starts_with("sha256-") || name.starts_with("partial-")) {
                 continue;
             }
@@ -85,15 +102,19 @@ impl Spool {
             Error::Storage(format!("the spool {} cannot be written: {error}", self.dir.display()))
         };
         make_own(&self.dir).map_err(storage)?;
-        let mut left = self.max_bytes.saturating_sub(self.sweep());
-        let partial = Partial(self.dir.join(format!("partial-{:016x}", fastrand::u64(..))));
-        let mut file = tokio::fs::File::create(&partial.0).await.map_err(storage)?;
+        {
+            let mut held = self.held();
+            held.there = self.sweep();
+        }
+        let mut partial = Partial::new(self);
+        let mut file = tokio::fs::File::create_new(&partial.path).await.map_err(storage)?;
         let mut hash = Sha256::new();
         while let Some(piece) = pieces.next().await {
             let piece = piece?;
-            left = left.checked_sub(piece.len() as u64).ok_or_else(|| {
-                Error::Storage(format!("the spool is full ({} bytes, see [spool] max-bytes)", self.max_bytes))
-            })?;
+            if !partial.grow(piece.len() as u64) {
+                let why = format!("the spool is full ({} bytes, see [spool] max-bytes)", self.max_bytes);
+                return Err(Error::Storage(why));
+            }
             hash.update(&piece);
             file.write_all(&piece).await.map_err(storage)?;
         }
@@ -102,8 +123,13 @@ impl Spool {
         if found != hex {
             return Ok(Written::Mismatch(found));
         }
-        tokio::fs::rename(&partial.0, self.dir.join(format!("sha256-{hex}"))).await.map_err(storage)?;
+        tokio::fs::rename(&partial.path, self.dir.join(format!("sha256-{hex}"))).await.map_err(storage)?;
+        partial.is_kept = true;
         Ok(Written::New)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -113,7 +139,9 @@ fn make_own(folder: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        if std::fs::metadata(folder)?.uid() != rustix::process::geteuid().as_raw() {
+        let own = rustix::process::geteuid().as_raw();
+        // A link of somebody else could lead to a folder that is ours, and meant for other things.
+        if std::fs::metadata(folder)?.uid() != own || std::fs::symlink_metadata(folder)?.uid() != own {
             return Err(std::io::Error::other("the folder is another user's; name one of your own in [spool] dir"));
         }
     }
@@ -125,12 +153,41 @@ enum Written {
     Mismatch(String),
 }
 
-/// A file that is removed unless it was renamed.
-struct Partial(PathBuf);
+/// A file that is being written. It is removed unless it is kept, under another name.
+struct Partial<'a> {
+    spool: &'a Spool,
+    path: PathBuf,
+    bytes: u64,
+    is_kept: bool,
+}
 
-impl Drop for Partial {
+impl<'a> Partial<'a> {
+    fn new(spool: &'a Spool) -> Self {
+        let path = spool.dir.join(format!("{}{:016x}", spool.parts, fastrand::u64(..)));
+        Self { spool, path, bytes: 0, is_kept: false }
+    }
+
+    /// Takes room for more; false: the spool is full, with all that others are writing there.
+    fn grow(&mut self, bytes: u64) -> bool {
+        let mut held = self.spool.held();
+        let fits = held.there.saturating_add(held.writing).saturating_add(bytes) <= self.spool.max_bytes;
+        if fits {
+            held.writing += bytes;
+            self.bytes += bytes;
+        }
+        fits
+    }
+}
+
+impl Drop for Partial<'_> {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        let mut held = self.spool.held();
+        held.writing -= self.bytes;
+        if self.is_kept {
+            held.there = held.there.saturating_add(self.bytes);
+        } else {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -283,6 +340,35 @@ mod tests {
         let pieces: Pieces = Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"hello"))]));
         assert!(matches!(spool.write(&"0".repeat(64), pieces).await, Ok(Written::Mismatch(_))));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn uploads_at_the_same_time_fill_the_spool_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::new(&Config { dir: dir.path().to_owned(), max_bytes: 10, ..Config::default() });
+        // Two that never end, of six bytes each.
+        let begins = || -> Pieces {
+            let pieces = futures_util::stream::iter([Ok(Bytes::from_static(b"sixsix"))]);
+            Box::pin(pieces.chain(futures_util::stream::pending()))
+        };
+        let no = "0".repeat(64);
+        let (first, second) = (spool.write(&no, begins()), spool.write(&no, begins()));
+        tokio::pin!(first, second);
+        assert!(futures_util::poll!(first.as_mut()).is_pending());
+        let both = futures_util::future::select(first, second).await;
+        let (ended, _other) = both.factor_first();
+        assert!(matches!(ended, Err(Error::Storage(_))));
+        assert_eq!(spool.held().writing, 6);
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn a_link_in_the_spool_is_no_blob() {
+        let dir = tempfile::tempdir().unwrap();
+        let hex = "ab".repeat(32);
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join(format!("sha256-{hex}"))).unwrap();
+        let spool = Spool::new(&Config { dir: dir.path().to_owned(), ..Config::default() });
+        assert!(spool.find(&format!("sha256:{hex}")).is_none());
     }
 
     #[tokio::test]

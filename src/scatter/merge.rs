@@ -26,10 +26,13 @@ pub(super) const NATIVE: &str = "application/json; charset=utf-8";
 
 impl<F: Fleet> Scatter<F> {
     /// Asks the servers and joins what they say.
-    pub(super) async fn merged(self, call: Call) -> Result<Reply, Error> {
+    pub(super) async fn merged(self, mut call: Call) -> Result<Reply, Error> {
+        let needed = &self.shared.needed;
+        if needed.look(&self.shared.cluster, call.candidates.snapshot()).await {
+            call.candidates.renew(self.shared.cluster.snapshot());
+        }
         let snapshot = call.candidates.snapshot().clone();
         let servers = &snapshot.servers;
-        let needed = &self.shared.needed;
         let mut absent = Bits::default();
         if servers.iter().any(|server| server.is_reachable()) {
             absent.extend(servers.iter().filter(|server| !server.is_reachable()));
@@ -61,7 +64,6 @@ impl<F: Fleet> Scatter<F> {
                 break;
             }
         }
-        needed.look(&self.shared.cluster, &snapshot);
         if bodies.is_empty() {
             return Err(Error::NoServer("no server answered within a second".to_owned()));
         }

@@ -2,8 +2,9 @@
 //!
 //! Few servers are all asked: what they say at this moment counts. Of many, nearly all say what others say, and to ask each of
 //! them again and again would cost everybody more than the list is worth. So those are asked who, by what is known, have
-//! together everything that there is; and bare servers, which tell nothing by themselves, are looked at soon by those who watch
-//! them, so that what has come to one of them is in the next list.
+//! together everything that there is. Agents tell of changes at once. Bare servers tell nothing by themselves: those who watch
+//! them look at all of them before a list, if nobody has in the last two seconds. So what has come to one of them is in every list
+//! that is asked two seconds later, if it answers within a quarter of a second; else in the next one.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -20,6 +21,8 @@ use crate::status::in_order;
 const FEW: usize = 64;
 /// Time between two looks at all bare servers that lists call for.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// The longest that a list waits for such a look.
+const LOOK_LIMIT: Duration = Duration::from_millis(250);
 
 /// Knows who must be asked.
 #[derive(Debug, Default)]
@@ -166,20 +169,24 @@ impl Needed {
         cover
     }
 
-    /// Has bare servers looked at, if there are many and it is some time since.
-    pub(super) fn look(&self, cluster: &Cluster, snapshot: &Snapshot) {
-        if snapshot.servers.len() <= FEW {
-            return;
+    /// Has bare servers looked at, if there are many and it is some time since. Returns whether they were.
+    pub(super) async fn look(&self, cluster: &Cluster, snapshot: &Snapshot) -> bool {
+        let is_bare = |server: &Server| server.vitals.load().is_none();
+        if snapshot.servers.len() <= FEW || !snapshot.servers.iter().any(|server| is_bare(server)) || !self.is_due() {
+            return false;
         }
+        cluster.refresh_those(LOOK_LIMIT, is_bare).await;
+        true
+    }
+
+    /// Whether it is time to look, and nobody else does.
+    fn is_due(&self) -> bool {
         let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        if looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
-            return;
+        let is_due = looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY);
+        if is_due {
+            *looked = Some(Instant::now());
         }
-        *looked = Some(Instant::now());
-        drop(looked);
-        for server in snapshot.servers.iter().filter(|server| server.vitals.load().is_none()) {
-            cluster.want_news_of(&server.id);
-        }
+        is_due
     }
 }
 
@@ -251,6 +258,34 @@ mod tests {
             [7, 100],
             "who has not spoken yet may have any"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn before_a_list_of_many_the_bare_ones_are_looked_at_and_waited_for() {
+        let cluster = cluster(100, |_| vec!["a=1".to_owned()]).await;
+        let needed = Needed::default();
+        let looking = {
+            let cluster = cluster.clone();
+            tokio::spawn(async move {
+                for at in 0..100 {
+                    cluster.news_wanted(at).await;
+                    let round = cluster.round_begins(at);
+                    if at == 65 {
+                        let rare = Model { name: "rare".to_owned(), digest: "1".to_owned(), ..Model::default() };
+                        cluster.report(at, Report { models: vec![rare], ..Report::default() });
+                    }
+                    cluster.round_ends(at, round);
+                }
+            })
+        };
+        assert!(needed.look(&cluster, &cluster.snapshot()).await);
+        assert_eq!(asked(&needed, Route::Tags, &cluster.snapshot(), &[]), [0, 65], "what has come there is known");
+        looking.await.unwrap();
+        assert!(!needed.look(&cluster, &cluster.snapshot()).await, "not again at once");
+        tokio::time::advance(LOOK_EVERY).await;
+        let begun = Instant::now();
+        assert!(needed.look(&cluster, &cluster.snapshot()).await);
+        assert_eq!(begun.elapsed(), LOOK_LIMIT, "who is silent is not waited for longer");
     }
 
     #[tokio::test(start_paused = true)]

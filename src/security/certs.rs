@@ -16,9 +16,9 @@ use crate::keys::make_private;
 
 /// What our CAs are called, before what tells them apart. It must stay so: the certificates of a CA name it.
 const CA_NAME: &str = "OLOL cluster CA";
-/// How long before now certificates begin: clocks differ.
-const EARLIER: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long before now certificates begin: clocks differ, by hours where one shows the time of another zone.
+const EARLIER: Duration = DAY;
 
 /// A certificate to be made.
 #[derive(Clone, Debug)]

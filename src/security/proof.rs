@@ -23,8 +23,8 @@ use super::{Token, Tokens};
 
 /// Bytes of a nonce.
 pub const NONCE: usize = 32;
-/// The most proofs of the other that are looked at.
-const MOST_PROOFS: usize = 4;
+/// The most proofs of the other that are looked at: one for each token of its file, and of the one before.
+const MOST_PROOFS: usize = 2 * super::token::MOST;
 
 /// Why an agent proves nothing.
 pub const ELSEWHERE: &str = "the agent was not reached at the address that was dialled: somebody stands between who hands all of \

@@ -1,25 +1,30 @@
-//! TLS: between clients and the proxy, and between the proxy and its agents. Certificates are read again when their files
-//! change; connections that are open keep theirs.
+//! TLS: between clients and the proxy, between the proxy and its agents, and towards Ollamas at `https://`. Certificates are
+//! read again when their files change; connections that are open keep theirs.
 
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
+use olol_middleware::{Pattern, ServerId, instruments};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use tokio_util::either::Either;
 
+use super::{Seldom, meant_for};
 use crate::watch::watch;
 
 /// The longest that a handshake may take.
@@ -32,8 +37,18 @@ const SOON: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// What a client that speaks plain HTTP is told, in Go's words.
 const PLAIN: &[u8] = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
+/// What an agent tells such a client: whoever looks for agents knows by it that there is one.
+const PLAIN_AGENT: &[u8] =
+    b"HTTP/1.0 400 Bad Request\r\nolol-agent: tls=yes\r\n\r\nthis is an OLOL agent: it speaks gRPC over TLS\n";
+/// What one is told that speaks HTTP/2: no settings, and a GOAWAY for want of security, whose words the other end shows.
+const PLAIN_HTTP2: &[u8] = b"\0\0\0\x04\0\0\0\0\0\
+    \0\0\x37\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0cthis port speaks TLS, and was called without it";
 /// How a handshake begins.
 const HANDSHAKE_RECORD: u8 = 0x16;
+/// How HTTP/2 begins.
+const HTTP2: &[u8] = b"PRI";
+/// The longest that closing waits for a client that still speaks: it would be reset before it has read its answer.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// The `[tls]` table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -51,6 +66,8 @@ pub struct Config {
     pub client_cert: PathBuf,
     /// Its key; empty: `key`.
     pub client_key: PathBuf,
+    /// Files with the CAs of Ollamas at `https://`, by the names of the servers; of others those count that the system trusts.
+    pub server_ca: BTreeMap<Pattern, PathBuf>,
 }
 
 /// Whether clients are asked for a certificate of the cluster's CA.
@@ -77,6 +94,9 @@ pub enum TlsError {
         /// Why.
         what: String,
     },
+    /// There can be no TLS at all.
+    #[error("no TLS: {0}")]
+    None(String),
     /// They do not fit together.
     #[error("{path}: the certificate and its key cannot be used: {what}", path = path.display())]
     Pair {
@@ -123,7 +143,7 @@ impl Config {
         if is_given(&self.ca) {
             self.client_side(&[])?;
         }
-        Ok(())
+        self.server_ca.values().try_for_each(|file| roots(file).map(drop))
     }
 
     fn files(&self) -> Vec<PathBuf> {
@@ -153,9 +173,14 @@ impl Config {
         let (cert, its_key) =
             if is_given(&self.client_cert) { (&self.client_cert, &self.client_key) } else { (&self.cert, &self.key) };
         let pair = |error: rustls::Error| TlsError::Pair { path: cert.clone(), what: error.to_string() };
-        let builder =
-            ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().map_err(pair)?;
-        let builder = builder.with_root_certificates(roots(&self.ca)?);
+        let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+        let roots = roots(&self.ca)?;
+        if is_given(&self.client_cert)
+            && let Some((leaf, between)) = chain(cert)?.split_first()
+        {
+            warn_of_end(leaf, between, &roots, cert);
+        }
+        let builder = builder.map_err(pair)?.with_root_certificates(roots);
         let mut config = if is_given(cert) {
             builder.with_client_auth_cert(chain(cert)?, key(its_key)?).map_err(pair)?
         } else {
@@ -210,6 +235,29 @@ fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
+/// Those that the system trusts, or that `SSL_CERT_FILE` and `SSL_CERT_DIR` name; and those of a file, if there is one.
+fn system_roots(more: Option<&Path>) -> RootCertStore {
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        tracing::debug!(%error, "some CAs that the system trusts cannot be read");
+    }
+    let mut all = RootCertStore::empty();
+    all.add_parsable_certificates(found.certs);
+    all.add_parsable_certificates(more.and_then(|file| chain(file).ok()).unwrap_or_default());
+    if all.is_empty() {
+        tracing::warn!("this system names no CA that it trusts: no certificate will be taken; install ca-certificates");
+    }
+    all
+}
+
+/// A client that shows no certificate.
+fn anonymous(roots: RootCertStore) -> Result<ClientSide, rustls::Error> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(ClientSide { config: Arc::new(config) })
+}
+
 fn verifier(roots: &Arc<RootCertStore>, asked: Clients, ca: &Path) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
     let builder = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider());
     let builder = if asked == Clients::Optional { builder.allow_unauthenticated() } else { builder };
@@ -262,6 +310,8 @@ fn warn_of_end(leaf: &CertificateDer<'_>, between: &[CertificateDer<'_>], roots:
 /// Something that is made of files, and made anew when one of them changes.
 struct Live<T> {
     current: Arc<ArcSwap<T>>,
+    /// Why the files of now are not in use.
+    fault: Arc<ArcSwapOption<TlsError>>,
     // Ends with this.
     _following: JoinSet<()>,
 }
@@ -273,16 +323,27 @@ impl<T: Send + Sync + 'static> Live<T> {
     ) -> Result<Self, TlsError> {
         // Watched before they are read: no change is missed.
         let changes: Vec<_> = files.iter().map(|file| watch(file)).collect();
-        let current = Arc::new(ArcSwap::from_pointee(read()?));
-        let mut following = JoinSet::new();
-        following.spawn(follow(changes, current.clone(), Arc::new(read)));
-        Ok(Self { current, _following: following })
+        let mut live = Self::fixed(read()?);
+        if !changes.is_empty() {
+            live._following.spawn(follow(changes, live.current.clone(), live.fault.clone(), Arc::new(read)));
+        }
+        Ok(live)
+    }
+
+    /// One that stays as it is.
+    fn fixed(made: T) -> Self {
+        Self { current: Arc::new(ArcSwap::from_pointee(made)), fault: Arc::default(), _following: JoinSet::new() }
+    }
+
+    fn fault(&self) -> Option<String> {
+        self.fault.load().as_ref().map(ToString::to_string)
     }
 }
 
 async fn follow<T: Send + Sync + 'static>(
     mut changes: Vec<tokio::sync::watch::Receiver<()>>,
     current: Arc<ArcSwap<T>>,
+    fault: Arc<ArcSwapOption<TlsError>>,
     read: Arc<impl Fn() -> Result<T, TlsError> + Send + Sync + 'static>,
 ) {
     loop {
@@ -306,11 +367,17 @@ async fn follow<T: Send + Sync + 'static>(
         match made {
             Ok(Ok(made)) => {
                 current.store(Arc::new(made));
+                fault.store(None);
                 if is_told {
+                    instruments::certificates_read(true);
                     tracing::info!("certificates were read again: new connections have the new ones");
                 }
             }
-            Ok(Err(error)) => tracing::warn!(%error, "the certificates stay as they were"),
+            Ok(Err(error)) => {
+                instruments::certificates_read(false);
+                tracing::warn!(%error, "the certificates stay as they were");
+                fault.store(Some(Arc::new(error)));
+            }
             Err(error) => tracing::error!(%error, "the certificates stay as they were"),
         }
     }
@@ -324,10 +391,17 @@ struct ServerSide {
 
 /// Meets callers with TLS.
 #[derive(Clone)]
-pub struct Acceptor(Arc<Live<ServerSide>>);
+pub struct Acceptor {
+    live: Arc<Live<ServerSide>>,
+    warned: Arc<Seldom>,
+    /// Whether callers on this very machine may do without.
+    spares_own: bool,
+    /// What one is told that speaks plain HTTP.
+    plain: &'static [u8],
+}
 
-/// A connection over TLS, from its server's side.
-pub type Accepted = server::TlsStream<TcpStream>;
+/// A connection, without TLS or with it, from its server's side.
+pub type Accepted = Either<TcpStream, Box<server::TlsStream<TcpStream>>>;
 
 impl Acceptor {
     /// Meets HTTP and gRPC with the certificate of a configuration, if it has one, and follows its files.
@@ -337,36 +411,93 @@ impl Acceptor {
         }
         let (files, config) = (config.files(), config.clone());
         let live = Live::start(&files, move || config.server_side(&[b"h2", b"http/1.1"]))?;
-        Ok(Some(Self(Arc::new(live))))
+        Ok(Some(Self { live: Arc::new(live), warned: Arc::default(), spares_own: false, plain: PLAIN }))
+    }
+
+    /// The same, but that callers on this very machine may do without TLS: their words leave it nowhere.
+    #[must_use]
+    pub fn sparing_own(self) -> Self {
+        Self { spares_own: true, ..self }
+    }
+
+    /// The same for an agent.
+    #[must_use]
+    pub(crate) fn of_agent(self) -> Self {
+        Self { plain: PLAIN_AGENT, ..self }
+    }
+
+    /// Why the files of now are not in use.
+    pub fn fault(&self) -> Option<String> {
+        self.live.fault()
     }
 
     /// Shakes hands with a caller, for so long; and whether it has shown the certificate of a machine of the cluster.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<(Accepted, bool)> {
-        let shaking = async {
-            let mut first = [0];
-            if stream.peek(&mut first).await? == 1 && first[0] != HANDSHAKE_RECORD {
-                return Err(refuse_plain(stream, first[0]).await);
+        let client = stream.peer_addr();
+        let shaken = tokio::time::timeout(HANDSHAKE, self.shake(stream)).await;
+        let shaken =
+            shaken.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long")));
+        if let (Err(error), Ok(client)) = (&shaken, client)
+            && error.kind() == io::ErrorKind::InvalidData
+            && self.warned.may_speak()
+        {
+            // Not of those who come and say nothing: somebody may look whether the port is open.
+            tracing::warn!(%client, reason = caller_fault(error), "a caller was refused");
+        }
+        shaken
+    }
+
+    async fn shake(&self, stream: TcpStream) -> io::Result<(Accepted, bool)> {
+        let mut first = [0; HTTP2.len()];
+        let length = stream.peek(&mut first).await?;
+        let first = &first[..length];
+        if first.first().is_some_and(|byte| *byte != HANDSHAKE_RECORD) {
+            if self.spares_own && is_own(&stream) {
+                return Ok((Either::Left(stream), false));
             }
-            let side = self.0.current.load_full();
-            let stream = TlsAcceptor::from(side.config.clone()).accept(stream).await?;
-            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::split_first);
-            let is_machine =
-                shown.is_some_and(|(leaf, between)| is_of_machine(leaf, between, &side.roots, UnixTime::now()).is_ok());
-            Ok((stream, is_machine))
-        };
-        let shaken = tokio::time::timeout(HANDSHAKE, shaking).await;
-        shaken.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long")))
+            return Err(refuse_plain(stream, first, self.plain).await);
+        }
+        let side = self.live.current.load_full();
+        let stream = TlsAcceptor::from(side.config.clone()).accept(stream).await?;
+        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::split_first);
+        let is_machine =
+            shown.is_some_and(|(leaf, between)| is_of_machine(leaf, between, &side.roots, UnixTime::now()).is_ok());
+        Ok((Either::Right(Box::new(stream)), is_machine))
     }
 }
 
+/// Whether both ends of a connection are on this machine.
+fn is_own(stream: &TcpStream) -> bool {
+    let (Ok(client), Ok(here)) = (stream.peer_addr(), stream.local_addr()) else { return false };
+    let client = client.ip().to_canonical();
+    client.is_loopback() || client == here.ip().to_canonical()
+}
+
 /// Tells a client that speaks plain HTTP what it did wrong.
-async fn refuse_plain(mut stream: TcpStream, first: u8) -> io::Error {
-    use tokio::io::AsyncWriteExt;
-    if first.is_ascii_uppercase() {
-        let _ = stream.write_all(PLAIN).await;
+async fn refuse_plain(mut stream: TcpStream, first: &[u8], words: &'static [u8]) -> io::Error {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let words = if first == HTTP2 { PLAIN_HTTP2 } else { words };
+    if first.iter().all(u8::is_ascii_uppercase) {
+        let _ = stream.write_all(words).await;
         let _ = stream.shutdown().await;
+        let mut rest = [0; 1024];
+        let ends = async { while stream.read(&mut rest).await.is_ok_and(|length| length > 0) {} };
+        let _ = tokio::time::timeout(LINGER, ends).await;
     }
     io::Error::new(io::ErrorKind::InvalidData, "the caller does not speak TLS")
+}
+
+/// What was wrong with a caller.
+fn caller_fault(error: &io::Error) -> String {
+    use CertificateError::{Expired, ExpiredContext, UnknownIssuer};
+    let hint = match inner(error) {
+        Some(rustls::Error::NoCertificatesPresented) => "it shows no certificate, and must",
+        Some(rustls::Error::InvalidCertificate(UnknownIssuer)) => "its certificate is not of our CA",
+        Some(rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. })) => "its certificate has ended",
+        Some(rustls::Error::AlertReceived(_)) => "it does not take our certificate",
+        _ => return error.to_string(),
+    };
+    format!("{error}: {hint}")
 }
 
 impl fmt::Debug for Acceptor {
@@ -379,44 +510,227 @@ struct ClientSide {
     config: Arc<ClientConfig>,
 }
 
-/// Goes to agents over TLS.
+/// Who is gone to over TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum To {
+    Agent,
+    Proxy,
+    Ollama,
+}
+
+/// Goes to agents, to proxies, or to Ollamas over TLS.
 #[derive(Clone)]
-pub struct Connector(Arc<Live<ClientSide>>);
+pub struct Connector {
+    live: Arc<Live<ClientSide>>,
+    to: To,
+}
 
 impl Connector {
     /// Goes to agents whose certificates are of the CA of a configuration, if it has one, and follows its files.
     pub fn start(config: &Config) -> Result<Option<Self>, TlsError> {
-        Self::speaking(config, &[b"h2"])
+        Self::speaking(config, &[b"h2"], To::Agent)
     }
 
     /// The same for an agent that dials a proxy, and turns the connection round.
     pub fn to_proxies(config: &Config) -> Result<Option<Self>, TlsError> {
-        Self::speaking(config, &[b"http/1.1"])
+        Self::speaking(config, &[b"http/1.1"], To::Proxy)
     }
 
-    fn speaking(config: &Config, protocols: &'static [&'static [u8]]) -> Result<Option<Self>, TlsError> {
+    fn speaking(config: &Config, protocols: &'static [&'static [u8]], to: To) -> Result<Option<Self>, TlsError> {
         if !is_given(&config.ca) {
             return Ok(None);
         }
         let (files, config) = (config.files(), config.clone());
-        Ok(Some(Self(Arc::new(Live::start(&files, move || config.client_side(protocols))?))))
+        Ok(Some(Self { live: Arc::new(Live::start(&files, move || config.client_side(protocols))?), to }))
     }
 
-    /// Shakes hands with the agent of this name or address.
+    /// Goes to an Ollama whose certificate is of a CA that the system trusts, or of one in this file, if there is such a file.
+    pub fn of_system(more: Option<&Path>) -> Result<Self, TlsError> {
+        let made = anonymous(system_roots(more)).map_err(|error| TlsError::None(error.to_string()))?;
+        Ok(Self { live: Arc::new(Live::fixed(made)), to: To::Ollama })
+    }
+
+    /// Goes to an Ollama whose certificate is of a CA in this file, which is followed.
+    fn of_file(ca: &Path) -> Result<Self, TlsError> {
+        let file = ca.to_owned();
+        let read = move || {
+            anonymous(roots(&file)?).map_err(|error| TlsError::File { path: file.clone(), what: error.to_string() })
+        };
+        Ok(Self { live: Arc::new(Live::start(&[ca.to_owned()], read)?), to: To::Ollama })
+    }
+
+    /// Why the files of now are not in use.
+    pub fn fault(&self) -> Option<String> {
+        self.live.fault()
+    }
+
+    /// Shakes hands with whoever has this name or address.
     pub async fn connect(&self, host: &str, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
         // A certificate knows nothing of our interfaces.
         let host = host.split('%').next().unwrap_or_default();
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "no certificate can be for this name"))?;
-        let side = self.0.current.load_full();
+        let side = self.live.current.load_full();
         let shaken = TlsConnector::from(side.config.clone()).connect(name, stream).await;
-        shaken.map_err(|error| io::Error::new(error.kind(), format!("TLS: {error}")))
+        shaken.map_err(|error| {
+            let hint = self.to.hint(&error, host).map(|hint| format!(": {hint}")).unwrap_or_default();
+            io::Error::new(error.kind(), format!("TLS: {error}{hint}"))
+        })
+    }
+}
+
+impl To {
+    /// What to do about a handshake that failed.
+    fn hint(self, error: &io::Error, host: &str) -> Option<String> {
+        use CertificateError as Bad;
+        let (it_has_none, other_ca, issue) = match self {
+            Self::Agent => (
+                "give the agent a certificate, or name it as grpc://HOST:PORT",
+                "it must be of the CA in `ca` of [tls], or --tls-ca, a file that may hold several",
+                "`olol certs issue` makes one",
+            ),
+            Self::Proxy => (
+                "say http://, or give the proxy a certificate",
+                "it must be of the CA in --tls-ca, a file that may hold several",
+                "`olol certs issue` makes one",
+            ),
+            Self::Ollama => (
+                "say http://",
+                "name its CA in `server-ca` of [tls], or in SSL_CERT_FILE",
+                "whoever runs it must have a new one",
+            ),
+        };
+        Some(match inner(error)? {
+            rustls::Error::InvalidMessage(_) => format!("who listens there speaks no TLS; {it_has_none}"),
+            rustls::Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => {
+                format!("its certificate is of a CA that is not trusted; {other_ca}")
+            }
+            rustls::Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => {
+                format!("its certificate has ended; {issue}")
+            }
+            rustls::Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => {
+                "its certificate has not begun: look at the clocks of both machines".to_owned()
+            }
+            rustls::Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
+                match self {
+                    Self::Ollama => "name it as its certificate does".to_owned(),
+                    _ => format!("name it as its certificate does, or issue one with --host {host}"),
+                }
+            }
+            rustls::Error::InvalidCertificate(Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. }) => {
+                "its certificate is one of a client; issue one without --client".to_owned()
+            }
+            rustls::Error::AlertReceived(alert) => of_alert(*alert)?.to_owned(),
+            _ => return None,
+        })
+    }
+}
+
+/// What the other end has against us.
+fn of_alert(alert: AlertDescription) -> Option<&'static str> {
+    Some(match alert {
+        AlertDescription::CertificateRequired => {
+            "it wants a certificate of the cluster's CA, and we show none; name ours in `client-cert` of [tls], or in --tls-cert"
+        }
+        AlertDescription::UnknownCA => "our certificate is not of its CA",
+        AlertDescription::CertificateExpired => "our certificate has ended; issue a new one",
+        AlertDescription::BadCertificate | AlertDescription::CertificateUnknown => "it does not take our certificate",
+        _ => return None,
+    })
+}
+
+/// What TLS says of a failed connection.
+fn inner(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// What an error says, with all that it comes from, and with what to do where the other end does not take our certificate:
+/// that is often known only when the first answer is waited for.
+pub fn told(mut text: String, mut source: Option<&(dyn StdError + 'static)>) -> String {
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = error.source();
+    }
+    let alerts = [
+        AlertDescription::CertificateRequired,
+        AlertDescription::UnknownCA,
+        AlertDescription::CertificateExpired,
+        AlertDescription::BadCertificate,
+        AlertDescription::CertificateUnknown,
+    ];
+    let is_in = |alert: &AlertDescription| text.contains(&rustls::Error::AlertReceived(*alert).to_string());
+    match alerts.into_iter().find(is_in).and_then(of_alert) {
+        Some(hint) => format!("{text}: {hint}"),
+        None => text,
     }
 }
 
 impl fmt::Debug for Connector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Connector")
+        f.debug_struct("Connector").field("to", &self.to).finish_non_exhaustive()
+    }
+}
+
+/// How Ollamas at `https://` are reached. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Web(Arc<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    /// By the CAs in files of their own.
+    own: Vec<(Pattern, Connector)>,
+    /// By those that the system trusts; read when the first is reached so.
+    system: OnceLock<Option<Connector>>,
+}
+
+impl Web {
+    /// Knows the CAs of a configuration, and follows their files.
+    pub fn start(config: &Config) -> Result<Self, TlsError> {
+        let own = |(server, file): (&Pattern, &PathBuf)| Ok((server.clone(), Connector::of_file(file)?));
+        let own = config.server_ca.iter().map(own).collect::<Result<_, _>>()?;
+        Ok(Self(Arc::new(Known { own, system: OnceLock::new() })))
+    }
+
+    /// How the one of this name is reached.
+    pub fn to(&self, server: &ServerId) -> Option<Connector> {
+        if let Some(own) = meant_for(&self.0.own, server) {
+            return Some(own.clone());
+        }
+        let system = || {
+            let made = Connector::of_system(None);
+            made.inspect_err(|error| tracing::error!(%error, "no server at https:// can be reached")).ok()
+        };
+        self.0.system.get_or_init(system).clone()
+    }
+
+    /// Why files of now are not in use.
+    pub fn fault(&self) -> Option<String> {
+        self.0.own.iter().find_map(|(_, connector)| connector.fault())
+    }
+}
+
+/// All of a proxy that is made of files with certificates.
+#[derive(Clone, Debug, Default)]
+pub struct InUse {
+    /// What clients are met with.
+    pub acceptor: Option<Acceptor>,
+    /// How agents are reached.
+    pub connector: Option<Connector>,
+    /// How Ollamas are.
+    pub web: Web,
+}
+
+impl InUse {
+    /// Why files as they are now are not in use, and what was before is.
+    pub fn faults(&self) -> Vec<String> {
+        let acceptor = self.acceptor.as_ref().and_then(Acceptor::fault);
+        let connector = self.connector.as_ref().and_then(Connector::fault);
+        let mut all: Vec<String> = [acceptor, connector, self.web.fault()].into_iter().flatten().collect();
+        all.dedup();
+        all
     }
 }
 

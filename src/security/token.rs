@@ -20,6 +20,8 @@ pub const HEADER: &str = "olol-token";
 pub const VARIABLE: &str = "OLOL_TOKEN";
 /// Random bytes of a token that we make: 256 bits.
 const BYTES: usize = 32;
+/// The most tokens that a file may have.
+pub const MOST: usize = 4;
 /// The shortest and the longest token that is taken, characters.
 const LENGTHS: std::ops::RangeInclusive<usize> = 32..=512;
 
@@ -155,12 +157,17 @@ pub fn of_folder() -> Result<Token, TokenError> {
     let path = file().ok_or(TokenError::NoFolder)?;
     match read(&path) {
         Err(TokenError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => make(&path),
-        read => read,
+        read => read.map(first),
     }
 }
 
-/// The token in a file, which nobody else on this machine may read.
-pub fn read(path: &Path) -> Result<Token, TokenError> {
+/// The one that is shown, of those in a file.
+pub(super) fn first((first, _): (Token, Vec<Token>)) -> Token {
+    first
+}
+
+/// The token in a file, which nobody else on this machine may read, and others in further lines, which count as well.
+pub fn read(path: &Path) -> Result<(Token, Vec<Token>), TokenError> {
     let unreadable = |source| TokenError::Unreadable { path: path.to_owned(), source };
     let wrong = |what: String| TokenError::Wrong { place: path.display().to_string(), what };
     let file = std::fs::File::open(path).map_err(unreadable)?;
@@ -176,9 +183,15 @@ pub fn read(path: &Path) -> Result<Token, TokenError> {
         }
     }
     let mut text = String::new();
-    // More than any token, and not all of what may be there.
+    // More than all tokens, and not all of what may be there.
     file.take(4096).read_to_string(&mut text).map_err(unreadable)?;
-    text.parse().map_err(wrong)
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+    let first = lines.next().unwrap_or_default().parse().map_err(&wrong)?;
+    let others = lines.map(str::parse).collect::<Result<Vec<Token>, _>>().map_err(&wrong)?;
+    if others.len() >= MOST {
+        return Err(wrong(format!("it has {} tokens, and may have {MOST}, a line each", others.len() + 1)));
+    }
+    Ok((first, others))
 }
 
 /// Makes the token of a file that is not there. Of several commands that do so at once, one wins, and all have its token.
@@ -189,7 +202,7 @@ fn make(path: &Path) -> Result<Token, TokenError> {
             tracing::info!(file = %path.display(), "a token for the cluster was made; `olol token` prints it for other machines");
             Ok(token)
         }
-        Ok(false) => read(path),
+        Ok(false) => read(path).map(first),
         Err(source) => Err(TokenError::Unwritable { path: path.to_owned(), source }),
     }
 }
@@ -274,11 +287,30 @@ mod tests {
             let all: Vec<_> = (0..8).map(|_| scope.spawn(|| make(&path).unwrap())).collect();
             all.into_iter().map(|one| one.join().unwrap()).collect()
         });
-        let kept = read(&path).unwrap();
+        let kept = first(read(&path).unwrap());
         assert!(made.iter().all(|token| *token == kept));
         // And nothing else was left behind.
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-        assert!(rotate(&path).unwrap() != kept && read(&path).unwrap() != kept);
+        assert!(rotate(&path).unwrap() != kept && first(read(&path).unwrap()) != kept);
+    }
+
+    #[test]
+    fn a_file_may_have_several_and_the_first_is_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let made: Vec<Token> = (0..=MOST).map(|_| Token::make().unwrap()).collect();
+        make(&path).unwrap();
+        let put = |tokens: &[Token]| {
+            let text: String = tokens.iter().map(|token| format!("\n{} \n", token.reveal())).collect();
+            std::fs::write(&path, text).unwrap();
+        };
+        put(&made[..MOST]);
+        assert_eq!(read(&path).unwrap(), (made[0].clone(), made[1..MOST].to_vec()));
+        put(&made);
+        assert!(read(&path).unwrap_err().to_string().contains("it has 5 tokens, and may have 4"));
+        std::fs::write(&path, format!("{}\nshort\n", made[0].reveal())).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("has 5") && !error.contains(made[0].reveal()), "{error}");
     }
 
     #[cfg(unix)]

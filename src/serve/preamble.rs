@@ -7,8 +7,9 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 
+use super::Stream;
+use super::heads::Heading;
 use super::wire::{BAD_REQUEST, TOO_LARGE, Wire};
-use super::{LONGEST_HEAD, Stream};
 
 /// How HTTP/2 begins.
 const HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -31,9 +32,9 @@ pub(super) enum Preamble {
     Refused(Wire<Stream>, &'static [u8]),
 }
 
-/// Reads the first head, for so long, and gives it back with the connection.
-pub(super) async fn read(mut stream: Stream, limit: Duration) -> Preamble {
-    match tokio::time::timeout(limit, first_head(&mut stream)).await {
+/// Reads the first head, for so long and no longer than this, and gives it back with the connection.
+pub(super) async fn read(mut stream: Stream, limit: Duration, longest: usize) -> Preamble {
+    match tokio::time::timeout(limit, first_head(&mut stream, longest)).await {
         Err(_) | Ok(First::Nothing) => Preamble::Gone,
         Ok(First::Refused(answer)) => Preamble::Refused(Wire::new(Bytes::new(), stream), answer),
         Ok(First::Http1(head, lines)) => Preamble::Http1(Wire::new(head, stream), lines),
@@ -48,15 +49,19 @@ enum First {
     Refused(&'static [u8]),
 }
 
-async fn first_head(stream: &mut Stream) -> First {
+async fn first_head(stream: &mut Stream, longest: usize) -> First {
     let mut first = BytesMut::with_capacity(4096);
-    let mut head = Head::default();
+    let mut head = Head::new(longest);
+    let mut heading = Heading::default();
     loop {
+        if !heading.may_grow() {
+            return First::Refused(TOO_LARGE);
+        }
         first.reserve(4096);
         match stream.read_buf(&mut first).await {
             Ok(0) if !first.is_empty() => return First::Refused(BAD_REQUEST),
             Ok(0) | Err(_) => return First::Nothing,
-            Ok(_) => {}
+            Ok(read) => heading.grows(read),
         }
         if HTTP2.starts_with(&first[..first.len().min(HTTP2.len())]) {
             if first.len() >= HTTP2.len() {
@@ -75,8 +80,9 @@ async fn first_head(stream: &mut Stream) -> First {
 }
 
 /// How far a head was looked at.
-#[derive(Default)]
 struct Head {
+    /// The longest that it may be, bytes.
+    longest: usize,
     /// Where the first line that is not complete begins; after the head, if that is whole.
     at: usize,
     /// Complete lines, the first one included.
@@ -87,6 +93,10 @@ struct Head {
 }
 
 impl Head {
+    fn new(longest: usize) -> Self {
+        Self { longest, at: 0, lines: 0, whole: false, folds: false }
+    }
+
     /// Looks at what has come; true once the head is whole. An empty first line ends it too: no request begins so.
     fn look(&mut self, bytes: &[u8]) -> bool {
         while let Some(end) = (!self.whole).then(|| memchr::memchr(b'\n', &bytes[self.at..])).flatten() {
@@ -101,7 +111,7 @@ impl Head {
 
     /// The answer to a head that Go's server refuses in words of its own.
     fn refusal(&self, bytes: &[u8]) -> Option<&'static [u8]> {
-        if self.lines > MOST_LINES || self.at > LONGEST_HEAD || (!self.whole && bytes.len() > LONGEST_HEAD) {
+        if self.lines > MOST_LINES || self.at > self.longest || (!self.whole && bytes.len() > self.longest) {
             return Some(TOO_LARGE);
         }
         if self.lines == 0 {
@@ -240,16 +250,75 @@ fn mended_target(target: &[u8]) -> Cow<'_, [u8]> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LONGEST_HEAD;
     use super::*;
 
+    #[test]
+    fn a_head_is_read_alike_however_it_comes_and_mended_without_harm() {
+        const PIECES: &[&str] = &[
+            "GET ",
+            "POST ",
+            "/",
+            "/a?b=%zz",
+            "http://",
+            "http://a",
+            "*",
+            " ",
+            "\t",
+            "HTTP/1.1",
+            "HTTP/1.0",
+            "HTTP/1.9",
+            "HTTP/2.0",
+            "\r\n",
+            "\n",
+            "\r",
+            "Host: a",
+            "Transfer-Encoding: chunked",
+            "transfer-encoding:",
+            "Content-Length: 3",
+            ":",
+            "\u{b}",
+            "\0",
+            "ä",
+            "<",
+            "#",
+            "GET / HTTP/1.1\r\nA: b\r\n",
+            "\r\n\r\n",
+            " folded",
+        ];
+        for (seed, text) in (0..).zip(crate::noise::texts(PIECES, crate::noise::MANY)) {
+            let bytes = text.as_bytes();
+            let (mut whole, mut parts) = (Head::new(LONGEST_HEAD), Head::new(LONGEST_HEAD));
+            let is_whole = whole.look(bytes);
+            let mut so_far = Vec::new();
+            for piece in crate::noise::cut(bytes, seed) {
+                so_far.extend_from_slice(piece);
+                parts.look(&so_far);
+            }
+            assert_eq!(
+                (parts.at, parts.lines, parts.whole, parts.folds),
+                (whole.at, whole.lines, is_whole, whole.folds)
+            );
+            if !is_whole || whole.refusal(bytes).is_some() {
+                continue;
+            }
+            // What comes behind the head stays, and a second look finds nothing more to mend.
+            let mended = whole.mended(BytesMut::from(bytes));
+            assert!(mended.ends_with(&bytes[whole.at..]), "{text:?}");
+            let mut again = Head::new(LONGEST_HEAD);
+            assert!(again.look(&mended) && !again.folds, "{text:?}: {}", mended.escape_ascii());
+            assert_eq!(&mended[again.at..], &bytes[whole.at..], "{text:?}");
+        }
+    }
+
     fn refusal(bytes: &[u8]) -> Option<&'static [u8]> {
-        let mut head = Head::default();
+        let mut head = Head::new(LONGEST_HEAD);
         head.look(bytes);
         head.refusal(bytes)
     }
 
     fn mended(bytes: &[u8]) -> Bytes {
-        let mut head = Head::default();
+        let mut head = Head::new(LONGEST_HEAD);
         assert!(head.look(bytes));
         head.mended(BytesMut::from(bytes))
     }
@@ -283,7 +352,7 @@ mod tests {
     #[test]
     fn a_head_is_whole_at_its_empty_line() {
         let bytes = b"GET / HTTP/1.1\r\nHost: a\n\r\nbody\n\n";
-        let mut head = Head::default();
+        let mut head = Head::new(LONGEST_HEAD);
         for length in 0..26 {
             assert!(!head.look(&bytes[..length]), "{length}");
         }

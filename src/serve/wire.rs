@@ -16,6 +16,7 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
+use super::heads::Heading;
 use super::paced::Line;
 
 /// What Go's server says to what is no request.
@@ -37,8 +38,9 @@ pub(super) struct Wire<S> {
     /// What was read before.
     prefix: Bytes,
     inner: S,
-    /// Whether a request is being answered whose client may have shut down its sending side.
-    brief: Arc<AtomicBool>,
+    turn: Arc<Turn>,
+    /// The head that comes while nothing is answered.
+    heading: Heading,
     /// Tells bodies how much of them waits.
     line: Arc<Line>,
     /// Runs from the moment when the client was seen to send no more.
@@ -50,23 +52,30 @@ pub(super) struct Wire<S> {
     linger: Option<Pin<Box<Sleep>>>,
 }
 
-/// Lets the client of a brief request stop sending, until this is dropped with the answer.
-pub(super) struct Brief(Option<Arc<AtomicBool>>);
+/// Whose turn it is on a connection.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    /// A request is being answered.
+    is_ours: AtomicBool,
+    /// Its client may have shut down its sending side.
+    is_brief: AtomicBool,
+}
+
+/// Our turn, until this is dropped with the answer. The client of a brief request may stop sending then.
+pub(super) struct Brief(Arc<Turn>);
 
 impl Brief {
-    pub(super) fn begin(flag: &Arc<AtomicBool>, is_brief: bool) -> Self {
-        Self(is_brief.then(|| {
-            flag.store(true, Ordering::Relaxed);
-            flag.clone()
-        }))
+    pub(super) fn begin(turn: &Arc<Turn>, is_brief: bool) -> Self {
+        turn.is_ours.store(true, Ordering::Relaxed);
+        turn.is_brief.store(is_brief, Ordering::Relaxed);
+        Self(turn.clone())
     }
 }
 
 impl Drop for Brief {
     fn drop(&mut self) {
-        if let Some(flag) = &self.0 {
-            flag.store(false, Ordering::Relaxed);
-        }
+        self.0.is_brief.store(false, Ordering::Relaxed);
+        self.0.is_ours.store(false, Ordering::Relaxed);
     }
 }
 
@@ -75,7 +84,8 @@ impl<S> Wire<S> {
         Self {
             prefix,
             inner,
-            brief: Arc::default(),
+            turn: Arc::default(),
+            heading: Heading::default(),
             line: Arc::default(),
             patience: None,
             is_raw: false,
@@ -89,9 +99,9 @@ impl<S> Wire<S> {
         Self { is_raw: true, ..Self::new(prefix, inner) }
     }
 
-    /// The flag of a brief request.
-    pub(super) fn brief(&self) -> Arc<AtomicBool> {
-        self.brief.clone()
+    /// Whose turn it is.
+    pub(super) fn turn(&self) -> Arc<Turn> {
+        self.turn.clone()
     }
 
     /// What it shares with the bodies that pass it.
@@ -101,7 +111,7 @@ impl<S> Wire<S> {
 
     /// Whether the end of what the client sends is kept back for now.
     fn is_patient(&mut self, cx: &mut Context<'_>) -> bool {
-        if !self.brief.load(Ordering::Relaxed) {
+        if !self.turn.is_brief.load(Ordering::Relaxed) {
             self.patience = None;
             return false;
         }
@@ -123,8 +133,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
             }
             return Poll::Ready(Ok(()));
         }
+        let is_head = !this.is_raw && !this.turn.is_ours.load(Ordering::Relaxed);
+        if !is_head {
+            this.heading.ends();
+        } else if !this.heading.may_grow() {
+            return Poll::Ready(Err(io::Error::other("there are too many long heads of requests at this moment")));
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.inner).poll_read(cx, buffer))?;
+        if is_head {
+            this.heading.grows(buffer.filled().len() - before);
+        }
         if buffer.filled().len() == before && this.is_patient(cx) { Poll::Pending } else { Poll::Ready(Ok(())) }
     }
 }
@@ -251,8 +270,8 @@ mod tests {
         let (near, far) = tokio::io::duplex(16);
         drop(far);
         let mut wire = Wire::new(Bytes::from_static(b"a"), near);
-        let flag = wire.brief();
-        let brief = Brief::begin(&flag, true);
+        let turn = wire.turn();
+        let brief = Brief::begin(&turn, true);
         assert_eq!(wire.read_u8().await.unwrap(), b'a');
         let begun = tokio::time::Instant::now();
         assert_eq!(wire.read(&mut [0; 1]).await.unwrap(), 0);
@@ -260,7 +279,7 @@ mod tests {
         drop(brief);
         let begun = tokio::time::Instant::now();
         assert_eq!(wire.read(&mut [0; 1]).await.unwrap(), 0);
-        let _other = Brief::begin(&flag, false);
+        let _other = Brief::begin(&turn, false);
         assert_eq!(wire.read(&mut [0; 1]).await.unwrap(), 0);
         assert_eq!(begun.elapsed(), Duration::ZERO);
     }

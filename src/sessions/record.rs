@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::clock::moved;
 use super::{Error, LONGEST_ID};
 use olol_middleware::time::unix_ms_now;
 
@@ -23,7 +24,7 @@ pub struct Session {
     pub model_name: String,
     /// When it was made, milliseconds since 1970.
     pub created_at: u64,
-    /// When its last turn ended, milliseconds since 1970.
+    /// When its last turn ended, milliseconds since 1970, by the clock here.
     pub last_active: u64,
     /// The server that answered its last turn; empty: none yet.
     pub server_host: String,
@@ -46,6 +47,12 @@ pub struct Session {
     /// How many sessions of this name have ended before it, as far as one knew when it was made.
     #[serde(default)]
     pub(super) generation: u64,
+    /// What tells it from others of its name that were made without knowing of it.
+    #[serde(default)]
+    pub(super) birth: u64,
+    /// When its last turn ended, by the clock of the proxy that had it: tells two copies apart, and nothing else. 0: as it is here.
+    #[serde(default)]
+    pub(super) stamp: u64,
 }
 
 /// Which of two copies is newer, or of two sessions of one name the one that goes on.
@@ -82,16 +89,31 @@ impl Session {
         key(&self.session_id, &self.owner)
     }
 
-    /// Its version: the greatest one counts. One that was made again goes before all that the old one may have had.
-    pub(super) fn version(&self) -> Version {
-        (self.generation, self.next, self.last_active)
-    }
-
     /// Whether it was idle for too long.
     pub fn has_expired(&self, now: u64) -> bool {
         #[expect(clippy::cast_precision_loss, reason = "milliseconds of some years")]
         let idle = now.saturating_sub(self.last_active) as f64;
         idle > self.timeout * 1000.0
+    }
+
+    /// Its version, whatever the clocks say where its copies are: the greatest one counts. One that was made again goes before
+    /// all that the old one may have had.
+    pub(super) fn version(&self) -> Version {
+        (self.generation, self.next, if self.stamp == 0 { self.last_active } else { self.stamp })
+    }
+
+    /// Seconds without a turn after which it leaves, as milliseconds.
+    pub(super) fn timeout_ms(&self) -> u64 {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most ten years")]
+        let timeout = (self.timeout.max(0.0) * 1000.0) as u64;
+        timeout
+    }
+
+    /// It by a clock that is ahead by so many milliseconds.
+    pub(super) fn by_clock(mut self, ahead: i64) -> Self {
+        (_, _, self.stamp) = self.version();
+        (self.created_at, self.last_active) = (moved(self.created_at, ahead), moved(self.last_active, ahead));
+        self
     }
 
     /// How it is now.

@@ -4,17 +4,20 @@
 //! its end is told. While the store is away the copy here is what counts, and the turns that it gets go to the store when that is
 //! back. If two proxies have gone on alone with one session, the history with more turns stays, and the later one of two that are
 //! as long. One that was ended and made again goes before the old one, however long that was: it is of a later generation.
+//!
+//! Clocks of proxies differ, so none goes by a time that another one has written: how long a session stays is what the store
+//! says, and when a turn ended only tells two copies apart.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use olol_middleware::time::unix_ms_now;
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Script};
 use tokio::task::JoinSet;
 
+use super::clock;
 use super::record::{Session, Version};
 use super::store::{Append, Ended, Store};
 use super::{Error, Visitor};
@@ -108,8 +111,7 @@ static PUT: LazyLock<Script> = LazyLock::new(|| {
     ])
 });
 
-/// Ends a session, unless it was made again. KEYS as above. ARGV: its generation, when it has ended, for how long that is known, its
-/// name.
+/// Ends a session, unless it was made again. KEYS as above. ARGV: its generation, its birth, for how long that is known, its name.
 static END: LazyLock<Script> = LazyLock::new(|| {
     script(&[r"
         local has = redis.call('HMGET', KEYS[1], 'next', 'gen')
@@ -136,13 +138,19 @@ pub(super) struct Shared {
 /// Those who write one of some sessions, one after the other.
 type Line = tokio::sync::Mutex<()>;
 
+/// The record of a session, if there is one, and how many milliseconds it stays.
+type Kept = (Option<Vec<u8>>, i64);
+
+/// The generation of a session that has ended, and its birth, if that is known.
+type Buried = (u64, Option<u64>);
+
 /// What the store has of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum There {
     /// A version of it.
     Has(Version),
     /// It has ended.
-    Ended(Ended),
+    Ended(Buried),
     /// Nothing.
     Nothing,
 }
@@ -200,9 +208,10 @@ impl Shared {
     }
 
     /// A session is here, and the store says that one of its name has ended: it, or one before it.
-    async fn buried(&self, store: &Store, here: &Session, (generation, at): Ended) -> Result<(), Gone> {
+    async fn buried(&self, store: &Store, here: &Session, (generation, birth): Buried) -> Result<(), Gone> {
         let key = here.key();
-        if here.generation <= generation && here.created_at <= at {
+        let is_it = birth.is_none_or(|birth| birth == here.birth);
+        if here.generation < generation || here.generation == generation && is_it {
             // It goes on if it is just being used.
             let _ = store.end(key, false).await;
             return Ok(());
@@ -277,7 +286,7 @@ impl Shared {
         let key = session.key();
         let [hash, names, tombstone] = self.keys(&key);
         let record = record(session);
-        let (at, stays) = (session.last_active, stays(session));
+        let (at, stays) = (session.version().2, stays(session, store.now()));
         let answer: i64 = self
             .state
             .ask(async |mut there| {
@@ -299,21 +308,21 @@ impl Shared {
 
     /// Ends a session there. False if that is away, and has to be told when it is back.
     pub(super) async fn end(&self, session: &Session) -> bool {
-        let known = KNOWN.max(stays(session));
-        let is_told = self.say_end(&session.key(), (session.generation, unix_ms_now()), known).await.is_ok();
+        let known = KNOWN.max(session.timeout_ms() + GRACE);
+        let is_told = self.say_end(&session.key(), (session.generation, session.birth), known).await.is_ok();
         if !is_told {
             self.owes.store(true, Ordering::Relaxed);
         }
         is_told
     }
 
-    async fn say_end(&self, key: &str, (generation, at): Ended, known: u64) -> Result<(), Gone> {
+    async fn say_end(&self, key: &str, (generation, birth): Ended, known: u64) -> Result<(), Gone> {
         let [hash, names, tombstone] = self.keys(key);
         self.state
             .ask(async |mut there| {
                 let mut script = END.prepare_invoke();
                 script.key(&hash).key(&names).key(&tombstone);
-                script.arg(generation).arg(at).arg(known).arg(key);
+                script.arg(generation).arg(birth).arg(known).arg(key);
                 script.invoke_async(&mut there).await
             })
             .await
@@ -326,6 +335,7 @@ impl Shared {
         visitor: &Visitor,
         after: &str,
         limit: usize,
+        now: u64,
     ) -> Result<(Vec<Session>, Option<String>), Gone> {
         let [_, names, _] = self.keys("");
         let from = if after.is_empty() { "-".to_owned() } else { format!("({after}") };
@@ -343,7 +353,7 @@ impl Shared {
                     .await?;
                 let records = self.records(&mut there, &keys).await?;
                 let gone: Vec<&String> =
-                    keys.iter().zip(&records).filter(|(_, record)| record.is_none()).map(|(key, _)| key).collect();
+                    keys.iter().zip(&records).filter(|(_, (record, _))| record.is_none()).map(|(key, _)| key).collect();
                 if !gone.is_empty() {
                     redis::cmd("ZREM").arg(&names).arg(gone).exec_async(&mut there).await?;
                 }
@@ -351,17 +361,18 @@ impl Shared {
             })
             .await?;
         let next = keys.last().filter(|_| keys.len() == limit).cloned();
-        let sessions = records.into_iter().flatten().filter_map(|record| read(&record));
+        let sessions = records.into_iter().filter_map(|(record, stays)| Some(here(read(&record?)?, stays, now)));
         Ok((sessions.filter(|session| visitor.sees(session)).collect(), next))
     }
 
-    async fn records(&self, there: &mut MultiplexedConnection, keys: &[String]) -> RedisResult<Vec<Option<Vec<u8>>>> {
+    async fn records(&self, there: &mut MultiplexedConnection, keys: &[String]) -> RedisResult<Vec<Kept>> {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
         let mut pipe = redis::pipe();
         for key in keys {
-            pipe.hget(&self.keys(key)[0], "session");
+            let [hash, ..] = self.keys(key);
+            pipe.hget(&hash, "session").pttl(&hash);
         }
         pipe.query_async(there).await
     }
@@ -387,8 +398,10 @@ impl Shared {
     /// Brings a session from there to here.
     async fn fetch(&self, store: &Store, key: &str) -> Result<(), Gone> {
         let [hash, ..] = self.keys(key);
-        let fields: Vec<(String, Vec<u8>)> =
-            self.state.ask(async |mut there| redis::cmd("HGETALL").arg(&hash).query_async(&mut there).await).await?;
+        let (fields, stays): (Vec<(String, Vec<u8>)>, i64) = self
+            .state
+            .ask(async |mut there| redis::pipe().hgetall(&hash).pttl(&hash).query_async(&mut there).await)
+            .await?;
         let mut session = None;
         let mut turns = Vec::new();
         for (field, value) in fields {
@@ -399,6 +412,7 @@ impl Shared {
             }
         }
         let Some(session) = session.filter(|session: &Session| session.key() == key) else { return Ok(()) };
+        let session = here(session, stays, store.now());
         turns.sort_unstable_by_key(|(number, _)| *number);
         if let Err(error) = store.adopt(session, turns).await {
             tracing::warn!(session = key, %error, "a session of another proxy cannot be kept here");
@@ -410,7 +424,8 @@ impl Shared {
     async fn put(&self, store: &Store, key: &str) -> Result<Told, Gone> {
         let Some((session, _)) = store.find(key) else { return Ok(Told::Stored) };
         let Ok(turns) = store.turns(key.to_owned()).await else { return Ok(Told::Stored) };
-        if session.has_expired(unix_ms_now()) {
+        let now = store.now();
+        if session.has_expired(now) {
             return Ok(Told::Stored);
         }
         let [hash, names, tombstone] = self.keys(key);
@@ -419,8 +434,8 @@ impl Shared {
             .ask(async |mut there| {
                 let mut script = PUT.prepare_invoke();
                 script.key(&hash).key(&names).key(&tombstone);
-                script.arg(session.next).arg(session.last_active).arg(record(&session)).arg(stays(&session)).arg(key);
-                script.arg(session.generation);
+                let (generation, next, at) = session.version();
+                script.arg(next).arg(at).arg(record(&session)).arg(stays(&session, now)).arg(key).arg(generation);
                 for (number, turn) in &turns {
                     script.arg(format!("t{number}")).arg(turn.as_slice());
                 }
@@ -502,11 +517,9 @@ pub(super) fn keep(sessions: super::Sessions) -> JoinSet<()> {
 }
 
 /// What a tombstone says. Earlier versions wrote no more than that there was one.
-fn read_tombstone(text: &str) -> Ended {
-    match text.split_once(':') {
-        Some((generation, at)) => (generation.parse().unwrap_or(0), at.parse().unwrap_or(u64::MAX)),
-        None => (text.parse().unwrap_or(0), u64::MAX),
-    }
+fn read_tombstone(text: &str) -> Buried {
+    let (generation, birth) = text.split_once(':').unwrap_or((text, ""));
+    (generation.parse().unwrap_or(0), birth.parse().ok())
 }
 
 fn record(session: &Session) -> Vec<u8> {
@@ -518,8 +531,51 @@ fn read(record: &[u8]) -> Option<Session> {
 }
 
 /// Milliseconds for which the store keeps it.
-fn stays(session: &Session) -> u64 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most ten years")]
-    let timeout = (session.timeout.max(0.0) * 1000.0) as u64;
-    (session.last_active + timeout).saturating_sub(unix_ms_now()) + GRACE
+fn stays(session: &Session, now: u64) -> u64 {
+    (session.last_active + session.timeout_ms()).saturating_sub(now) + GRACE
+}
+
+/// A session of another proxy by the clock here, from how many milliseconds it stays there.
+fn here(session: Session, stays: i64, now: u64) -> Session {
+    // It stays for ever, or has just gone.
+    let Ok(stays) = u64::try_from(stays) else { return session };
+    let last_active = now.saturating_add(stays).saturating_sub(session.timeout_ms() + GRACE).min(now);
+    let ahead = clock::jump(session.last_active, last_active);
+    session.by_clock(ahead)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(last_active: u64) -> Session {
+        let record = serde_json::json!({
+            "session_id": "a", "owner": "", "model_name": "tiny", "created_at": last_active - 1000, "last_active": last_active,
+            "server_host": "", "moved_from": "", "model_parameters": {}, "timeout": 600.0, "turns": 1, "messages": 2, "bytes": 9,
+            "first": 1, "next": 2,
+        });
+        read(record.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_session_is_as_old_here_as_where_it_was_used_whatever_the_clocks_say() {
+        let (now, day) = (1_700_000_000_000_u64, 24 * 3600 * 1000_u64);
+        for theirs in [now, now - 2 * day, now + 2 * day, now - 365 * day] {
+            // It was used a minute ago there, and is told of now.
+            let there = session(theirs - 60_000);
+            let stays = i64::try_from(stays(&there, theirs)).unwrap();
+            let found = here(there.clone(), stays, now);
+            assert_eq!((found.last_active, found.created_at), (now - 60_000, now - 61_000));
+            assert!(!found.has_expired(now) && found.version() == there.version(), "the copies are the same");
+            assert!(here(there, stays - 600_000, now + 600_000).has_expired(now + 600_000));
+        }
+    }
+
+    #[test]
+    fn clocks_that_tell_the_same_time_change_nothing() {
+        let there = session(1_700_000_000_000);
+        let stays = i64::try_from(stays(&there, 1_700_000_001_000)).unwrap();
+        assert_eq!(here(there.clone(), stays, 1_700_000_002_500), there.clone().by_clock(0));
+        assert_eq!(here(there.clone(), -1, 5), there);
+    }
 }

@@ -14,10 +14,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use olol_middleware::instruments;
-use olol_middleware::time::unix_ms_now;
 use redb::{Database, ReadableTable, Table, TableDefinition, TableError, WriteTransaction};
 use tokio::sync::oneshot;
 
+use super::clock::Clock;
 use super::record::{Entry, Page, Session};
 use super::{Config, Error};
 
@@ -25,7 +25,7 @@ use super::{Config, Error};
 const SESSIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sessions");
 /// Their turns, as lists of messages in JSON.
 const TURNS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("turns");
-/// The sessions that have ended and of which the store of several proxies is not told yet: generation, and when.
+/// The sessions that have ended and of which the store of several proxies is not told yet: generation and birth.
 const ENDED: TableDefinition<'_, &str, (u64, u64)> = TableDefinition::new("ended");
 /// The most of them; of more the end is forgotten.
 const MOST_ENDED: usize = 10_000;
@@ -67,6 +67,7 @@ pub(super) struct Store {
     file: Arc<Opened>,
     index: Arc<Index>,
     bounds: Bounds,
+    clock: Arc<Clock>,
 }
 
 /// Something to be written, and where to say that it is.
@@ -84,7 +85,7 @@ enum Order {
 /// A turn with its number, as it is written.
 pub(super) type Numbered = (u64, Vec<u8>);
 
-/// The generation of a session that has ended, and when that was, milliseconds since 1970.
+/// The generation of a session that has ended, and its birth.
 pub(super) type Ended = (u64, u64);
 
 /// A turn that is over.
@@ -107,19 +108,26 @@ impl Store {
 
     /// A store over whatever is opened so.
     fn over(open: Open, bounds: Bounds) -> Result<Self, Error> {
+        let clock = Arc::new(Clock::new());
         let file = Arc::new(Opened { database: RwLock::new(Some(open()?)), open });
         let mut book = file.with(Book::read).map_err(|error| broken(&error))?;
         let index = Arc::new(Index::default());
         index.fill(&book);
         let (orders, waiting) = sync_channel(WAITING);
-        let mut writer = Writer { file: file.clone(), index: index.clone(), bounds, changes: Vec::new() };
+        let mut writer =
+            Writer { file: file.clone(), index: index.clone(), bounds, clock: clock.clone(), changes: Vec::new() };
         let work = move || {
             writer.sweep(&mut book);
             writer.write(&waiting, &mut book);
         };
         let named = std::thread::Builder::new().name("sessions".to_owned());
         let writer = named.spawn(work).map_err(|error| Error::Storage(error.to_string()))?;
-        Ok(Self { orders: Some(orders), writer: Some(writer), file, index, bounds })
+        Ok(Self { orders: Some(orders), writer: Some(writer), file, index, bounds, clock })
+    }
+
+    /// Milliseconds since 1970, by the clock that all times of sessions here are of.
+    pub(super) fn now(&self) -> u64 {
+        self.clock.now()
     }
 
     /// How many sessions there are, and the bytes of their histories.
@@ -493,11 +501,25 @@ impl Book {
     }
 }
 
+/// Writes all sessions with their times moved, and returns them.
+fn move_all(database: &Database, by: i64, book: &Book) -> Result<Vec<Arc<Session>>, Broken> {
+    let moved: Vec<_> = book.sessions.values().map(|session| Arc::new(Session::clone(session).by_clock(by))).collect();
+    let transaction = database.begin_write()?;
+    let mut tables = Tables::of(&transaction)?;
+    for session in &moved {
+        tables.sessions.insert(session.key().as_str(), encoded(&**session)?.as_slice())?;
+    }
+    drop(tables);
+    transaction.commit()?;
+    Ok(moved)
+}
+
 /// The thread that writes.
 struct Writer {
     file: Arc<Opened>,
     index: Arc<Index>,
     bounds: Bounds,
+    clock: Arc<Clock>,
     /// The names of the sessions that the transaction changes.
     changes: Vec<String>,
 }
@@ -528,19 +550,50 @@ impl Writer {
             let first = match waiting.recv_timeout(SWEEP) {
                 Ok(order) => order,
                 Err(RecvTimeoutError::Timeout) => {
+                    self.follow_clock(book);
                     self.sweep(book);
                     continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             };
+            self.follow_clock(book);
             let orders: Vec<Order> = std::iter::once(first).chain(waiting.try_iter().take(TOGETHER - 1)).collect();
             self.carry_out(orders, book);
         }
     }
 
+    /// Moves the times of all sessions by as much as the time of day was set, if it was: nobody grows old or young by that.
+    fn follow_clock(&self, book: &mut Book) {
+        let by = self.clock.jump();
+        if by == 0 {
+            return;
+        }
+        tracing::warn!(seconds = by / 1000, "the time of day was set: the times of sessions are moved by as much");
+        let file = self.file.clone();
+        let moved = match file.with(|database| move_all(database, by, book)) {
+            Ok(moved) => moved,
+            // It is tried again the next time.
+            Err(error) => {
+                tracing::error!(error = %error.0, "the times of sessions could not be moved");
+                return;
+            }
+        };
+        // Whoever looks in between sees them used just now, and not long ago.
+        if by < 0 {
+            self.clock.follow(by);
+        }
+        for session in moved {
+            self.index.change(&session.key(), Some(session.clone()));
+            book.put(session);
+        }
+        if by > 0 {
+            self.clock.follow(by);
+        }
+    }
+
     /// Removes the sessions whose time is over.
     fn sweep(&mut self, book: &mut Book) {
-        let now = unix_ms_now();
+        let now = self.clock.now();
         if book.sessions.values().any(|session| session.has_expired(now)) {
             self.carry_out(Vec::new(), book);
         }
@@ -600,10 +653,10 @@ impl Writer {
                     tell.push(Box::new(|done| drop(told.send(done))));
                 }
                 Order::End(key, is_untold, told) => {
-                    let ended = book.sessions.get(&key).map(|session| (session.turns, session.generation));
+                    let ended =
+                        book.sessions.get(&key).map(|session| (session.turns, (session.generation, session.birth)));
                     self.remove(&key, &mut tables, book)?;
-                    if let Some((_, generation)) = ended.filter(|_| is_untold && book.ended.len() < MOST_ENDED) {
-                        let ended = (generation, unix_ms_now());
+                    if let Some((_, ended)) = ended.filter(|_| is_untold && book.ended.len() < MOST_ENDED) {
                         tables.ended.insert(key.as_str(), ended)?;
                         book.ended.insert(key, ended);
                     }
@@ -634,7 +687,7 @@ impl Writer {
     ) -> Result<(Arc<Session>, bool), Broken> {
         let key = session.key();
         if let Some(known) = book.sessions.get(&key) {
-            if self.index.is_busy(&key) || !known.has_expired(unix_ms_now()) {
+            if self.index.is_busy(&key) || !known.has_expired(self.clock.now()) {
                 return Ok((known.clone(), false));
             }
             session.generation = session.generation.max(known.generation + 1);
@@ -667,7 +720,9 @@ impl Writer {
         session.turns += 1;
         session.messages += turn.entries.len() as u64;
         session.bytes += bytes.len() as u64;
-        session.last_active = unix_ms_now().max(session.last_active);
+        let now = self.clock.now();
+        session.stamp = now.max(session.version().2);
+        session.last_active = now.max(session.last_active);
         if !turn.server.is_empty() {
             let has_moved = !session.server_host.is_empty() && session.server_host != turn.server;
             let before = std::mem::replace(&mut session.server_host, turn.server.clone());
@@ -731,7 +786,7 @@ impl Writer {
 
     /// Removes the sessions whose time is over.
     fn expire(&mut self, tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
-        let now = unix_ms_now();
+        let now = self.clock.now();
         let expired =
             book.sessions.iter().filter(|(key, session)| session.has_expired(now) && !self.index.is_busy(key));
         let expired: Vec<String> = expired.map(|(key, _)| key.clone()).collect();

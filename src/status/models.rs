@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use olol_middleware::cluster::{Bits, Held, Known};
-use olol_middleware::vitals::Vitals;
 use olol_middleware::{ModelName, Snapshot};
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -12,6 +11,7 @@ use serde_json::value::RawValue;
 use olol_middleware::instruments::ModelMeters;
 
 use super::page::Wanted;
+use super::pulls::Pulls;
 use super::servers::Running;
 use super::time::{Figures, share, some};
 use crate::models::desired::Standing;
@@ -27,7 +27,7 @@ pub(super) struct Entry<'a> {
     /// The most that a server says, bytes and millions of them.
     size: u64,
     size_mb: u64,
-    /// The digest that most servers have.
+    /// The digest that most servers have; of as many the newest.
     digest: Option<&'a str>,
     /// Whether all servers that have it have the same.
     agrees: bool,
@@ -90,7 +90,6 @@ struct Said<'a> {
 /// Who has room for what.
 struct Machine<'a> {
     name: &'a str,
-    vitals: Arc<Vitals>,
     room: u64,
 }
 
@@ -103,6 +102,7 @@ pub(super) fn absent(snapshot: &Snapshot, standings: &[Standing]) -> Vec<Known> 
         loaded: Bits::default(),
         size: 0,
         makes: smallvec::SmallVec::new(),
+        variants: smallvec::SmallVec::new(),
         runners: Arc::default(),
         defaults: None,
         meters: Arc::new(ModelMeters::new(name)),
@@ -116,6 +116,7 @@ pub(super) fn page<'a>(
     wanted: &Wanted,
     standings: &'a [Standing],
     absent: &'a [Known],
+    pulls: &Pulls,
 ) -> Result<(Vec<Entry<'a>>, bool), String> {
     let cursor = match &wanted.after {
         None => None,
@@ -133,12 +134,20 @@ pub(super) fn page<'a>(
             said.by_digest.entry(&model.digest).or_insert((model, Vec::new())).1.push(server.id.as_str());
         }
     }
+    let mut pending: HashMap<ModelName, Vec<Pull<'_>>> = HashMap::new();
+    for server in &snapshot.servers {
+        for (name, done) in pulls.at(server) {
+            let Some(name) = ModelName::parse(&name) else { continue };
+            pending.entry(name).or_default().push(Pull { server: server.id.as_str(), done: share(done) });
+        }
+    }
     let machines: Vec<Machine<'_>> = snapshot.servers.iter().filter_map(|server| machine(server)).collect();
     let standings: HashMap<&ModelName, &Standing> =
         standings.iter().map(|standing| (&standing.name, standing)).collect();
     let entries = chosen.into_iter().map(|known| {
         let said = said.remove(&known.name).unwrap_or_default();
-        Entry { desired: standings.get(&known.name).copied(), ..entry(known, said, snapshot, &machines) }
+        let pending_pulls = pending.remove(&known.name).unwrap_or_default();
+        Entry { desired: standings.get(&known.name).copied(), pending_pulls, ..entry(known, said, snapshot, &machines) }
     });
     Ok((entries.collect(), has_more))
 }
@@ -147,25 +156,21 @@ fn machine(server: &olol_middleware::Server) -> Option<Machine<'_>> {
     let vitals = server.vitals.load_full()?;
     let gpus: u64 = vitals.gpus.iter().map(|gpu| gpu.memory.total).sum();
     let room = gpus.max(vitals.memory.map_or(0, |memory| memory.total));
-    Some(Machine { name: server.id.as_str(), vitals, room })
+    Some(Machine { name: server.id.as_str(), room })
 }
 
 fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines: &[Machine<'a>]) -> Entry<'a> {
     let mut variants: Vec<(&str, &Held, Vec<&str>)> =
         said.by_digest.into_iter().map(|(digest, (model, servers))| (digest, model, servers)).collect();
-    // What most servers have stands first.
-    variants.sort_by_key(|(_, _, servers)| std::cmp::Reverse(servers.len()));
+    // What is meant by the name stands first, then what most servers have.
+    let usual = known.usual().map(|variant| variant.digest());
+    variants.sort_by_key(|(digest, _, servers)| (Some(*digest) != usual, std::cmp::Reverse(servers.len())));
     let model = variants.first().map(|(_, model, _)| *model);
     let names = |bits: &Bits| -> Vec<&'a str> {
         bits.iter().filter_map(|index| Some(snapshot.servers.get(index)?.id.as_str())).collect()
     };
     let runners = known.runners.all();
     let place = |index: usize| snapshot.servers.get(index).map(|server| server.id.as_str());
-    let is_it = |name: &str| ModelName::parse(name).as_ref() == Some(&known.name);
-    let pulls = machines.iter().filter(|machine| !machine.vitals.pending_pulls.is_empty()).flat_map(|machine| {
-        let pulls = machine.vitals.pending_pulls.iter().filter(|(name, _)| is_it(name));
-        pulls.map(|(_, done)| Pull { server: machine.name, done: share(*done) })
-    });
     let text = |of: fn(&Held) -> &str| model.and_then(|model| some(of(model)));
     Entry {
         name: known.name.as_str(),
@@ -194,7 +199,7 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
         },
         waiting: known.runners.line().len(),
         runners: runners.iter().map(|runner| Running::of(runner, None, place(runner.server))).collect(),
-        pending_pulls: pulls.collect(),
+        pending_pulls: Vec::new(),
         desired: None,
         stats: known.meters.stats().map(|stats| Figures::of(stats)),
         digests: variants.into_iter().map(|(digest, _, servers)| Variant { digest, servers }).collect(),

@@ -84,6 +84,12 @@ pub(super) fn checking(config: &Config) -> Value {
         "timeout_seconds": config.pool.check_timeout_ms.time().as_secs_f64(),
         "failures_to_be_down": config.pool.check_failures,
         "passes_to_be_up": 1,
+        // Whatever checks say, by how calls went.
+        "window_seconds": config.judge.window_s,
+        "least_calls": config.judge.least_calls,
+        "degraded_errors": config.judge.degraded_errors,
+        "down_errors": config.judge.down_errors,
+        "slow_factor": config.judge.slow_factor,
     })
 }
 

@@ -1,15 +1,16 @@
 //! The page of the servers: what they have, what they do, and how they are.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use olol_middleware::cluster::{Known, Loaded, State};
-use olol_middleware::runner::{Runner, Runners};
+use olol_middleware::cluster::{Condition, Loaded, State};
+use olol_middleware::judge::Verdict;
+use olol_middleware::runner::Runner;
 use olol_middleware::vitals::Vitals;
 use olol_middleware::{Server, Snapshot};
 use serde::Serialize;
 
 use super::page::Wanted;
+use super::pulls::Pulls;
 use super::time::{Figures, rfc3339, share, some};
 use crate::config::Config;
 use crate::ollama::Endpoint;
@@ -25,14 +26,14 @@ pub(super) struct Entry<'a> {
     kind: Option<&'static str>,
     /// Who named it: "static" is the configuration.
     source: &'static str,
-    /// One word: unknown, up, degraded, draining, down; and since when it answers, or does not.
+    /// One word: unknown, up, degraded, draining, down; since when, and why (below).
     state: &'static str,
     since: String,
     draining: bool,
     online: bool,
     usable: bool,
     circuit: &'static str,
-    reason: &'a str,
+    reason: String,
     weight: u32,
     /// What it works on: our calls, those of others as far as its agent sees them, and what waits there.
     current_load: u32,
@@ -44,7 +45,8 @@ pub(super) struct Entry<'a> {
     models: Vec<&'a str>,
     loaded_models: Vec<InMemory<'a>>,
     active_sessions: Option<Vec<String>>,
-    pending_pulls: Option<Vec<Pull>>,
+    /// Of a bare Ollama those of this proxy.
+    pending_pulls: Vec<Pull>,
     /// Shares of 1; bytes.
     cpu_usage: Option<f64>,
     cpu_count: Option<u32>,
@@ -59,6 +61,8 @@ pub(super) struct Entry<'a> {
     olol_version: Option<String>,
     /// When it last told how it is.
     last_heartbeat: Option<String>,
+    /// Milliseconds that the clock of its machine is ahead of ours.
+    clock_ahead_ms: Option<i64>,
     metrics: Metrics<'a>,
     health: Check<'a>,
 }
@@ -187,11 +191,24 @@ struct Check<'a> {
     checks: u64,
     consecutive_failures: u32,
     failures_to_be_down: u32,
+    /// Those of the window of `[judge]`: what makes a server degraded or down whatever its checks say.
+    calls: u32,
+    failed_calls: u32,
+    last_failed_call: Option<Call>,
     error_details: Option<Problem<'a>>,
+}
+
+/// A call that failed.
+#[derive(Debug, Serialize)]
+struct Call {
+    at: String,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
 struct Problem<'a> {
+    /// What has failed: "check", "calls", or "circuit".
+    class: &'static str,
     message: String,
     at: Option<String>,
     /// Why it is down, if it is.
@@ -206,6 +223,7 @@ pub(super) fn page<'a>(
     wanted: &Wanted,
     config: &Config,
     specs: &[ServerSpec],
+    pulls: &Pulls,
 ) -> (Vec<Entry<'a>>, bool) {
     let all: Vec<&Server> = snapshot.servers.iter().map(AsRef::as_ref).collect();
     let order = |one: &&Server, other: &&Server| one.id.as_str().cmp(other.id.as_str());
@@ -214,22 +232,15 @@ pub(super) fn page<'a>(
     let mut runners = runners(snapshot);
     let entries = chosen.into_iter().map(|server| {
         let runners = runners.remove(&server.index).unwrap_or_default();
-        entry(server, specs.get(server.id.as_str()).copied(), runners, config)
+        entry(server, specs.get(server.id.as_str()).copied(), runners, pulls, config)
     });
     (entries.collect(), has_more)
 }
 
 /// The runners that were needed so far, by server. Names of the same weights share theirs, which stands under the first.
 fn runners(snapshot: &Snapshot) -> HashMap<usize, Vec<Running<'_>>> {
-    let mut first: HashMap<*const Runners, &Known> = HashMap::new();
-    for known in snapshot.models.values().filter(|known| !known.runners.all().is_empty()) {
-        let other = first.entry(Arc::as_ptr(&known.runners)).or_insert(known);
-        if known.name < other.name {
-            *other = known;
-        }
-    }
     let mut by_server: HashMap<usize, Vec<Running<'_>>> = HashMap::new();
-    for known in first.into_values() {
+    for known in snapshot.with_runners() {
         for runner in known.runners.all().iter() {
             let running = Running::of(runner, Some(known.name.as_str()), None);
             by_server.entry(runner.server).or_default().push(running);
@@ -241,7 +252,13 @@ fn runners(snapshot: &Snapshot) -> HashMap<usize, Vec<Running<'_>>> {
     by_server
 }
 
-fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running<'a>>, config: &Config) -> Entry<'a> {
+fn entry<'a>(
+    server: &'a Server,
+    spec: Option<&ServerSpec>,
+    runners: Vec<Running<'a>>,
+    pulls: &Pulls,
+    config: &Config,
+) -> Entry<'a> {
     let report = &server.report;
     let vitals = server.vitals.load_full();
     let vitals = vitals.as_deref();
@@ -256,7 +273,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
     };
     let (host, port) = match endpoint {
         None if guest.is_some() => (guest.map(|at| at.ip().to_canonical().to_string()), guest.map(|at| at.port())),
-        Some(Endpoint::Tcp { host, port }) => (Some(host.clone()), Some(*port)),
+        Some(Endpoint::Tcp { host, port } | Endpoint::Tls { host, port }) => (Some(host.clone()), Some(*port)),
         Some(other @ Endpoint::Unix(_)) => (Some(other.to_string()), None),
         None => (None, None),
     };
@@ -271,14 +288,14 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         kind,
         source: server.source.as_str(),
         state: server.condition().as_str(),
-        since: rfc3339(server.since),
+        since: rfc3339(server.condition_since()),
         draining: server.draining,
         online: is_online(server),
         usable: server.is_usable(),
         circuit: circuit(server.circuits.server_state()),
-        reason: &server.reason,
+        reason: server.why(),
         weight: server.weight.get(),
-        current_load: in_flight + others.unwrap_or(0),
+        current_load: in_flight.saturating_add(others.unwrap_or(0)),
         in_flight,
         others_in_flight: others,
         queued: vitals.map(|vitals| vitals.queued),
@@ -287,10 +304,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         models: report.models.iter().map(|model| model.name.as_str()).collect(),
         loaded_models: report.loaded.iter().map(InMemory::from).collect(),
         active_sessions: vitals.map(|vitals| vitals.active_sessions.clone()),
-        pending_pulls: vitals.map(|vitals| {
-            let pulls = vitals.pending_pulls.iter();
-            pulls.map(|(model, done)| Pull { model: model.clone(), done: share(*done) }).collect()
-        }),
+        pending_pulls: pulls.at(server).into_iter().map(|(model, done)| Pull { model, done: share(done) }).collect(),
         cpu_usage: usage.cpu,
         cpu_count: vitals.map(|vitals| vitals.cpu_count).filter(|count| *count > 0),
         memory_usage: usage.memory,
@@ -301,6 +315,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
         os: vitals.and_then(|vitals| some(&vitals.os)).map(str::to_owned),
         arch: vitals.and_then(|vitals| some(&vitals.arch)).map(str::to_owned),
         olol_version: vitals.and_then(|vitals| some(&vitals.olol_version)).map(str::to_owned),
+        clock_ahead_ms: vitals.and_then(|vitals| vitals.clock_ahead),
         last_heartbeat: vitals.and_then(|vitals| vitals.told).or_else(|| health.last_good()).map(rfc3339),
         metrics: Metrics {
             server_id: server.id.as_str(),
@@ -319,7 +334,7 @@ fn entry<'a>(server: &'a Server, spec: Option<&ServerSpec>, runners: Vec<Running
 
 /// Whether a server answers.
 pub(super) fn is_online(server: &Server) -> bool {
-    !matches!(server.state, State::Unknown | State::Down)
+    !matches!(server.state, State::Unknown | State::Down) && server.record.verdict() != Verdict::Down
 }
 
 fn gpus(vitals: &Vitals) -> Vec<Gpu> {
@@ -351,19 +366,27 @@ fn check<'a>(server: &'a Server, kind: Option<&'static str>, config: &Config) ->
     let health = &server.meters.health;
     let failures = health.failures();
     let circuit = circuit(server.circuits.server_state());
-    let is_well = is_online(server) && failures == 0 && circuit == "closed";
-    let status = match server.state {
-        State::Unknown if failures == 0 => None,
-        State::Down => Some("fail"),
-        State::Up if is_well => Some("pass"),
+    let verdict = server.record.verdict();
+    let is_well = is_online(server) && failures == 0 && circuit == "closed" && verdict == Verdict::Well;
+    let status = match server.condition() {
+        _ if server.state == State::Unknown && failures == 0 => None,
+        Condition::Down => Some("fail"),
+        _ if server.state == State::Down => Some("fail"),
+        _ if is_well => Some("pass"),
         _ => Some("warn"),
     };
     let error = health.last_error().filter(|_| !is_well);
     let message = match &error {
-        Some(error) if failures > 0 || !is_online(server) => Some(error.reason.clone()),
         _ if is_well || status.is_none() => None,
-        _ => Some("calls to it have failed".to_owned()),
+        Some(error) if failures > 0 || server.state == State::Down => Some(error.reason.clone()),
+        _ => Some(server.why()).filter(|why| !why.is_empty()),
     };
+    let (class, error) = match verdict {
+        _ if failures > 0 || server.state == State::Down => ("check", error),
+        Verdict::Well => ("circuit", server.record.last_failure()),
+        _ => ("calls", server.record.last_failure()),
+    };
+    let seen = server.record.seen();
     Check {
         // An agent speaks by itself; others are asked.
         check_id: format!("{}/{}", server.id.as_str(), if kind == Some("agent") { "watch" } else { "poll" }),
@@ -374,7 +397,14 @@ fn check<'a>(server: &'a Server, kind: Option<&'static str>, config: &Config) ->
         checks: health.checks(),
         consecutive_failures: failures,
         failures_to_be_down: config.pool.check_failures.get(),
+        calls: seen.calls,
+        failed_calls: seen.failures,
+        last_failed_call: server
+            .record
+            .last_failure()
+            .map(|failed| Call { at: rfc3339(failed.at), reason: failed.reason.clone() }),
         error_details: message.map(|message| Problem {
+            class,
             message,
             at: error.map(|error| rfc3339(error.at)),
             down: some(&server.reason),

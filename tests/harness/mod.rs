@@ -22,6 +22,7 @@
 //! | [`answers`], [`store`] | what it answers by itself, and from what |
 //! | [`client`] | a client that sees every byte: chunks, header case, how a connection ended |
 //! | [`keeper`] | an Ollama whose models are files, and a registry |
+//! | [`ca`] | a CA, and certificates |
 //! | [`grpc`] | a client that speaks gRPC |
 //! | [`wire`] | HTTP/1.1 as bytes, for both sides |
 //!
@@ -32,6 +33,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 pub mod answers;
+pub mod ca;
 pub mod client;
 pub mod cluster;
 pub mod grpc;
@@ -47,6 +49,7 @@ pub mod wire;
 
 use std::time::Duration;
 
+pub use ca::Ca;
 pub use client::{Answer, Connection, Ending, Request};
 pub use cluster::{Cluster, Way};
 pub use keeper::{Hub, Keeper};

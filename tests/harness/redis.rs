@@ -73,10 +73,15 @@ impl Store {
         command.exec_async(&mut store).await.unwrap_or_else(|error| panic!("{words:?}: {error}"));
     }
 
+    /// A connection to it.
+    pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
+        let client = redis::Client::open(format!("redis://127.0.0.1:{}", self.port)).unwrap();
+        client.get_multiplexed_async_connection().await.unwrap()
+    }
+
     /// Waits until so many listen to what is told in it.
     pub async fn has_listeners(&self, count: i64) {
-        let client = redis::Client::open(format!("redis://127.0.0.1:{}", self.port)).unwrap();
-        let mut store = client.get_multiplexed_async_connection().await.unwrap();
+        let mut store = self.connection().await;
         patiently("somebody listens", async {
             loop {
                 let asked = redis::cmd("PUBSUB").arg("NUMSUB").arg("olol:turns").query_async(&mut store).await;

@@ -29,6 +29,8 @@ pub struct Table {
     links: Cache<u64, Seen>,
     born: Instant,
     key: AtomicU64,
+    /// The one before; 0: none.
+    key_before: AtomicU64,
     /// Where turns go that no agent tells the other proxies of.
     others: OnceLock<mpsc::Sender<(ServerId, Turn)>>,
     /// Where turns go that an agent is to tell of, and that it was not told of with their calls.
@@ -58,6 +60,7 @@ impl Default for Table {
             links,
             born: Instant::now(),
             key: AtomicU64::new(0),
+            key_before: AtomicU64::new(0),
             others: OnceLock::new(),
             agents: OnceLock::new(),
             turns: AtomicU64::new(0),
@@ -115,8 +118,12 @@ impl Table {
     }
 
     /// From now on links are known by what this key makes of them. Those who tell each other of turns must have the same.
+    /// What was known by the key before is found all the same.
     pub fn set_key(&self, key: u64) {
-        self.key.store(key, Ordering::Relaxed);
+        let before = self.key.swap(key, Ordering::Relaxed);
+        if before != key {
+            self.key_before.store(before, Ordering::Relaxed);
+        }
     }
 
     /// What a link is known by, here and wherever it is told.
@@ -126,7 +133,11 @@ impl Table {
 
     /// What is known of a link, if that is no older than `ttl`.
     pub(super) fn seen(&self, link: u64, ttl: Duration) -> Option<Seen> {
-        let seen = self.links.get(&self.keyed(link))?;
+        let before = || {
+            let key = self.key_before.load(Ordering::Relaxed);
+            if key == 0 { None } else { self.links.get(&join(key, link).max(1)) }
+        };
+        let seen = self.links.get(&self.keyed(link)).or_else(before)?;
         let age = u64::from(self.now().saturating_sub(seen.at));
         (age < ttl.as_secs()).then_some(seen)
     }

@@ -297,6 +297,22 @@ async fn what_another_proxy_has_sent_is_known_when_it_is_told() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_conversation_goes_on_when_the_key_changes() {
+    let (cluster, layer) = (servers(4).await, layer());
+    layer.rules.table.set_key(7);
+    answered(&layer, chat(&cluster, &turns("ada", 1)), "3").await;
+    layer.rules.table.set_key(8);
+    layer.rules.table.set_key(8);
+    for count in 2..4 {
+        let (_, reply) = answered(&layer, chat(&cluster, &turns("ada", count)), "3").await;
+        assert_eq!(decision(&reply), "affinity-hit", "turn {count}");
+    }
+    layer.rules.table.set_key(9);
+    let (_, reply) = answered(&layer, chat(&cluster, &turns("ada", 4)), "3").await;
+    assert_eq!(decision(&reply), "affinity-hit", "what came under the second key is known under the third");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_has_forgotten_has_no_history() {
     let (cluster, layer) = (servers(4).await, layer());
     answered(&layer, chat(&cluster, &turns("ada", 1)), "2").await;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rapidhash::RapidHashMap;
 use smallvec::SmallVec;
 
-use super::{Bits, Held, Loaded, Make, Server, Servers};
+use super::{Bits, Held, Loaded, Make, Server, Servers, Variant};
 use crate::instruments::ModelMeters;
 use crate::names::ModelName;
 use crate::place::LoadOptions;
@@ -20,8 +20,8 @@ use crate::runner::Runners;
 #[derive(Default)]
 pub(super) struct Found<'a> {
     numbers: RapidHashMap<ModelName, usize>,
-    /// Where that of which a server says the same is among the holdings, and among the makes there.
-    seen: RapidHashMap<usize, (usize, usize)>,
+    /// Where that of which a server says the same is among the holdings, and among the makes and the variants there.
+    seen: RapidHashMap<usize, (usize, usize, usize)>,
     /// By number, in the order in which they were met.
     holdings: Vec<Holding<'a>>,
 }
@@ -33,6 +33,7 @@ struct Holding<'a> {
     loaded: Bits,
     size: u64,
     makes: SmallVec<[Make; 1]>,
+    variants: SmallVec<[Variant; 1]>,
     defaults: Option<Arc<LoadOptions>>,
     /// What servers say of its runner in their memory.
     memory: Vec<(usize, &'a Loaded)>,
@@ -49,6 +50,15 @@ impl Holding<'_> {
             self.makes.len() - 1
         })
     }
+
+    /// A server has it with some digest. Returns the place among the variants.
+    fn is_variant(&mut self, model: &Held) -> usize {
+        let known = self.variants.iter().position(|variant| variant.held.digest == model.digest);
+        known.unwrap_or_else(|| {
+            self.variants.push(Variant { servers: Bits::default(), held: model.clone() });
+            self.variants.len() - 1
+        })
+    }
 }
 
 /// A runner on a server, and the load options of the model that it is listed under.
@@ -61,6 +71,7 @@ pub(super) struct Finding {
     pub(super) loaded: Bits,
     pub(super) size: u64,
     pub(super) makes: SmallVec<[Make; 1]>,
+    pub(super) variants: SmallVec<[Variant; 1]>,
     pub(super) defaults: Option<Arc<LoadOptions>>,
     pub(super) runners: Arc<Runners>,
 }
@@ -83,10 +94,15 @@ impl<'a> Found<'a> {
     fn hear(&mut self, server: &'a Server, families: &mut RapidHashMap<&'a str, usize>) {
         let mut here: Vec<(usize, &Held)> = Vec::with_capacity(server.report.models.len());
         for model in server.report.models.iter() {
-            let Some((number, make)) = self.place(model, families) else { continue };
+            let Some((number, make, variant)) = self.place(model, families) else { continue };
             let holding = &mut self.holdings[number];
             holding.installed.insert(server.index);
             holding.makes[make].servers.insert(server.index);
+            let variant = &mut holding.variants[variant];
+            variant.servers.insert(server.index);
+            if variant.held.modified_at < model.modified_at {
+                variant.held = model.clone();
+            }
             here.push((number, model));
         }
         for loaded in &server.report.loaded {
@@ -104,7 +120,7 @@ impl<'a> Found<'a> {
     }
 
     /// Where a model is among the holdings and their makes. Of what many servers say alike, all is found out once.
-    fn place(&mut self, model: &'a Held, families: &mut RapidHashMap<&'a str, usize>) -> Option<(usize, usize)> {
+    fn place(&mut self, model: &'a Held, families: &mut RapidHashMap<&'a str, usize>) -> Option<(usize, usize, usize)> {
         if let Some(place) = self.seen.get(&model.number()) {
             return Some(*place);
         }
@@ -112,6 +128,7 @@ impl<'a> Found<'a> {
         let holding = &mut self.holdings[number];
         holding.size = holding.size.max(model.size);
         let make = holding.is_made(model);
+        let variant = holding.is_variant(model);
         if holding.defaults.is_none() && !model.parameters.is_empty() {
             holding.defaults = Some(Arc::new(LoadOptions::in_object(&model.parameters)));
         }
@@ -119,8 +136,8 @@ impl<'a> Found<'a> {
             let first = *families.entry(identity).or_insert(number);
             self.unite(first, number);
         }
-        self.seen.insert(model.number(), (number, make));
-        Some((number, make))
+        self.seen.insert(model.number(), (number, make, variant));
+        Some((number, make, variant))
     }
 
     fn number(&mut self, name: ModelName) -> usize {
@@ -133,6 +150,7 @@ impl<'a> Found<'a> {
                 loaded: Bits::default(),
                 size: 0,
                 makes: SmallVec::new(),
+                variants: SmallVec::new(),
                 defaults: None,
                 memory: Vec::new(),
                 like: next,
@@ -182,8 +200,8 @@ impl<'a> Found<'a> {
             let runners = chosen[*first].get_or_insert_default().clone();
             let defaults = &holding.defaults;
             memory[*first].extend(holding.memory.into_iter().map(|(at, loaded)| (at, loaded, defaults.clone())));
-            let Holding { name, installed, loaded, size, makes, defaults, .. } = holding;
-            findings.push(Finding { name, installed, loaded, size, makes, defaults, runners });
+            let Holding { name, installed, loaded, size, makes, variants, defaults, .. } = holding;
+            findings.push(Finding { name, installed, loaded, size, makes, variants, defaults, runners });
         }
         for (runners, memory) in chosen.iter().zip(&memory) {
             let Some(runners) = runners else { continue };
@@ -256,6 +274,26 @@ mod tests {
         let slots: Vec<_> = (0..3).map(|_| Lease::take(&plain.runners.at(&server)).unwrap()).collect();
         assert!(Lease::take(&runner).is_none(), "the other name's calls have taken them");
         drop(slots);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_digests_that_of_most_servers_is_meant_and_of_equals_the_newest() {
+        let said = |digest: &str, modified_at: &str| {
+            let [digest, modified_at] = [digest, modified_at].map(str::to_owned);
+            Report { models: vec![Model { digest, modified_at, ..model("tiny=w") }], ..Report::default() }
+        };
+        let cluster = cluster(&[said("old", "2026-01-01"), said("old", "2026-01-02"), said("new", "2026-02-01")]);
+        let tiny = known(&cluster, "tiny").await;
+        assert_eq!(tiny.usual().map(|variant| variant.digest()), Some("old"), "most have it");
+        let differs = tiny.variants.iter().find(|variant| variant.digest() == "new").unwrap();
+        assert_eq!(differs.servers.iter().collect::<Vec<_>>(), [2]);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        cluster.report(0, said("new", "2026-01-01"));
+        cluster.report(1, Report::default());
+        assert_eq!(known(&cluster, "tiny").await.usual().map(|variant| variant.digest()), Some("new"));
+        cluster.report(1, said("old", "2026-01-02"));
+        cluster.report(0, Report::default());
+        assert_eq!(known(&cluster, "tiny").await.usual().map(|variant| variant.digest()), Some("new"), "one each");
     }
 
     #[tokio::test(start_paused = true)]

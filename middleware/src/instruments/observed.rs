@@ -1,7 +1,5 @@
 //! What is read rather than counted, as it is at the moment of a scrape.
 
-use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::few;
@@ -9,13 +7,12 @@ use super::page::Gauge;
 use super::{
     ADDRESSES, AFFINITY_ENTRIES, BUILD, CIRCUIT_STATE, CLIENTS, CPU, FILES, KEYS, KEYS_READ, MEMORY, MODEL_LOADED,
     MODEL_SERVERS, MODEL_VRAM, MOST_FILES, QUEUE_DEPTH, RATE_LIMIT_ENTRIES, RELOAD_OK, RELOADED_AT, RETRY_BUDGET,
-    SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL, SERVER_IN_FLIGHT,
-    SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_UP, SESSIONS,
-    SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS, WISHED, WISHED_HELD,
+    SATURATION, SERVER_CPU, SERVER_DISK_FREE, SERVER_ERRORS, SERVER_GPU, SERVER_GPU_MEMORY, SERVER_GPU_MEMORY_TOTAL,
+    SERVER_IN_FLIGHT, SERVER_LOADED, SERVER_MEMORY, SERVER_MEMORY_TOTAL, SERVER_MODELS, SERVER_OTHERS, SERVER_STATE,
+    SERVER_UP, SESSIONS, SESSIONS_BYTES, SLOTS, SLOTS_TAKEN, STARTED, STATE_UP, THREADS, WISHED, WISHED_HELD,
 };
-use crate::cluster::{Known, Server, Snapshot, State};
+use crate::cluster::{Condition, Server, Snapshot};
 use crate::names::ModelName;
-use crate::runner::Runners;
 use crate::shared::Shared;
 
 /// What is read rather than counted, as a part of the page that is scraped.
@@ -122,7 +119,7 @@ pub fn observe_process(process: &Process) -> String {
     written(cpu.into_iter().chain(others))
 }
 
-fn written(gauges: impl IntoIterator<Item = Gauge>) -> String {
+pub(super) fn written(gauges: impl IntoIterator<Item = Gauge>) -> String {
     let mut page = String::new();
     gauges.into_iter().for_each(|gauge| gauge.write(&mut page));
     page
@@ -151,11 +148,20 @@ fn of_layers(shared: &Shared) -> Vec<Gauge> {
     gauges
 }
 
+/// Whether a server answers, and is to be asked.
+fn takes_calls(server: &Server) -> bool {
+    matches!(server.condition(), Condition::Up | Condition::Degraded)
+}
+
 #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 models")]
 fn of_servers(snapshot: &Snapshot) -> Vec<Gauge> {
     const SERVER: &[&str] = &["server"];
     let mut in_flight = Gauge::new(SERVER_IN_FLIGHT, "Calls that a server is answering now", SERVER);
     let mut up = Gauge::new(SERVER_UP, "1 if the server takes calls, 0 if not", SERVER);
+    let mut state =
+        Gauge::new(SERVER_STATE, "How a server is: 0 unknown, 1 up, 2 degraded, 3 draining, 4 down", SERVER);
+    let mut errors =
+        Gauge::new(SERVER_ERRORS, "Share of the calls of the window of [judge] that a server failed", SERVER);
     let mut models = Gauge::new(SERVER_MODELS, "Models on the server's disk", SERVER);
     let mut loaded = Gauge::new(SERVER_LOADED, "Models in the server's memory", SERVER);
     let mut circuit = Gauge::new(
@@ -166,12 +172,14 @@ fn of_servers(snapshot: &Snapshot) -> Vec<Gauge> {
     for server in &snapshot.servers {
         let label = [server.id.as_str()];
         in_flight.add(label, f64::from(server.load.in_flight()));
-        up.add(label, is(server.state == State::Up && !server.draining));
+        up.add(label, is(takes_calls(server)));
+        state.add(label, f64::from(server.condition() as u8));
+        server.record.seen().error_rate().iter().for_each(|share| errors.add(label, *share));
         models.add(label, server.report.models.len() as f64);
         loaded.add(label, server.report.loaded.len() as f64);
         circuit.add(label, f64::from(server.circuits.server_state()));
     }
-    vec![in_flight, up, models, loaded, circuit]
+    vec![in_flight, up, state, errors, models, loaded, circuit]
 }
 
 /// What agents tell of the machines of their servers.
@@ -228,11 +236,10 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
     let mut holders = Gauge::new(MODEL_SERVERS, "Servers that have a model, and take calls", &["model"]);
     let mut busiest = vec![None; snapshot.servers.places()];
     for known in snapshot.models.values() {
-        let is_up = |server: &Arc<Server>| server.state == State::Up && !server.draining;
-        let takes_calls = |index: &usize| snapshot.servers.get(*index).is_some_and(is_up);
-        holders.add([known.meters.label()], known.installed.iter().filter(takes_calls).count() as f64);
+        let is_up = |index: &usize| snapshot.servers.get(*index).is_some_and(|server| takes_calls(server));
+        holders.add([known.meters.label()], known.installed.iter().filter(is_up).count() as f64);
     }
-    for known in with_runners(snapshot) {
+    for known in snapshot.with_runners() {
         let runners = known.runners.all();
         for (priority, count) in known.runners.line().by_priority() {
             depth.add([known.meters.label(), priority.as_str()], count as f64);
@@ -256,19 +263,6 @@ fn of_models(snapshot: &Snapshot) -> Vec<Gauge> {
         saturation.add([server.id.as_str()], busiest[server.index].unwrap_or_default());
     }
     vec![holders, loaded, vram, depth, slots, taken, saturation]
-}
-
-/// The models of which a runner was needed so far. Names of the same weights share their runners, which count once: under the
-/// first of these names.
-fn with_runners(snapshot: &Snapshot) -> impl Iterator<Item = &Known> {
-    let mut first: HashMap<*const Runners, &Known> = HashMap::new();
-    for known in snapshot.models.values().filter(|known| !known.runners.all().is_empty()) {
-        let other = first.entry(Arc::as_ptr(&known.runners)).or_insert(known);
-        if known.name < other.name {
-            *other = known;
-        }
-    }
-    first.into_values()
 }
 
 #[cfg(test)]

@@ -97,6 +97,7 @@ impl Rules {
         if let Some(server) = index.and_then(|index| call.candidates.snapshot().servers.get(index)) {
             let runner = runner(call, server);
             let name = call.known.as_ref().map(|known| &known.name);
+            server.record.bad(runner.as_ref(), &"the server tells of trouble with the model");
             server.circuits.failed(name.zip(runner.as_deref()), &self.limits);
         }
     }

@@ -75,6 +75,9 @@ pub(super) fn headline(summary: &Value) -> String {
     if let Some(error) = olol["config"]["last_reload"]["error"].as_str() {
         let _ = write!(line, "\nthe configuration was not reloaded: {}", clean(error));
     }
+    for fault in olol["tls"]["faults"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        let _ = write!(line, "\nthe certificates are those from before: {}", clean(fault));
+    }
     line.push('\n');
     line
 }
@@ -593,10 +596,12 @@ mod tests {
         let summary = json!({"olol": {
             "version": "0.1.0", "address": "127.0.0.1:8000", "servers": {"total": 3, "up": 2}, "models": 12, "in_flight": 3,
             "queued": 1, "clients": 4, "config": {"last_reload": {"error": "line 3: unknown key"}},
+            "tls": {"faults": ["a.pem: is no PEM file"]},
         }});
         insta::assert_snapshot!(headline(&summary), @r"
         olol 0.1.0 at 127.0.0.1:8000: 2 of 3 servers up, 12 models, 3 in flight, 1 waiting, 4 clients
         the configuration was not reloaded: line 3: unknown key
+        the certificates are those from before: a.pem: is no PEM file
         ");
     }
 }

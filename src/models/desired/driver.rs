@@ -419,9 +419,8 @@ where
         let presence = match server.state {
             State::Up if server.is_usable() => Presence::Here,
             State::Up => Presence::Draining,
-            State::Down | State::Unknown => {
-                Presence::Away(SystemTime::now().duration_since(server.since).unwrap_or_default())
-            }
+            // However the time of day is set meanwhile.
+            State::Down | State::Unknown => Presence::Away(server.entered.elapsed()),
         };
         let has_told = !server.report.version.is_empty() || !server.report.models.is_empty();
         Place {
@@ -568,8 +567,16 @@ fn left_of(size: u64, done: f32) -> u64 {
 /// Where a model is, by places in the view.
 fn held(known: &Known, wanted: &Wanted, snapshot: &Snapshot, position: &[usize]) -> Held {
     let at = |index: usize| position.get(index).copied().filter(|at| *at != usize::MAX);
-    let mut held =
-        Held { installed: known.installed.iter().filter_map(at).collect(), size: known.size, ..Held::default() };
+    let usual = known.usual();
+    let (differs, installed): (Vec<usize>, Vec<usize>) =
+        known.installed.iter().partition(|index| known.differs(*index));
+    let mut held = Held {
+        installed: installed.into_iter().filter_map(at).collect(),
+        differs: differs.into_iter().filter_map(at).collect(),
+        digest: usual.map(|usual| usual.digest().to_owned()).unwrap_or_default(),
+        size: known.size,
+        ..Held::default()
+    };
     if wanted.keep_loaded == KeepLoaded::No {
         return held;
     }

@@ -3,6 +3,10 @@
 //! A replica counts while its server answers, also while it is drained. A server that is away keeps what it has for a time of
 //! grace, and for as long as it only sleeps; then it counts as lost, and is made again elsewhere. Of the servers that fit, the
 //! first ones in an order that every proxy finds by itself are chosen. Nothing is ever taken away.
+//!
+//! What counts as a replica is decided by the digest: that which most servers have under the name, of equals the newest. A
+//! server that has another model under it holds no replica. It is told, and left alone: bringing the model there would take
+//! away what somebody has put there.
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
@@ -47,6 +51,10 @@ pub(super) enum Presence {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Held {
     pub(super) installed: Vec<usize>,
+    /// Who has another model under the name.
+    pub(super) differs: Vec<usize>,
+    /// The digest that is meant; empty: nobody has told one.
+    pub(super) digest: String,
     /// In whose memory it is, and whether it stays there.
     pub(super) loaded: Vec<(usize, bool)>,
     /// Bytes on a disk; 0: unknown.
@@ -116,8 +124,12 @@ pub struct Standing {
     pub wanted: usize,
     /// On which servers it may be, as patterns; none: on all.
     pub servers: Vec<String>,
+    /// The digest that is meant by the name; none: nobody has it.
+    pub digest: Option<String>,
     /// The servers that have it.
     pub held: Vec<String>,
+    /// Those that have another model under the name: they hold no replica, and are left alone.
+    pub differs: Vec<String>,
     /// Those that have it and do not answer; they count for a while.
     pub away: Vec<String>,
     /// Those to which it is being brought.
@@ -180,6 +192,8 @@ struct Found {
     /// The servers that are meant.
     meant: Vec<usize>,
     held: Vec<usize>,
+    /// Those that have another model under the name.
+    differs: Vec<usize>,
     /// Away, and still counted.
     away: Vec<usize>,
     making: Vec<usize>,
@@ -193,6 +207,7 @@ impl Planner<'_> {
         let held = self.view.models.get(wanted.name.model()).unwrap_or(&unknown);
         let found = self.find(wanted, held);
         let mut standing = self.standing(wanted, source, &found);
+        standing.digest = Some(held.digest.clone()).filter(|digest| !digest.is_empty());
         if wanted.is_wanted() {
             self.replicas(wanted, held, &found, &mut standing);
             self.memory(wanted, held, &found, &mut standing);
@@ -206,6 +221,10 @@ impl Planner<'_> {
         let mut found = Found::default();
         for (at, place) in self.view.places.iter().enumerate().filter(|(_, place)| wanted.means(&place.id)) {
             found.meant.push(at);
+            if held.differs.contains(&at) {
+                found.differs.push(at);
+                continue;
+            }
             match place.presence {
                 Presence::Here | Presence::Draining if is_installed.contains(&at) => found.held.push(at),
                 Presence::Away(since) if is_installed.contains(&at) && (since < grace || place.sleeps) => {
@@ -234,7 +253,9 @@ impl Planner<'_> {
             replicas: wanted.replicas,
             wanted: goal,
             servers: wanted.servers.iter().map(ToString::to_string).collect(),
+            digest: None,
             held: self.names(&found.held),
+            differs: self.names(&found.differs),
             away: self.names(&found.away),
             making: self.names(&found.making),
             keep_loaded: wanted.keep_loaded,
@@ -269,7 +290,8 @@ impl Planner<'_> {
             return;
         }
         let is_candidate = |at: &usize| {
-            self.view.places[*at].presence == Presence::Here && !found.held.contains(at) && !found.making.contains(at)
+            self.view.places[*at].presence == Presence::Here
+                && ![&found.held, &found.making, &found.differs].into_iter().any(|some| some.contains(at))
         };
         let candidates = self.in_order(wanted, found.meant.iter().copied().filter(is_candidate));
         for at in candidates {
@@ -292,7 +314,7 @@ impl Planner<'_> {
         if missing == 0 {
             return;
         }
-        let holders = |at: &usize| found.held.contains(at) || found.away.contains(at);
+        let holders = |at: &usize| [&found.held, &found.away, &found.differs].into_iter().any(|some| some.contains(at));
         let sleepers = found.meant.iter().copied().filter(|at| self.view.places[*at].sleeps && !holders(at));
         let sleepers = self.in_order(wanted, sleepers);
         if wanted.replicas != Replicas::All && !sleepers.is_empty() {
@@ -302,6 +324,10 @@ impl Planner<'_> {
         let more = if missing == 1 { "one more is".to_owned() } else { format!("{missing} more are") };
         standing.why = Some(match standing.refused.first() {
             Some(Refusal { server, why }) => format!("{more} wanted, and no server can take it: {server}: {why}"),
+            None if !found.differs.is_empty() => format!(
+                "{more} wanted, and another model has the name on {}: `olol models pull` brings all to what the registry has",
+                self.names(&found.differs).join(", ")
+            ),
             None if found.meant.is_empty() => {
                 "none of the servers that it is wanted on is a member of the cluster".to_owned()
             }
@@ -541,6 +567,22 @@ mod tests {
         assert_eq!(targets(&planned(TWO, &view(vec![place("a"), small(2 * GIB)], &[0]))), ["b"]);
         let silent = Place { disk_free: None, ..place("b") };
         assert_eq!(targets(&planned(TWO, &view(vec![place("a"), silent], &[0]))), ["b"], "who tells nothing is asked");
+    }
+
+    #[test]
+    fn another_model_under_the_name_is_no_replica_and_is_left_alone() {
+        let mut spread = view(["a", "b", "c"].map(place).to_vec(), &[0]);
+        let held = spread.models.get_mut(&model("tiny")).unwrap();
+        (held.differs, held.digest) = (vec![1], "sha256:1".to_owned());
+        let plan = planned(TWO, &spread);
+        assert_eq!((targets(&plan), &plan.standings[0].held[..]), (vec!["c".to_owned()], &["a".to_owned()][..]));
+        assert_eq!(
+            (&plan.standings[0].differs[..], plan.standings[0].digest.as_deref()),
+            (&["b".to_owned()][..], Some("sha256:1"))
+        );
+        let all = planned("name = \"tiny\"\nreplicas = 3", &spread);
+        assert_eq!(targets(&all), ["c"]);
+        assert!(why(&all).contains("another model has the name on b"), "{}", why(&all));
     }
 
     #[test]
