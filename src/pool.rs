@@ -8,6 +8,7 @@ mod grpc;
 mod health;
 mod linger;
 mod lobby;
+mod news;
 mod peers;
 mod told;
 

@@ -104,7 +104,7 @@ impl Proxy {
         let started = SystemTime::now();
         let sessions = Sessions::shared(config.sessions.clone(), SESSIONS, state.clone());
         let pins = config.sessions.folder().map(|folder| folder.join(PINS));
-        let desired = Desired::open(running.clone(), pins)?;
+        let desired = Desired::open(running.clone(), pins, state.is_some())?;
         let about = About {
             instance,
             address,
@@ -120,12 +120,16 @@ impl Proxy {
             tls: InUse { acceptor: tls.clone(), connector: trust.tls.clone(), web: trust.web.clone() },
         };
         let shared = Shared::new(cluster.clone());
+        let (tell_agents, telling) = pool.tell_agents();
+        shared.affinity.tell_agents_by(tell_agents);
         let mut keying = JoinSet::new();
         if !has_no_token {
             keying.spawn(follow_token(trust.clone(), shared.clone()));
         }
         let keys = keys(config, &shared)?;
-        let sharing = state.as_ref().map(|state| [state.start(&shared), sessions.keep_shared()]);
+        let sharing = state
+            .as_ref()
+            .map(|state| [state.start(&shared), sessions.keep_shared(), desired::keep(desired.clone(), state.clone())]);
         let watching = pool.watch();
         names.set(listed.names);
         let settled = names.settled();
@@ -170,7 +174,7 @@ impl Proxy {
             stop,
             running,
             _watching: watching,
-            _tasks: [upkeep, keys, tasks, keying].into_iter().chain(sharing.into_iter().flatten()).collect(),
+            _tasks: [upkeep, keys, tasks, telling, keying].into_iter().chain(sharing.into_iter().flatten()).collect(),
         })
     }
 

@@ -26,7 +26,7 @@ use olol_proto::v1::{
     GenerateRequest, GenerateResponse, GetSessionRequest, ListModelsRequest, ListModelsResponse, PullModelRequest,
     PullModelResponse, ReadBlobRequest, ReadBlobResponse, ReadModelRequest, ReadModelResponse, RelayCounters,
     RelayHead, RelayRequest, RelayResponse, RelayResponseHead, ServerState, Session, ShowModelRequest,
-    ShowModelResponse, WatchRequest,
+    ShowModelResponse, TellTurnsRequest, TellTurnsResponse, WatchRequest,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -44,6 +44,9 @@ pub use watching::{Callers, Calling, Told};
 
 /// The longest body that is held while a call runs, bytes; a longer one passes through, and is sent once.
 const LARGEST_HELD: u64 = 64 << 10;
+
+/// Turns of one message that are believed.
+const TURNS: usize = 256;
 
 /// Where calls go.
 pub type Send = Arc<dyn Fn(Ask) -> BoxFuture<'static, Result<Reply, Error>> + std::marker::Send + Sync>;
@@ -156,6 +159,13 @@ impl Server for Face {
         let states = watching::states(about.state.clone(), &about.callers, request.get_ref());
         // A watch never ends by itself, and a graceful stop waits for everything that runs.
         Ok(Response::new(Box::pin(states.take_until(stop.cancelled_owned()))))
+    }
+
+    async fn tell_turns(&self, request: Request<TellTurnsRequest>) -> Result<Response<TellTurnsResponse>, Status> {
+        let TellTurnsRequest { caller, turns } = request.into_inner();
+        let known = self.about()?.callers.turns();
+        turns.into_iter().take(TURNS).for_each(|turn| known.answered(caller.as_bytes(), turn));
+        Ok(Response::new(TellTurnsResponse {}))
     }
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {

@@ -1,13 +1,14 @@
 //! Conversations whose history the server side keeps, for programs that would rather not send it with every turn.
 //!
-//! A session is made by `CreateSession` or `POST /api/status/sessions`, goes on by `ChatMessage` or by `/api/chat` with its
-//! id in `X-Olol-Session`, and ends by `EndSession`, `DELETE`, or because nobody asked for it for long. What is kept is
+//! A session is made by `CreateSession` or `POST /api/status/sessions`, goes on by `ChatMessage` or by `/api/chat` and
+//! `/v1/chat/completions` with its id in `X-Olol-Session`, and ends by `EndSession`, `DELETE`, or because nobody asked for it for long. What is kept is
 //! bounded, and lies in one file (`store`); a turn's last piece is passed on only when the turn is on the disk (`turn`).
 //!
 //! A session belongs to the key that made it. The file is not made before the first session, so who needs none has none; it
 //! is one process's: another one that finds it taken says so to whoever asks for sessions, and serves everything else.
 
 mod clock;
+mod openai;
 mod record;
 mod shared;
 mod store;
@@ -31,7 +32,7 @@ use crate::state::State;
 pub use record::{Entry, Page, Session, Status};
 use shared::Shared;
 use store::{Running, Store};
-pub use turn::Turn;
+pub use turn::{Form, Turn};
 
 /// The header that names a session.
 pub const HEADER: HeaderName = HeaderName::from_static("x-olol-session");
@@ -239,11 +240,12 @@ impl Sessions {
 
     /// Makes a session, or finds the one that was made so before. The flag: whether it is new.
     pub async fn create(&self, visitor: &Visitor, wanted: Wanted) -> Result<(Arc<Session>, bool), Error> {
-        let session = self.prepared(visitor, &wanted)?;
+        let mut session = self.prepared(visitor, &wanted)?;
         let store = self.store().await?;
         let key = session.key();
         if let Some(shared) = &self.0.shared {
             shared.refresh(&store, &key).await;
+            session.generation = shared.generation(&key).await;
         }
         let entries = wanted.messages.into_iter().map(Entry::sent).collect();
         let (found, is_new) = store.create(session, entries).await?;
@@ -293,6 +295,8 @@ impl Sessions {
             bytes: 0,
             first: 1,
             next: 1,
+            generation: 0,
+            birth: fastrand::u64(..),
             stamp: now,
         })
     }
@@ -327,10 +331,11 @@ impl Sessions {
     pub async fn end(&self, visitor: &Visitor, id: &str) -> Result<u64, Error> {
         let store = self.fresh(visitor, id).await?;
         let (session, _) = resolve(&store, visitor, id)?;
-        if let Some(shared) = &self.0.shared {
-            shared.end(&session.key()).await;
-        }
-        store.end(session.key()).await?.ok_or_else(|| Error::NotFound(id.to_owned()))
+        let is_told = match &self.0.shared {
+            Some(shared) => shared.end(&session).await,
+            None => true,
+        };
+        store.end(session.key(), !is_told).await?.ok_or_else(|| Error::NotFound(id.to_owned()))
     }
 
     /// Begins a turn of a session with the messages that its client sends.

@@ -1,4 +1,4 @@
-//! What several proxies share by way of a store, a Redis or a Valkey: drains, sessions, and what was used of limits.
+//! What several proxies share by way of a store, a Redis or a Valkey: drains, pins, sessions, limits, and what they do at bare servers.
 //!
 //! One task of a proxy keeps the connection and looks into the store twice a second. Whoever else asks it waits for no longer
 //! than `timeout-ms`; the first that waits in vain closes the way for all until that task has found the store again. While it is
@@ -6,6 +6,8 @@
 
 mod drains;
 mod limits;
+mod news;
+mod running;
 mod turns;
 mod url;
 
@@ -144,7 +146,8 @@ impl State {
         let (tell, told) = mpsc::channel(turns::WAITING);
         shared.affinity.tell_others_by(tell);
         tasks.spawn(turns::tell(self.clone(), told, me.clone()));
-        tasks.spawn(turns::hear(self.clone(), shared.cluster.clone(), me));
+        tasks.spawn(running::tell(self.clone(), shared.cluster.clone(), shared.limits.clone(), me.clone()));
+        tasks.spawn(news::hear(self.clone(), shared.cluster.clone(), shared.limits.clone(), me));
         tasks
     }
 
@@ -180,11 +183,17 @@ impl State {
         format!("{}{name}", self.0.config.prefix)
     }
 
-    /// Asks the store. Who finds it missing is told so at once, and who waits too long closes the way for the others.
+    /// Asks the store. Who finds it missing is told so at once, and who waits too long closes the way for the others. Until it
+    /// has done all that is asked of it twice a second, it counts as missing.
     pub(crate) async fn ask<T>(
         &self,
         what: impl AsyncFnOnce(MultiplexedConnection) -> RedisResult<T>,
     ) -> Result<T, Gone> {
+        if self.is_up() { self.try_ask(what).await } else { Err(Gone::Away) }
+    }
+
+    /// Asks it though it may not have proved yet that it answers.
+    async fn try_ask<T>(&self, what: impl AsyncFnOnce(MultiplexedConnection) -> RedisResult<T>) -> Result<T, Gone> {
         let Some(connection) = self.0.connection.load_full() else { return Err(Gone::Away) };
         let limit = self.0.config.timeout_ms.time();
         let asked = tokio::time::timeout(limit, what(MultiplexedConnection::clone(&connection))).await;
@@ -228,7 +237,8 @@ impl State {
         instruments::state_failed();
         let mut health = self.0.health();
         health.error = error.to_string();
-        if health.refused.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
+        // One that never did what it was asked counts as away, which is told.
+        if self.is_up() && health.refused.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
             health.refused = Some(Instant::now());
             tracing::warn!(store = %self.0.config.url, %error, "the store that proxies share refuses something");
         }

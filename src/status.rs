@@ -289,7 +289,7 @@ mod tests {
             address: "127.0.0.1:8000".parse().unwrap(),
             started: SystemTime::now(),
             file: None,
-            desired: Desired::open(running.clone(), None).unwrap(),
+            desired: Desired::open(running.clone(), None, false).unwrap(),
             running: running.clone(),
             pool: pool.clone(),
             guests: crate::discovery::join::Guests::new(pool.clone(), None, &crate::discovery::Config::default()),

@@ -42,6 +42,32 @@ async fn at_bare_servers_proxies_that_share_a_store_tell_each_other() {
     assert_eq!(turn(&other, &mut talks, "affinity-hit").await, homes);
 }
 
+#[tokio::test]
+async fn an_answers_context_is_known_at_the_other_proxy() {
+    for way in Way::BOTH {
+        let (cluster, store) = (Cluster::of(3).await.over(way).all_have_loaded("tiny"), Store::start().await);
+        let toml = if way == Way::Http { store.toml() } else { String::new() };
+        let one = Olol::start(&cluster, &toml).await;
+        let other =
+            if way == Way::Http { Olol::start(&cluster, &toml).await } else { beside(&one, &cluster, "").await };
+        if way == Way::Http {
+            until("both share", || one.shares() && other.shares()).await;
+            store.has_listeners(2).await;
+        }
+        let generate = |body: Value| {
+            let mut whole = json!({"model": "tiny"});
+            whole.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
+            Request::post("/api/generate", whole)
+        };
+        let first = one.ask(&generate(json!({"prompt": "how are you"}))).await;
+        let context = first.lines().pop().unwrap()["context"].clone();
+        assert!(context.is_array(), "{}", first.text());
+        until("the other proxy knows of it", || other.links() >= 2).await;
+        let second = other.ask(&generate(json!({"prompt": "and now", "context": context}))).await;
+        assert_eq!((second.header("x-olol-decision"), second.server()), ("affinity-hit", first.server()), "{way:?}");
+    }
+}
+
 /// Another proxy over the agents of one.
 async fn beside(olol: &Olol, cluster: &Cluster, toml: &str) -> Olol {
     let named = olol.names().into_iter().zip(olol.agents());

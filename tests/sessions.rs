@@ -6,9 +6,10 @@ mod harness;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use harness::grpc::{Client, client};
-use harness::olol::{chat, chat_at_once};
+use harness::olol::{chat, chat_at_once, v1_chat};
 use harness::{Answer, Cluster, Connection, Ending, Olol, Process, Request, Way, patiently, until};
 use olol_proto::v1::session::Status as Is;
 use olol_proto::v1::{
@@ -406,6 +407,44 @@ async fn a_second_proxy_says_who_has_the_file() {
     assert_eq!(second.ask(&request).await.header("x-olol-session-turn"), "1");
 }
 
+#[tokio::test]
+async fn a_session_goes_on_in_the_form_of_either_chat() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(1).await.over(way).all_have_loaded("tiny");
+        let server = cluster.server(0);
+        server.echoes();
+        let olol = Olol::start(&cluster, "").await;
+        let body = json!({"session_id": "talk", "model": "tiny", "model_parameters": {"temperature": 0.25, "num_ctx": 2048},
+            "messages": [{"role": "user", "content": "look", "images": ["iVBORw0KGgo="]}]});
+        assert_eq!(olol.ask(&Request::post(PAGE, body)).await.status, 201);
+        let plain = olol.ask(&v1_chat("tiny", "one")).await;
+        let first = olol.ask(&v1_chat("tiny", "one").header("X-Olol-Session", "talk")).await;
+        assert_eq!((&first.chunks, first.ending), (&plain.chunks, plain.ending), "the bytes are a server's");
+        assert_eq!((first.header("x-olol-session"), first.header("x-olol-session-turn")), ("talk", "1"));
+        let seen = server.seen("/v1/chat/completions").pop().unwrap().json();
+        let image = json!({"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}});
+        assert_eq!(seen["messages"][0]["content"], json!([{"type": "text", "text": "look"}, image]));
+        assert_eq!((&seen["temperature"], seen["messages"].as_array().unwrap().len()), (&json!(0.25), 2));
+        let second = olol.ask(&chat("tiny", "two").header("X-Olol-Session", "talk")).await;
+        assert_eq!(second.header("x-olol-session-turn"), "2");
+        assert_eq!(asked(&cluster, 0), ["user: look", "user: one", "assistant: one", "user: two"]);
+        let body = json!({"model": "tiny", "temperature": 1, "messages": [{"role": "user", "content": "three"}]});
+        let third = olol.ask(&Request::post("/v1/chat/completions", body).header("X-Olol-Session", "talk")).await;
+        assert_eq!(third.json()["choices"][0]["message"]["content"], "three", "{}", third.text());
+        let seen = server.seen("/v1/chat/completions").pop().unwrap().json();
+        assert_eq!((&seen["temperature"], &seen["messages"][4]["content"]), (&json!(1), &json!("two")));
+        let shown = olol.get(&page("talk")).await;
+        assert_eq!(texts(&shown), ["look", "one", "one", "two", "two", "three", "three"]);
+        let shown = shown.json();
+        assert_eq!((&shown["messages"][6]["temperature"], &shown["turns"]), (&json!(1.0), &json!(3)));
+        assert!(shown["messages"][6]["tokens_used"].as_u64().unwrap() > 0, "{shown}");
+        server.dies_after(["Hel"]);
+        olol.ask(&v1_chat("tiny", "lost").header("X-Olol-Session", "talk")).await;
+        server.echoes();
+        assert_eq!(texts(&olol.get(&page("talk")).await).len(), 7, "what breaks off leaves nothing");
+    }
+}
+
 /// Whether nobody has the file of sessions in a folder.
 fn is_free(folder: &std::path::Path) -> bool {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(folder.join("proxy-sessions.redb")).unwrap();
@@ -424,7 +463,8 @@ async fn talk(address: SocketAddr, id: String, told: Arc<Mutex<Vec<String>>>, ro
         let text = format!("{id}-{round}-{turn}");
         let asking = async {
             let mut connection = Connection::try_open(address).await?;
-            connection.try_ask(&chat("tiny", &text).header("X-Olol-Session", &id)).await
+            let request = if turn % 3 == 2 { v1_chat("tiny", &text) } else { chat("tiny", &text) };
+            connection.try_ask(&request.header("X-Olol-Session", &id)).await
         };
         match asking.await {
             Some(answer) if answer.ending == Ending::LastChunk && answer.error().is_empty() => {
@@ -436,6 +476,29 @@ async fn talk(address: SocketAddr, id: String, told: Arc<Mutex<Vec<String>>>, ro
     }
 }
 
+/// Makes sessions and ends every other one, until the other side is gone; what was told of them.
+async fn come_and_go(address: SocketAddr, round: usize) -> Vec<(String, bool)> {
+    let mut told = Vec::new();
+    for number in 0.. {
+        let id = format!("brief{round}-{number}");
+        let ends = number % 2 == 1;
+        let doing = async {
+            let mut connection = Connection::try_open(address).await?;
+            let made = connection.try_ask(&make(&id)).await.filter(|made| made.status == 201)?;
+            if ends {
+                let delete = Request::new("DELETE", &page(&id));
+                return connection.try_ask(&delete).await.filter(|ended| ended.status == 200);
+            }
+            Some(made)
+        };
+        if doing.await.is_none() {
+            break;
+        }
+        told.push((id, !ends));
+    }
+    told
+}
+
 #[tokio::test]
 async fn a_kill_at_any_moment_loses_no_turn_whose_end_was_told() {
     let cluster = Cluster::of(1).await.all_have_loaded("tiny");
@@ -445,8 +508,9 @@ async fn a_kill_at_any_moment_loses_no_turn_whose_end_was_told() {
     std::fs::write(&config, format!("sessions.dir = '{}'\nsessions.max-messages = 100000\n", folder.path().display()))
         .unwrap();
     let servers = format!("http://{}", cluster.server(0).address());
+    let mut brief: Vec<(String, bool)> = Vec::new();
     let talks: Vec<Talk> = (0..6).map(|at| Talk { id: format!("talk{at}"), told: Arc::default() }).collect();
-    for round in 0..8 {
+    for round in 0..12 {
         let mut proxy = Process::proxy(&servers, &["--config", config.to_str().unwrap()]).await;
         proxy.has_up(1).await;
         let mut connection = proxy.connect().await;
@@ -455,14 +519,22 @@ async fn a_kill_at_any_moment_loses_no_turn_whose_end_was_told() {
             assert_eq!(made.status, if round == 0 { 201 } else { 200 }, "{}", made.text());
         }
         check(&mut connection, &talks).await;
+        for (id, is_there) in &brief {
+            let status = connection.ask(&Request::get(&page(id))).await.status;
+            assert_eq!(status, if *is_there { 200 } else { 404 }, "{id}");
+        }
+        let coming = tokio::spawn(come_and_go(proxy.address(), round));
         let talking: Vec<_> = talks
             .iter()
             .map(|one| tokio::spawn(talk(proxy.address(), one.id.clone(), one.told.clone(), round)))
             .collect();
         let count = || talks.iter().map(|talk| talk.told.lock().unwrap().len()).sum::<usize>();
-        let enough = count() + 17 + 13 * round;
+        let enough = count() + 5 + 7 * round;
         until("enough turns", || count() >= enough).await;
+        // At any moment, and not just behind the end of a turn.
+        tokio::time::sleep(Duration::from_micros(fastrand::u64(..20_000))).await;
         proxy.kill().await;
+        brief = patiently("a client notices", coming).await.unwrap();
         for talking in talking {
             patiently("a client notices", talking).await.unwrap();
         }

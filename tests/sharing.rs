@@ -6,8 +6,9 @@
 
 mod harness;
 
+use harness::olol::chat;
 use harness::redis::Store;
-use harness::{Cluster, Olol, Request, patiently, until};
+use harness::{Cluster, Gate, Olol, Process, Request, patiently, until};
 use olol::keys::{self, Order};
 
 #[tokio::test]
@@ -257,6 +258,212 @@ async fn what_was_used_at_one_proxy_counts_at_the_other() {
     assert_eq!(one.chat("tiny", "hi").await.status, 429, "what was told before still holds");
 }
 
+/// Two calls at the same time.
+const TWO: &str = "
+[stack]
+order = [\"rate-limit\", \"model-route\"]
+
+[rate-limit.client]
+concurrent = 2
+";
+
+/// Waits until a proxy would let another call pass, or would not. Looking costs nothing.
+async fn would(olol: &Olol, passes: bool) {
+    let body = serde_json::json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]});
+    let look = Request::post("/api/status/explain?route=/api/chat", body);
+    patiently("it would let a call pass, or would not", async {
+        while olol.ask(&look).await.text().contains("would be refused") == passes {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn calls_that_run_at_one_proxy_count_at_the_other_until_they_end() {
+    let (cluster, mut store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let toml = format!("{}{TWO}", store.toml());
+    let [one, other] = [Olol::start(&cluster, &toml).await, Olol::start(&cluster, &toml).await];
+    both_share(&one, &other).await;
+    store.has_listeners(2).await;
+    let gate = Gate::closed();
+    cluster.server(0).is_paced_by(&gate);
+    let mut running = [one.begin(&chat("tiny", "hi")).await, one.begin(&chat("tiny", "hi")).await];
+    would(&other, false).await;
+    let refused = other.chat("tiny", "hi").await;
+    assert_eq!(refused.status, 429, "{}", refused.text());
+    assert!(refused.error().contains("2 requests at the same time"), "{}", refused.text());
+    until("it is seen that a bare server is at work for the other proxy", || other.others(0) == 2).await;
+    gate.open();
+    for connection in &mut running {
+        assert_eq!(connection.answer().await.status, 200);
+    }
+    would(&other, true).await;
+    assert_eq!(other.chat("tiny", "hi").await.status, 200);
+    until("nothing runs any more", || one.others(0) == 0 && other.others(0) == 0).await;
+
+    let gate = Gate::closed();
+    cluster.server(0).is_paced_by(&gate);
+    let _running = [one.begin(&chat("tiny", "hi")).await, one.begin(&chat("tiny", "hi")).await];
+    would(&other, false).await;
+    store.dies().await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    would(&other, true).await;
+    would(&one, false).await;
+}
+
+#[tokio::test]
+async fn the_calls_of_a_proxy_that_has_died_count_no_more() {
+    let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let toml = format!("{}{TWO}", store.toml());
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("olol.toml");
+    std::fs::write(&config, format!("sessions.dir = '{}'\n{toml}", folder.path().display())).unwrap();
+    let server = format!("http://{}", cluster.server(0).address());
+    let mut one = Process::proxy(&server, &["--config", config.to_str().unwrap()]).await;
+    one.has_up(1).await;
+    let other = Olol::start(&cluster, &toml).await;
+    until("it shares", || other.shares()).await;
+    store.has_listeners(2).await;
+    cluster.server(0).stalls_after(["Hel"]);
+    let mut running = [one.connect().await, one.connect().await];
+    for connection in &mut running {
+        connection.send(&chat("tiny", "hi")).await;
+    }
+    would(&other, false).await;
+    one.kill().await;
+    would(&other, true).await;
+    until("nothing runs any more", || other.others(0) == 0).await;
+}
+
+#[tokio::test]
+async fn a_session_that_was_ended_and_made_again_alone_is_the_new_one_for_all() {
+    let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let folder = tempfile::tempdir().unwrap();
+    let toml = format!("sessions.dir = '{}'\n{}", folder.path().display(), store.toml());
+    let [one, other] = [Olol::start(&cluster, &toml).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    for id in ["again", "ended"] {
+        make(&one, id).await;
+        for _ in 0..2 {
+            turn(&one, id).await;
+            turn(&other, id).await;
+        }
+    }
+    // The store keeps what it has.
+    store.freezes(true).await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    for id in ["again", "ended"] {
+        let ended = one.ask(&Request::new("DELETE", &format!("/api/status/sessions/{id}"))).await;
+        assert_eq!(ended.status, 200, "{}", ended.text());
+    }
+    make(&one, "again").await;
+    assert_eq!(turn(&one, "again").await, 1);
+    // What was ended is known after a restart.
+    assert!(one.stop().await);
+    let one = Olol::start(&cluster, &toml).await;
+    assert_eq!((turns(&one, "again").await, turns(&one, "ended").await), (Some(1), None));
+    store.freezes(false).await;
+    both_share(&one, &other).await;
+    patiently("all is told", async {
+        while turns(&other, "again").await != Some(1) || turns(&other, "ended").await.is_some() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!((turns(&one, "again").await, turns(&one, "ended").await), (Some(1), None));
+    assert_eq!(turn(&other, "again").await, 2);
+    assert_eq!(turn(&one, "again").await, 3);
+    make(&other, "ended").await;
+    assert_eq!(turn(&one, "ended").await, 1);
+}
+
+#[tokio::test]
+async fn a_session_that_was_ended_elsewhere_and_made_here_alone_is_not_taken_for_the_old_one() {
+    let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let one = Olol::start(&cluster, &store.toml()).await;
+    until("it shares", || one.shares()).await;
+    make(&one, "a").await;
+    turn(&one, "a").await;
+    assert_eq!(one.ask(&Request::new("DELETE", "/api/status/sessions/a")).await.status, 200);
+    store.freezes(true).await;
+    let late = Olol::start(&cluster, &store.toml()).await;
+    make(&late, "a").await;
+    assert_eq!(turn(&late, "a").await, 1);
+    store.freezes(false).await;
+    both_share(&one, &late).await;
+    patiently("it is told", async {
+        while turns(&one, "a").await != Some(1) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!((turn(&one, "a").await, turn(&late, "a").await), (2, 3));
+}
+
+/// The pins of a proxy that runs, by model: how many are wanted.
+async fn pins(olol: &Olol) -> Vec<(String, serde_json::Value)> {
+    let page = olol.get("/api/status?detail=models&limit=1000").await.json();
+    let models = page["models"].as_array().unwrap().iter();
+    let pinned = models.filter(|model| model["desired"]["source"] == "pin");
+    pinned.map(|model| (model["name"].as_str().unwrap().to_owned(), model["desired"]["replicas"].clone())).collect()
+}
+
+async fn have_pins(proxies: &[&Olol], wanted: &[(&str, u32)]) {
+    let wanted: Vec<_> = wanted.iter().map(|(name, count)| ((*name).to_owned(), serde_json::json!(count))).collect();
+    patiently(&format!("all have {wanted:?}"), async {
+        for olol in proxies {
+            while pins(olol).await != wanted {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        }
+    })
+    .await;
+}
+
+async fn pin(olol: &Olol, model: &str, replicas: u32) {
+    let path = format!("/api/status/models/{model}");
+    let answer = olol.ask(&Request::new("PUT", &path).with_body(serde_json::json!({"replicas": replicas}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+async fn unpin(olol: &Olol, model: &str) {
+    let answer = olol.ask(&Request::new("DELETE", &format!("/api/status/models/{model}"))).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+#[tokio::test]
+async fn what_is_pinned_at_one_proxy_is_pinned_at_all() {
+    let (cluster, mut store) = (Cluster::of(2).await.all_have_loaded("tiny").all_have("small"), Store::start().await);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = format!("sessions.dir = '{}'\n", folder.path().display());
+    // What was pinned before anything was shared is not lost.
+    let alone = Olol::start(&cluster, &dir).await;
+    pin(&alone, "small", 1).await;
+    assert!(alone.stop().await);
+    let [one, other] =
+        [Olol::start(&cluster, &format!("{dir}{}", store.toml())).await, Olol::start(&cluster, &store.toml()).await];
+    both_share(&one, &other).await;
+    have_pins(&[&one, &other], &[("small:latest", 1)]).await;
+    pin(&other, "tiny", 2).await;
+    have_pins(&[&one, &other], &[("small:latest", 1), ("tiny:latest", 2)]).await;
+    unpin(&one, "small").await;
+    have_pins(&[&one, &other], &[("tiny:latest", 2)]).await;
+    // Each goes on alone, and the store forgets all.
+    store.dies().await;
+    until("both have noticed", || !one.shares() && !other.shares()).await;
+    pin(&one, "tiny", 1).await;
+    pin(&other, "small", 2).await;
+    have_pins(&[&one], &[("tiny:latest", 1)]).await;
+    assert!(one.stop().await);
+    let one = Olol::start(&cluster, &format!("{dir}{}", store.toml())).await;
+    store.comes_back().await;
+    both_share(&one, &other).await;
+    have_pins(&[&one, &other], &[("small:latest", 2), ("tiny:latest", 1)]).await;
+    let late = Olol::start(&cluster, &store.toml()).await;
+    have_pins(&[&late], &[("small:latest", 2), ("tiny:latest", 1)]).await;
+}
+
 /// Three requests, and another one after a minute.
 const LIMITS: &str = "
 [stack]
@@ -275,7 +482,7 @@ async fn make(olol: &Olol, id: &str) {
 
 /// Takes a turn; which one it was.
 async fn turn(olol: &Olol, id: &str) -> usize {
-    let answer = olol.ask(&harness::olol::chat("tiny", "more").header("x-olol-session", id)).await;
+    let answer = olol.ask(&chat("tiny", "more").header("x-olol-session", id)).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     answer.header("x-olol-session-turn").parse().unwrap_or_else(|_| panic!("no turn of a session: {:?}", answer.text()))
 }

@@ -248,6 +248,7 @@ impl Picked {
             call.note("pick", "makes the server load the model", [("cause", Fact::Word(cause.as_str()))]);
         }
         let others = runner.as_ref().map_or(0, |runner| runner.in_flight().saturating_sub(1));
+        let alone = self.server.load.others() == 0;
         let trial = Trial::of(call, &self.server, self.known.as_deref().zip(runner.as_ref()));
         let witness = Witness::of(call, &self.server, runner.as_ref());
         let sent = Instant::now();
@@ -264,6 +265,7 @@ impl Picked {
             first: None,
             streamed: false,
             others,
+            alone,
             predicted: self.cost,
             uncached,
             witness,
@@ -688,6 +690,8 @@ struct Visit {
     trial: Option<Trial>,
     /// Calls that the runner was answering when this one came.
     others: u32,
+    /// Whether nobody but us had calls at the server then.
+    alone: bool,
     predicted: Cost,
     /// The share of the prompt that is not believed to be cached there.
     uncached: f32,
@@ -738,7 +742,8 @@ impl Visit {
             reason = "an estimate"
         )]
         let uncached = (counters.prompt_tokens as f32 * self.uncached) as u64;
-        let seen = Seen { sent, first, ended, streamed, others, uncached, counters };
+        let alone = self.alone && self.server.load.others() == 0;
+        let seen = Seen { sent, first, ended, streamed, others, alone, uncached, counters };
         if streamed {
             let took = (first - sent).as_secs_f32() * 1000.0;
             instruments::predicted(Duration::from_secs_f32((took - self.predicted.total()).abs() / 1000.0));

@@ -13,6 +13,7 @@
 
 mod account;
 mod config;
+mod crowd;
 mod ledger;
 mod requests;
 mod spent;
@@ -37,11 +38,12 @@ use crate::route::Route;
 use crate::trail::Fact;
 
 use account::{Account, Need, Standings};
-use ledger::Address;
+use ledger::{Address, Who};
 use ticket::Ticket;
 use tokens::Estimate;
 
 pub use config::{Config, Limits, Models};
+pub use crowd::{Crowded, Crowds, LEASE};
 pub use ledger::Ledger;
 pub use spent::Spent;
 
@@ -116,6 +118,7 @@ struct Refusal {
 /// Limits that hold for a call, and the account that they are reckoned with.
 struct Place {
     whose: Whose,
+    who: Who,
     limits: Limits,
     account: Arc<Account>,
 }
@@ -251,19 +254,21 @@ impl Rules {
             if limits.concern(runs) {
                 let account =
                     if call.dry { keys.find(&key.id).unwrap_or_default() } else { keys.account(&key.id, now) };
-                places.push(Place { whose: Whose::Key(key.name.clone()), limits, account });
+                let whose = Whose::Key(key.name.clone());
+                places.push(Place { whose, who: Who::Key(key.id.clone()), limits, account });
             }
         } else if self.client.concern(runs) {
             let address = Address::of(call.client);
             let account =
                 if call.dry { clients.find(&address).unwrap_or_default() } else { clients.account(&address, now) };
-            places.push(Place { whose: Whose::Client, limits: self.client, account });
+            places.push(Place { whose: Whose::Client, who: Who::Client(address), limits: self.client, account });
         }
         if let Some(name) = call.place.model.as_ref().filter(|_| runs) {
             let fitting =
                 self.models.iter().filter(|model| model.pattern.matches_model(name) && model.limits.concern(runs));
             places.extend(fitting.map(|model| Place {
                 whose: Whose::Model(model.name.clone()),
+                who: Who::Model(model.name.clone()),
                 limits: model.limits,
                 account: model.account.clone(),
             }));
@@ -357,6 +362,5 @@ fn error(whose: &Whose, limits: &Limits, refusal: Refusal) -> Error {
     }
 }
 
-#[cfg(test)]
 #[cfg(test)]
 mod tests;

@@ -354,7 +354,8 @@ impl Runner {
     /// An answer is over and whole: what it shows is learned.
     pub fn ended(self: &Arc<Self>, seen: &Seen) {
         self.speeds.learn(seen);
-        if self.is_told() {
+        // Who waits for a slot that others have learns nothing of how many there are.
+        if self.is_told() || !seen.alone {
             return;
         }
         let was = self.learned.load(Ordering::Relaxed);
@@ -411,6 +412,8 @@ pub struct Seen {
     pub streamed: bool,
     /// Calls that the runner was answering already when this one was sent.
     pub others: u32,
+    /// Whether nobody but us had calls at the server.
+    pub alone: bool,
     /// Tokens of the prompt that the runner is not believed to have had in its cache.
     pub uncached: u64,
     /// What the server counted.

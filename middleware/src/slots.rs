@@ -30,12 +30,12 @@ impl Load {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Calls that it is answering for others, or has waiting, as far as its agent tells.
+    /// Calls that it is answering for others, or has waiting, as far as its agent tells, or the proxies that share a store.
     pub fn others(&self) -> u32 {
         self.others.load(Ordering::Relaxed)
     }
 
-    /// The server's agent told how many calls of others there are.
+    /// Somebody told how many calls of others there are: its agent, or those others.
     pub fn tell_others(&self, calls: u32) {
         self.others.store(calls, Ordering::Relaxed);
     }

@@ -1,7 +1,7 @@
 //! Sessions over HTTP: the pages that make, show and end them, and the turns of those that a chat names in its header.
 //!
-//! `X-Olol-Session` names a conversation, and `affinity` goes by it. Only where there is a session of that name is a history
-//! kept: then what was said before goes before the client's messages, and what is said now is stored when it is whole.
+//! `X-Olol-Session` names a conversation, and `affinity` goes by it. Only where there is a session of that name, and on
+//! `/api/chat` and `/v1/chat/completions`, is a history kept: then what was said before goes before the client's messages, and what is said now is stored when it is whole.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::body::{HttpBody, Taken};
 use super::{Api, body, request, response};
-use crate::sessions::{self, HEADER, Turn, Visitor, Wanted};
+use crate::sessions::{self, Form, HEADER, Turn, Visitor, Wanted};
 
 /// Where sessions are.
 pub(super) const PATH: &str = "/api/status/sessions";
@@ -178,7 +178,7 @@ impl Api {
 
     /// Whether a request may be a turn of a session.
     pub(super) fn may_be_a_turn(&self, head: &Head) -> bool {
-        head.route == Route::Chat
+        matches!(head.route, Route::Chat | Route::V1Chat)
             && head.peek.asks
             && head.peek.talk.messages.is_some()
             && self.sessions.may_know()
@@ -198,7 +198,13 @@ impl Api {
         let Some(mut turn) = self.turn(head, json::cut(&pieces, messages).into_owned()).await? else {
             return self.send(head.clone(), payload).await;
         };
-        let edits = edits(&mut turn, messages, head.peek.options, &pieces);
+        let edits = match head.route {
+            Route::V1Chat => {
+                turn = turn.in_form(Form::OpenAi);
+                edits_of_v1(&mut turn, messages, &pieces)
+            }
+            _ => edits(&mut turn, messages, head.peek.options, &pieces),
+        };
         let added: usize = edits.iter().map(|(_, text)| text.len()).sum();
         if !taken.grow(added) {
             return Err(no_room().into());
@@ -251,12 +257,7 @@ impl Api {
 
 /// What a body gets: what was said before, and the options of its session.
 fn edits(turn: &mut Turn, messages: Span, options: Option<Span>, pieces: &[Bytes]) -> Vec<(Span, Bytes)> {
-    let mut edits = Vec::new();
-    let before: Vec<String> = turn.history().map(Value::to_string).collect();
-    if !before.is_empty() {
-        let start = messages.start + 1;
-        edits.push((Span { start, end: start }, format!("{},", before.join(",")).into()));
-    }
+    let mut edits: Vec<_> = before(turn, messages).into_iter().collect();
     let asked = options.map(|span| serde_json::from_slice::<Value>(&json::cut(pieces, span)));
     let is_readable = !matches!(asked, Some(Err(_) | Ok(Value::Array(_) | Value::String(_) | Value::Number(_))));
     let asked = match asked {
@@ -277,6 +278,37 @@ fn edits(turn: &mut Turn, messages: Span, options: Option<Span>, pieces: &[Bytes
         }
     }
     edits
+}
+
+/// The same for a body of OpenAI's form, which has its options beside the messages.
+fn edits_of_v1(turn: &mut Turn, messages: Span, pieces: &[Bytes]) -> Vec<(Span, Bytes)> {
+    let mut asked = Map::new();
+    let _ = json::members(pieces, |key, _, span| {
+        if key == b"temperature"
+            && let Ok(temperature) = serde_json::from_slice(&json::cut(pieces, span))
+        {
+            asked.insert("temperature".to_owned(), temperature);
+        }
+    });
+    // What is said twice counts as it was said last: what the client says comes behind.
+    let own = turn.parameters();
+    turn.options(asked);
+    let mut edits: Vec<_> = before(turn, messages).into_iter().collect();
+    if !own.is_empty()
+        && let Some(brace) = pieces.iter().flatten().position(|byte| *byte == b'{')
+    {
+        let text = Value::Object(own).to_string();
+        let (start, members) = (brace + 1, &text[1..text.len() - 1]);
+        edits.push((Span { start, end: start }, format!("{members},").into()));
+    }
+    edits
+}
+
+/// What was said before, before what is said now.
+fn before(turn: &Turn, messages: Span) -> Option<(Span, Bytes)> {
+    let before: Vec<String> = turn.history().map(|message| message.to_string()).collect();
+    let start = messages.start + 1;
+    (!before.is_empty()).then(|| (Span { start, end: start }, format!("{},", before.join(",")).into()))
 }
 
 fn server(body: &Body) -> String {

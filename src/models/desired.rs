@@ -10,6 +10,7 @@
 mod driver;
 mod pins;
 mod plan;
+mod shared;
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize, Serializer};
 pub use driver::{Bring, Desired, Driver, Leaf, SERVERS, by};
 pub use pins::PinError;
 pub use plan::{Refusal, Standing};
+pub(crate) use shared::keep;
 
 /// The most models that may be wanted, in the file and by pins each.
 pub const MOST: usize = 1000;

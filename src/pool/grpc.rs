@@ -18,7 +18,8 @@ use olol_middleware::{BoxError, Chunk, Counters, Error, Payload, Phase, Reply, S
 use olol_proto::v1::membership_client::MembershipClient;
 use olol_proto::v1::server_client::ServerClient;
 use olol_proto::v1::{
-    DescribeRequest, DescribeResponse, Header, RelayHead, RelayRequest, RelayResponse, ServerState, WatchRequest,
+    DescribeRequest, DescribeResponse, Header, RelayHead, RelayRequest, RelayResponse, ServerState, TellTurnsRequest,
+    Turn, WatchRequest,
 };
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -164,6 +165,12 @@ impl Agent {
             })
         };
         tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
+    }
+
+    /// Tells the agent of turns, for the other proxies.
+    pub(super) async fn tell_turns(&self, turns: Vec<Turn>) -> Result<(), Status> {
+        let channel = self.calls.get(false, None).await.map_err(|error| Status::unavailable(error.to_string()))?.0;
+        client(channel).tell_turns(TellTurnsRequest { caller: self.caller.clone(), turns }).await.map(drop)
     }
 
     /// What the agent says of itself that does not change.

@@ -63,7 +63,7 @@ impl Face {
         let mut turn = turn.map_err(|error| refusal(&error))?;
         let mut body = Map::new();
         body.insert("model".to_owned(), turn.session().model_name.clone().into());
-        let messages: Vec<Value> = turn.history().chain(turn.sent()).cloned().collect();
+        let messages: Vec<Value> = turn.history().chain(turn.sent().iter().cloned()).collect();
         body.insert("messages".to_owned(), messages.into());
         let options = turn.options(asked);
         if !options.is_empty() {

@@ -18,7 +18,7 @@ use tonic::Status;
 use super::turns::{Followed, Turns};
 
 /// Time between two looks at what others have this server do, while it does anything.
-const LOAD_EVERY: Duration = Duration::from_millis(50);
+const LOAD_EVERY: Duration = Duration::from_millis(25);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
 

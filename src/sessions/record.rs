@@ -44,10 +44,19 @@ pub struct Session {
     pub(super) first: u64,
     /// The number of the next turn.
     pub(super) next: u64,
+    /// How many sessions of this name have ended before it, as far as one knew when it was made.
+    #[serde(default)]
+    pub(super) generation: u64,
+    /// What tells it from others of its name that were made without knowing of it.
+    #[serde(default)]
+    pub(super) birth: u64,
     /// When its last turn ended, by the clock of the proxy that had it: tells two copies apart, and nothing else. 0: as it is here.
     #[serde(default)]
     pub(super) stamp: u64,
 }
+
+/// Which of two copies is newer, or of two sessions of one name the one that goes on.
+pub(super) type Version = (u64, u64, u64);
 
 /// How a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,9 +96,10 @@ impl Session {
         idle > self.timeout * 1000.0
     }
 
-    /// Which of two copies is newer, whatever the clocks say where they are.
-    pub(super) fn version(&self) -> (u64, u64) {
-        (self.next, if self.stamp == 0 { self.last_active } else { self.stamp })
+    /// Its version, whatever the clocks say where its copies are: the greatest one counts. One that was made again goes before
+    /// all that the old one may have had.
+    pub(super) fn version(&self) -> Version {
+        (self.generation, self.next, if self.stamp == 0 { self.last_active } else { self.stamp })
     }
 
     /// Seconds without a turn after which it leaves, as milliseconds.
@@ -101,7 +111,7 @@ impl Session {
 
     /// It by a clock that is ahead by so many milliseconds.
     pub(super) fn by_clock(mut self, ahead: i64) -> Self {
-        (_, self.stamp) = self.version();
+        (_, _, self.stamp) = self.version();
         (self.created_at, self.last_active) = (moved(self.created_at, ahead), moved(self.last_active, ahead));
         self
     }
@@ -199,8 +209,8 @@ impl Page {
         let mut all: BTreeMap<String, (Arc<Session>, bool)> =
             there.into_iter().map(|session| (session.key(), (Arc::new(session), false))).collect();
         for (session, is_busy) in self.sessions {
-            let newer =
-                all.get(&session.key()).map(|(there, _)| there).filter(|there| there.next > session.next).cloned();
+            let newer = all.get(&session.key()).map(|(there, _)| there);
+            let newer = newer.filter(|there| there.version() > session.version()).cloned();
             all.insert(session.key(), (newer.unwrap_or(session), is_busy));
         }
         // Nobody knows what comes behind the nearer of the two ends.

@@ -3,31 +3,32 @@
 //! Before a session is used its number of turns there is asked for, and what is newer comes here; a turn is in the store when
 //! its end is told. While the store is away the copy here is what counts, and the turns that it gets go to the store when that is
 //! back. If two proxies have gone on alone with one session, the history with more turns stays, and the later one of two that are
-//! as long.
+//! as long. One that was ended and made again goes before the old one, however long that was: it is of a later generation.
 //!
 //! Clocks of proxies differ, so none goes by a time that another one has written: how long a session stays is what the store
 //! says, and when a turn ended only tells two copies apart.
 
-use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Script};
 use tokio::task::JoinSet;
 
 use super::clock;
-use super::record::Session;
-use super::store::{Append, Store};
+use super::record::{Session, Version};
+use super::store::{Append, Ended, Store};
 use super::{Error, Visitor};
 use crate::state::{Gone, State};
 
 /// Milliseconds that a session stays in the store after its time: its proxies look for it less often.
 const GRACE: u64 = 60_000;
 /// Milliseconds for which it is known there that a session has ended: proxies that were away have it still.
-const ENDED: u64 = 7 * 24 * 3600 * 1000;
-/// Ends of sessions that wait for the store to come back.
-const UNSAID: usize = 10_000;
+const KNOWN: u64 = 7 * 24 * 3600 * 1000;
+/// Time until a store that has refused something is told again.
+const AGAIN: Duration = Duration::from_secs(2);
 /// Sessions that share a line.
 const LINES: usize = 64;
 /// How often a turn is put behind those of others before it is left to the copy here.
@@ -44,24 +45,37 @@ const LISTED: &str = r"
         end
         ";
 
+/// What tells a script whether a session of a generation has ended, by its tombstone.
+const BURIED: &str = r"
+        local function buried(generation)
+            local ended = redis.call('GET', KEYS[3])
+            return ended ~= false and tonumber(string.match(ended, '^%d+')) >= tonumber(generation)
+        end
+        ";
+
 /// A script of these parts.
 fn script(parts: &[&str]) -> Script {
     Script::new(&parts.concat())
 }
 
-/// Puts a turn, if the store has all that was before it and not the turn itself. KEYS: the session, all names, its tombstone. ARGV: the number of the turn,
-/// when it ended, the record, how long it stays, its name, the first turn that is kept, the turn.
+/// Puts a turn, if the store has all that was before it and not the turn itself. KEYS: the session, all names, its tombstone.
+/// ARGV: the number of the turn, when it ended, the record, how long it stays, its name, the first turn that is kept, the turn,
+/// the generation of its session.
 static APPEND: LazyLock<Script> = LazyLock::new(|| {
     script(&[
+        BURIED,
         r"
-        local has = redis.call('HGET', KEYS[1], 'next')
-        if has == false then
-            if redis.call('EXISTS', KEYS[3]) == 1 then return -2 end
+        local has = redis.call('HMGET', KEYS[1], 'next', 'gen')
+        if has[1] == false then
+            if buried(ARGV[8]) then return -2 end
             return -1
         end
-        if tonumber(has) ~= tonumber(ARGV[1]) then
+        local newer = tonumber(has[2] or 0) - tonumber(ARGV[8])
+        if newer > 0 then return -2 end
+        if newer < 0 then return -1 end
+        if tonumber(has[1]) ~= tonumber(ARGV[1]) then
             if redis.call('HGET', KEYS[1], 't' .. ARGV[1]) == ARGV[7] then return 0 end
-            return tonumber(has)
+            return tonumber(has[1])
         end
         redis.call('HSET', KEYS[1], 'next', ARGV[1] + 1, 'at', ARGV[2], 'session', ARGV[3], 't' .. ARGV[1], ARGV[7])
         local first = tonumber(ARGV[6]) - 1
@@ -72,36 +86,53 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
     ])
 });
 
-/// Puts a whole session, unless the store has a newer one. KEYS as above. ARGV: the number of its next turn, when its last one
-/// ended, the record, how long it stays, its name; then the fields of its turns and what is in them.
+/// Puts a whole session, unless the store has a newer one, or knows that it has ended. KEYS as above. ARGV: the number of its
+/// next turn, when its last one ended, the record, how long it stays, its name, its generation; then the fields of its turns and
+/// what is in them.
 static PUT: LazyLock<Script> = LazyLock::new(|| {
     script(&[
+        BURIED,
         r"
-        local has = redis.call('HMGET', KEYS[1], 'next', 'at')
-        if has[1] ~= false then
-            local newer = tonumber(has[1]) - tonumber(ARGV[1])
-            if newer == 0 then newer = tonumber(has[2]) - tonumber(ARGV[2]) end
+        local has = redis.call('HMGET', KEYS[1], 'gen', 'next', 'at')
+        if has[2] ~= false then
+            local newer = tonumber(has[1] or 0) - tonumber(ARGV[6])
+            if newer == 0 then newer = tonumber(has[2]) - tonumber(ARGV[1]) end
+            if newer == 0 then newer = tonumber(has[3]) - tonumber(ARGV[2]) end
             if newer > 0 then return 0 end
+        elseif buried(ARGV[6]) then
+            return -2
         end
         redis.call('DEL', KEYS[1], KEYS[3])
-        redis.call('HSET', KEYS[1], 'next', ARGV[1], 'at', ARGV[2], 'session', ARGV[3])
-        for at = 6, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1]) end
+        redis.call('HSET', KEYS[1], 'next', ARGV[1], 'at', ARGV[2], 'session', ARGV[3], 'gen', ARGV[6])
+        for at = 7, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1]) end
         ",
         LISTED,
         "return 1",
     ])
 });
 
+/// Ends a session, unless it was made again. KEYS as above. ARGV: its generation, its birth, for how long that is known, its name.
+static END: LazyLock<Script> = LazyLock::new(|| {
+    script(&[r"
+        local has = redis.call('HMGET', KEYS[1], 'next', 'gen')
+        if has[1] ~= false and tonumber(has[2] or 0) > tonumber(ARGV[1]) then return 0 end
+        redis.call('DEL', KEYS[1])
+        redis.call('ZREM', KEYS[2], ARGV[4])
+        redis.call('SET', KEYS[3], ARGV[1] .. ':' .. ARGV[2], 'PX', ARGV[3])
+        return 1
+        "])
+});
+
 /// What is shared.
 #[derive(Debug)]
 pub(super) struct Shared {
     state: State,
-    /// The names of sessions that have ended here while the store was away.
-    ended: Mutex<HashSet<String>>,
     /// What is written here and there goes one after the other, as far as it is of one session: else what comes from there could
     /// take the place of a turn that is not there yet.
     turns: [Line; LINES],
     hasher: RandomState,
+    /// Whether the store has refused something that is here: it may take it later, as when its memory was full.
+    owes: AtomicBool,
 }
 
 /// Those who write one of some sessions, one after the other.
@@ -110,13 +141,16 @@ type Line = tokio::sync::Mutex<()>;
 /// The record of a session, if there is one, and how many milliseconds it stays.
 type Kept = (Option<Vec<u8>>, i64);
 
+/// The generation of a session that has ended, and its birth, if that is known.
+type Buried = (u64, Option<u64>);
+
 /// What the store has of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum There {
     /// A version of it.
-    Version(u64, u64),
+    Has(Version),
     /// It has ended.
-    Ended,
+    Ended(Buried),
     /// Nothing.
     Nothing,
 }
@@ -135,7 +169,7 @@ enum Told {
 impl Shared {
     pub(super) fn new(state: State) -> Self {
         let turns = std::array::from_fn(|_| Line::default());
-        Self { state, ended: Mutex::default(), turns, hasher: RandomState::new() }
+        Self { state, turns, hasher: RandomState::new(), owes: AtomicBool::new(false) }
     }
 
     fn line(&self, key: &str) -> &Line {
@@ -156,23 +190,48 @@ impl Shared {
     }
 
     async fn try_refresh(&self, store: &Store, key: &str) -> Result<(), Gone> {
-        if self.ended().contains(key) {
+        // Nobody else knows yet that it has ended.
+        if store.has_ended(key) {
             return Ok(());
         }
         let _in_turn = self.line(key).lock().await;
-        let here = store.find(key).map(|(session, _)| session.version());
+        let here = store.find(key).map(|(session, _)| session);
         match (self.look(key).await?, here) {
-            (There::Version(next, at), here) if here.is_none_or(|here| here < (next, at)) => {
+            (There::Has(there), here) if here.as_ref().is_none_or(|here| here.version() < there) => {
                 self.fetch(store, key).await
             }
-            (There::Version(next, at), Some(here)) if here > (next, at) => self.put(store, key).await,
-            (There::Nothing, Some(_)) => self.put(store, key).await,
-            (There::Ended, Some(_)) => {
-                // It goes on if it is just being used.
-                let _ = store.end(key.to_owned()).await;
-                Ok(())
-            }
+            (There::Has(there), Some(here)) if here.version() > there => self.put(store, key).await.map(drop),
+            (There::Nothing, Some(_)) => self.put(store, key).await.map(drop),
+            (There::Ended(ended), Some(here)) => self.buried(store, &here, ended).await,
             _ => Ok(()),
+        }
+    }
+
+    /// A session is here, and the store says that one of its name has ended: it, or one before it.
+    async fn buried(&self, store: &Store, here: &Session, (generation, birth): Buried) -> Result<(), Gone> {
+        let key = here.key();
+        let is_it = birth.is_none_or(|birth| birth == here.birth);
+        if here.generation < generation || here.generation == generation && is_it {
+            // It goes on if it is just being used.
+            let _ = store.end(key, false).await;
+            return Ok(());
+        }
+        if here.generation <= generation {
+            // It was made by somebody who could not know of the one before.
+            let Ok(turns) = store.turns(key.clone()).await else { return Ok(()) };
+            let again = Session { generation: generation + 1, ..here.clone() };
+            if store.adopt(again, turns).await.is_err() {
+                return Ok(());
+            }
+        }
+        self.put(store, &key).await.map(drop)
+    }
+
+    /// The generation of a session that is made now.
+    pub(super) async fn generation(&self, key: &str) -> u64 {
+        match self.look(key).await {
+            Ok(There::Ended((generation, _))) => generation + 1,
+            _ => 0,
         }
     }
 
@@ -189,7 +248,7 @@ impl Shared {
 
     /// Whether the store has a session.
     pub(super) async fn knows(&self, key: &str) -> bool {
-        matches!(self.look(key).await, Ok(There::Version(..)))
+        matches!(self.look(key).await, Ok(There::Has(_)))
     }
 
     /// Adds a turn here and there. If others have added some in the meantime, it comes after those.
@@ -200,11 +259,15 @@ impl Shared {
         for _ in 0..TRIES {
             let Some(session) = &stored else { return Ok(None) };
             match self.tell(store, session, &bytes).await {
-                // If it is away it is told of it when it is back.
-                Ok(Told::Stored) | Err(_) => break,
+                Ok(Told::Stored) => break,
+                // It is told of it when it is back.
+                Err(_) => {
+                    self.owes.store(true, Ordering::Relaxed);
+                    break;
+                }
                 Ok(Told::Behind) => {}
                 Ok(Told::Ended) => {
-                    store.end(turn.key.clone()).await?;
+                    store.end(turn.key.clone(), false).await?;
                     return Ok(None);
                 }
             }
@@ -223,13 +286,14 @@ impl Shared {
         let key = session.key();
         let [hash, names, tombstone] = self.keys(&key);
         let record = record(session);
-        let (at, stays) = (session.version().1, stays(session, store.now()));
+        let (at, stays) = (session.version().2, stays(session, store.now()));
         let answer: i64 = self
             .state
             .ask(async |mut there| {
                 let mut script = APPEND.prepare_invoke();
                 script.key(&hash).key(&names).key(&tombstone);
                 script.arg(number).arg(at).arg(&record).arg(stays).arg(&key).arg(session.first).arg(turn);
+                script.arg(session.generation);
                 script.invoke_async(&mut there).await
             })
             .await?;
@@ -238,28 +302,28 @@ impl Shared {
             -2 => Ok(Told::Ended),
             next if u64::try_from(next).is_ok_and(|next| next > number) => Ok(Told::Behind),
             // It has less than we have: turns that were said while it was away.
-            _ => self.put(store, &key).await.map(|()| Told::Stored),
+            _ => self.put(store, &key).await,
         }
     }
 
-    /// Ends a session there; when that is back, if it is away.
-    pub(super) async fn end(&self, key: &str) {
-        if self.say_end(key).await.is_err() {
-            let mut ended = self.ended();
-            if ended.len() < UNSAID {
-                ended.insert(key.to_owned());
-            }
+    /// Ends a session there. False if that is away, and has to be told when it is back.
+    pub(super) async fn end(&self, session: &Session) -> bool {
+        let known = KNOWN.max(session.timeout_ms() + GRACE);
+        let is_told = self.say_end(&session.key(), (session.generation, session.birth), known).await.is_ok();
+        if !is_told {
+            self.owes.store(true, Ordering::Relaxed);
         }
+        is_told
     }
 
-    async fn say_end(&self, key: &str) -> Result<(), Gone> {
+    async fn say_end(&self, key: &str, (generation, birth): Ended, known: u64) -> Result<(), Gone> {
         let [hash, names, tombstone] = self.keys(key);
         self.state
             .ask(async |mut there| {
-                let mut pipe = redis::pipe();
-                pipe.atomic().del(&hash).zrem(&names, key);
-                pipe.cmd("SET").arg(&tombstone).arg(1).arg("PX").arg(ENDED);
-                pipe.exec_async(&mut there).await
+                let mut script = END.prepare_invoke();
+                script.key(&hash).key(&names).key(&tombstone);
+                script.arg(generation).arg(birth).arg(known).arg(key);
+                script.invoke_async(&mut there).await
             })
             .await
     }
@@ -315,23 +379,19 @@ impl Shared {
 
     async fn look(&self, key: &str) -> Result<There, Gone> {
         let [hash, _, tombstone] = self.keys(key);
-        let (version, has_ended): ((Option<u64>, Option<u64>), bool) = self
+        type Fields = (Option<u64>, Option<u64>, Option<u64>);
+        let ((generation, next, at), ended): (Fields, Option<String>) = self
             .state
             .ask(async |mut there| {
-                redis::pipe()
-                    .cmd("HMGET")
-                    .arg(&hash)
-                    .arg("next")
-                    .arg("at")
-                    .exists(&tombstone)
-                    .query_async(&mut there)
-                    .await
+                let mut pipe = redis::pipe();
+                pipe.cmd("HMGET").arg(&hash).arg("gen").arg("next").arg("at").get(&tombstone);
+                pipe.query_async(&mut there).await
             })
             .await?;
-        Ok(match version {
-            (Some(next), at) => There::Version(next, at.unwrap_or(0)),
-            _ if has_ended => There::Ended,
-            _ => There::Nothing,
+        Ok(match (next, ended) {
+            (Some(next), _) => There::Has((generation.unwrap_or(0), next, at.unwrap_or(0))),
+            (None, Some(ended)) => There::Ended(read_tombstone(&ended)),
+            (None, None) => There::Nothing,
         })
     }
 
@@ -361,51 +421,53 @@ impl Shared {
     }
 
     /// Brings a session from here to there.
-    async fn put(&self, store: &Store, key: &str) -> Result<(), Gone> {
-        let Some((session, _)) = store.find(key) else { return Ok(()) };
-        let Ok(turns) = store.turns(key.to_owned()).await else { return Ok(()) };
+    async fn put(&self, store: &Store, key: &str) -> Result<Told, Gone> {
+        let Some((session, _)) = store.find(key) else { return Ok(Told::Stored) };
+        let Ok(turns) = store.turns(key.to_owned()).await else { return Ok(Told::Stored) };
         let now = store.now();
         if session.has_expired(now) {
-            return Ok(());
+            return Ok(Told::Stored);
         }
         let [hash, names, tombstone] = self.keys(key);
-        self.state
+        let answer: i64 = self
+            .state
             .ask(async |mut there| {
                 let mut script = PUT.prepare_invoke();
                 script.key(&hash).key(&names).key(&tombstone);
-                let (next, at) = session.version();
-                script.arg(next).arg(at).arg(record(&session)).arg(stays(&session, now)).arg(key);
+                let (generation, next, at) = session.version();
+                script.arg(next).arg(at).arg(record(&session)).arg(stays(&session, now)).arg(key).arg(generation);
                 for (number, turn) in &turns {
                     script.arg(format!("t{number}")).arg(turn.as_slice());
                 }
                 script.invoke_async(&mut there).await
             })
-            .await
+            .await?;
+        Ok(if answer == -2 { Told::Ended } else { Told::Stored })
     }
 
     /// A new session is put there.
     pub(super) async fn created(&self, store: &Store, key: &str) {
-        self.ended().remove(key);
         if let Err(gone) = self.put(store, key).await {
+            self.owes.store(true, Ordering::Relaxed);
             tracing::debug!(session = key, error = %gone, "a session is here alone for now");
         }
     }
 
     /// Tells the store, whenever it is there again, of what was done here alone.
     async fn catch_up(&self, store: &Store) -> Result<(), Gone> {
-        let ended: Vec<String> = self.ended().iter().cloned().collect();
-        for key in ended {
-            self.say_end(&key).await?;
-            self.ended().remove(&key);
+        for (key, ended) in store.ended() {
+            self.say_end(&key, ended, KNOWN).await?;
+            let _ = store.told(key).await;
         }
         let mut after = String::new();
         loop {
             let page = store.list(|_| true, &after, 100);
             for (session, _) in &page.sessions {
+                let _in_turn = self.line(&session.key()).lock().await;
                 match self.look(&session.key()).await? {
-                    There::Version(next, at) if session.version() <= (next, at) => {}
-                    There::Ended => {}
-                    _ => self.put(store, &session.key()).await?,
+                    There::Has(there) if session.version() <= there => {}
+                    There::Ended(ended) => self.buried(store, session, ended).await?,
+                    _ => drop(self.put(store, &session.key()).await?),
                 }
             }
             match page.next {
@@ -418,10 +480,6 @@ impl Shared {
     fn keys(&self, key: &str) -> [String; 3] {
         [self.state.key(&format!("session:{key}")), self.state.key("sessions"), self.state.key(&format!("ended:{key}"))]
     }
-
-    fn ended(&self) -> MutexGuard<'_, HashSet<String>> {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Catches up whenever the store is there again, until it is dropped.
@@ -433,16 +491,35 @@ pub(super) fn keep(sessions: super::Sessions) -> JoinSet<()> {
         loop {
             if *up.borrow_and_update()
                 && let Some(store) = sessions.0.store.get()
-                && let Err(gone) = shared.catch_up(store).await
             {
-                tracing::debug!(error = %gone, "the store left while it was told of sessions");
+                shared.owes.store(false, Ordering::Relaxed);
+                if let Err(gone) = shared.catch_up(store).await {
+                    shared.owes.store(true, Ordering::Relaxed);
+                    tracing::debug!(error = %gone, "the store does not take all that it is told of sessions");
+                }
             }
-            if up.changed().await.is_err() {
-                return;
+            loop {
+                tokio::select! {
+                    changed = up.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    () = tokio::time::sleep(AGAIN) => {
+                        if *up.borrow() && shared.owes.load(Ordering::Relaxed) {
+                            break;
+                        }
+                    }
+                }
             }
         }
     });
     tasks
+}
+
+/// What a tombstone says. Earlier versions wrote no more than that there was one.
+fn read_tombstone(text: &str) -> Buried {
+    let (generation, birth) = text.split_once(':').unwrap_or((text, ""));
+    (generation.parse().unwrap_or(0), birth.parse().ok())
 }
 
 fn record(session: &Session) -> Vec<u8> {

@@ -25,6 +25,10 @@ use super::{Config, Error};
 const SESSIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sessions");
 /// Their turns, as lists of messages in JSON.
 const TURNS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("turns");
+/// The sessions that have ended and of which the store of several proxies is not told yet: generation and birth.
+const ENDED: TableDefinition<'_, &str, (u64, u64)> = TableDefinition::new("ended");
+/// The most of them; of more the end is forgotten.
+const MOST_ENDED: usize = 10_000;
 /// What is known of the file itself.
 const ABOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("about");
 /// The version of what is in the tables.
@@ -71,12 +75,18 @@ pub(super) struct Store {
 enum Order {
     Create(Box<Session>, Vec<Entry>, oneshot::Sender<Result<(Arc<Session>, bool), Error>>),
     Append(Box<Append>, oneshot::Sender<Result<Option<Arc<Session>>, Error>>),
-    End(String, oneshot::Sender<Result<Option<u64>, Error>>),
+    /// The flag: whether others are still to be told.
+    End(String, bool, oneshot::Sender<Result<Option<u64>, Error>>),
+    /// They were.
+    Told(String, oneshot::Sender<Result<(), Error>>),
     Adopt(Box<Session>, Vec<Numbered>, oneshot::Sender<Result<(), Error>>),
 }
 
 /// A turn with its number, as it is written.
 pub(super) type Numbered = (u64, Vec<u8>);
+
+/// The generation of a session that has ended, and its birth.
+pub(super) type Ended = (u64, u64);
 
 /// A turn that is over.
 #[derive(Clone, Debug)]
@@ -165,9 +175,24 @@ impl Store {
         self.order(|told| Order::Append(Box::new(turn), told)).await
     }
 
-    /// Ends a session; the turns that it had.
-    pub(super) async fn end(&self, key: String) -> Result<Option<u64>, Error> {
-        self.order(|told| Order::End(key, told)).await
+    /// Ends a session; the turns that it had. If others are still to be told, that is kept with it.
+    pub(super) async fn end(&self, key: String, is_untold: bool) -> Result<Option<u64>, Error> {
+        self.order(|told| Order::End(key, is_untold, told)).await
+    }
+
+    /// The sessions that have ended and of which others are still to be told.
+    pub(super) fn ended(&self) -> HashMap<String, Ended> {
+        self.index.ended.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a session is one of those.
+    pub(super) fn has_ended(&self, key: &str) -> bool {
+        self.index.ended.read().unwrap_or_else(PoisonError::into_inner).contains_key(key)
+    }
+
+    /// Others were told of the end of a session.
+    pub(super) async fn told(&self, key: String) -> Result<(), Error> {
+        self.order(|told| Order::Told(key, told)).await
     }
 
     /// Puts a session of another proxy, whole, in the place of what is here of it.
@@ -377,6 +402,7 @@ type Part = RwLock<HashMap<String, (Arc<Session>, Running)>>;
 #[derive(Debug, Default)]
 struct Index {
     parts: [Part; PARTS],
+    ended: RwLock<HashMap<String, Ended>>,
     hasher: RandomState,
     sessions: AtomicU64,
     bytes: AtomicU64,
@@ -412,6 +438,10 @@ impl Index {
     }
 
     fn count(&self, book: &Book) {
+        // Mostly there are none, before and after.
+        if !book.ended.is_empty() || !self.ended.read().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            self.ended.write().unwrap_or_else(PoisonError::into_inner).clone_from(&book.ended);
+        }
         self.sessions.store(book.sessions.len() as u64, Ordering::Relaxed);
         self.bytes.store(book.bytes, Ordering::Relaxed);
     }
@@ -424,6 +454,7 @@ struct Book {
     /// The same in the order in which they leave.
     order: BTreeSet<(u64, String)>,
     bytes: u64,
+    ended: HashMap<String, Ended>,
 }
 
 impl Book {
@@ -439,6 +470,10 @@ impl Book {
             }
             about.insert("version", VERSION)?;
             transaction.open_table(TURNS)?;
+            for ended in transaction.open_table(ENDED)?.iter()? {
+                let (key, ended) = ended?;
+                book.ended.insert(key.value().to_owned(), ended.value());
+            }
             for session in transaction.open_table(SESSIONS)?.iter()? {
                 let (key, session) = session?;
                 let session: Session = serde_json::from_slice(session.value())
@@ -496,11 +531,16 @@ type Told = Box<dyn FnOnce(Result<(), Error>)>;
 struct Tables<'t> {
     sessions: Table<'t, &'static str, &'static [u8]>,
     turns: Table<'t, (&'static str, u64), &'static [u8]>,
+    ended: Table<'t, &'static str, (u64, u64)>,
 }
 
 impl<'t> Tables<'t> {
     fn of(transaction: &'t WriteTransaction) -> Result<Self, Broken> {
-        Ok(Self { sessions: transaction.open_table(SESSIONS)?, turns: transaction.open_table(TURNS)? })
+        Ok(Self {
+            sessions: transaction.open_table(SESSIONS)?,
+            turns: transaction.open_table(TURNS)?,
+            ended: transaction.open_table(ENDED)?,
+        })
     }
 }
 
@@ -612,10 +652,20 @@ impl Writer {
                     kept.push(key);
                     tell.push(Box::new(|done| drop(told.send(done))));
                 }
-                Order::End(key, told) => {
-                    let ended = book.sessions.get(&key).map(|session| session.turns);
+                Order::End(key, is_untold, told) => {
+                    let ended =
+                        book.sessions.get(&key).map(|session| (session.turns, (session.generation, session.birth)));
                     self.remove(&key, &mut tables, book)?;
-                    tell.push(Box::new(move |done| drop(told.send(done.map(|()| ended)))));
+                    if let Some((_, ended)) = ended.filter(|_| is_untold && book.ended.len() < MOST_ENDED) {
+                        tables.ended.insert(key.as_str(), ended)?;
+                        book.ended.insert(key, ended);
+                    }
+                    tell.push(Box::new(move |done| drop(told.send(done.map(|()| ended.map(|(turns, _)| turns))))));
+                }
+                Order::Told(key, told) => {
+                    tables.ended.remove(key.as_str())?;
+                    book.ended.remove(&key);
+                    tell.push(Box::new(move |done| drop(told.send(done))));
                 }
             }
         }
@@ -640,7 +690,12 @@ impl Writer {
             if self.index.is_busy(&key) || !known.has_expired(self.clock.now()) {
                 return Ok((known.clone(), false));
             }
+            session.generation = session.generation.max(known.generation + 1);
             self.remove(&key, tables, book)?;
+        }
+        if let Some((generation, _)) = book.ended.remove(&key) {
+            tables.ended.remove(key.as_str())?;
+            session.generation = session.generation.max(generation + 1);
         }
         if !entries.is_empty() {
             let bytes = encoded(entries)?;
@@ -666,7 +721,7 @@ impl Writer {
         session.messages += turn.entries.len() as u64;
         session.bytes += bytes.len() as u64;
         let now = self.clock.now();
-        session.stamp = now.max(session.version().1);
+        session.stamp = now.max(session.version().2);
         session.last_active = now.max(session.last_active);
         if !turn.server.is_empty() {
             let has_moved = !session.server_host.is_empty() && session.server_host != turn.server;

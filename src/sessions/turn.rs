@@ -17,6 +17,7 @@ use olol_middleware::time::unix_ms_now;
 use olol_middleware::{Chunk, Error, Reply, instruments};
 use serde_json::{Map, Value};
 
+use super::openai;
 use super::record::{self, Entry, Session};
 use super::shared::Shared;
 use super::store::{Append, Busy, Store};
@@ -24,13 +25,26 @@ use super::{HEADER, MOVED};
 
 /// The longest answer that is kept, bytes.
 const LONGEST: usize = 16 << 20;
+/// What is said of one that is longer.
+const TOO_LONG: &str = "the answer is too long to be kept";
 
 /// Where sessions are kept, and with whom they are shared.
 type Kept = (Arc<Store>, Option<Arc<Shared>>);
 
+/// In which form a client says its messages and gets its answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// As `/api/chat` does.
+    #[default]
+    Ollama,
+    /// As `/v1/chat/completions` does.
+    OpenAi,
+}
+
 /// A turn that has begun.
 #[derive(Debug)]
 pub struct Turn {
+    form: Form,
     store: Arc<Store>,
     shared: Option<Arc<Shared>>,
     session: Arc<Session>,
@@ -53,6 +67,7 @@ impl Turn {
         sent: Vec<Value>,
     ) -> Self {
         Self {
+            form: Form::Ollama,
             store,
             shared,
             session,
@@ -70,14 +85,32 @@ impl Turn {
         &self.session
     }
 
-    /// The messages that were said before, in Ollama's form.
-    pub fn history(&self) -> impl Iterator<Item = &Value> {
-        self.history.iter().map(|entry| &entry.message)
+    /// The same turn in another form: so its messages were sent, and so its answer comes.
+    #[must_use]
+    pub fn in_form(mut self, form: Form) -> Self {
+        self.form = form;
+        if form == Form::OpenAi {
+            self.sent = self.sent.iter().map(openai::kept).collect();
+        }
+        self
     }
 
-    /// The messages of this turn, as the client sent them.
+    /// The messages that were said before, in the form of the turn.
+    pub fn history(&self) -> impl Iterator<Item = Value> {
+        self.history.iter().map(|entry| match self.form {
+            Form::Ollama => entry.message.clone(),
+            Form::OpenAi => openai::told(&entry.message),
+        })
+    }
+
+    /// The messages of this turn, in Ollama's form.
     pub fn sent(&self) -> &[Value] {
         &self.sent
+    }
+
+    /// What a session of this turn says of its options, as members of the body of a call to `/v1/chat/completions`.
+    pub fn parameters(&self) -> Map<String, Value> {
+        openai::options(&self.session.model_parameters)
     }
 
     /// The options of the turn: those of the session, and before them what the client asks for.
@@ -113,8 +146,8 @@ impl Turn {
         let recorder = |chunks| Recorder {
             chunks,
             outcome,
+            said: Said { form: self.form, ..Said::default() },
             turn: Some(self),
-            said: Said::default(),
             held: VecDeque::new(),
             saving: None,
             is_over: false,
@@ -123,11 +156,21 @@ impl Turn {
     }
 
     /// What is stored of it.
-    fn stored(self, said: Said, server: String) -> (Kept, Append, Busy) {
+    fn stored(self, said: Said, outcome: &Outcome) -> (Kept, Append, Busy) {
         let Said { message, end, .. } = said;
+        let server = outcome.servers.last().map(ToString::to_string).unwrap_or_default();
         let number = |key: &str| end.get(key).and_then(Value::as_u64).unwrap_or(0);
+        let nanos = match number("total_duration") {
+            // The other form does not say it.
+            0 => unix_ms_now().saturating_sub(self.begun) * 1_000_000,
+            nanos => nanos,
+        };
         #[expect(clippy::cast_precision_loss, reason = "nanoseconds of some hours")]
-        let seconds = number("total_duration") as f64 / 1e9;
+        let seconds = nanos as f64 / 1e9;
+        let tokens = match number("prompt_eval_count") + number("eval_count") {
+            0 => outcome.counters.map_or(0, |counters| counters.prompt_tokens.saturating_add(counters.output_tokens)),
+            tokens => tokens,
+        };
         let text = |key: &str| end.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let known = [
             ("server", server.clone()),
@@ -142,7 +185,7 @@ impl Turn {
             .collect();
         let answer = Entry {
             temperature: self.temperature,
-            tokens_used: number("prompt_eval_count") + number("eval_count"),
+            tokens_used: tokens,
             completion_time: seconds,
             metadata,
             ..Entry::sent(message)
@@ -162,13 +205,18 @@ pub(crate) fn check(messages: &[Value]) -> Result<(), super::Error> {
 /// What the model has said so far.
 #[derive(Debug, Default)]
 struct Said {
+    form: Form,
     /// A line that is not there as a whole.
     rest: Vec<u8>,
     content: String,
     thinking: String,
     calls: Vec<Value>,
-    /// The last line.
+    /// Bytes of the lines with calls.
+    called: usize,
+    /// The last line, or what stands for it.
     end: Map<String, Value>,
+    /// Whether the model has said all, and only the end of the answer is to come.
+    is_ending: bool,
     /// The whole message, when it is.
     message: Value,
 }
@@ -203,12 +251,12 @@ impl Said {
             }
         }
         self.rest.extend_from_slice(bytes);
-        if self.rest.len() > LONGEST { Come::Unfit("the answer is too long to be kept") } else { Come::Some }
+        if self.rest.len() > LONGEST { Come::Unfit(TOO_LONG) } else { Come::Some }
     }
 
-    /// Whether a line has begun that may be the last one.
-    fn is_within_a_line(&self) -> bool {
-        !self.rest.is_empty()
+    /// Whether the end has begun, or a line that may be the last one.
+    fn may_be_ending(&self) -> bool {
+        self.is_ending || !self.rest.is_empty()
     }
 
     /// The bytes are over.
@@ -221,6 +269,10 @@ impl Said {
         if line.trim_ascii().is_empty() {
             return Come::Some;
         }
+        if self.form == Form::OpenAi {
+            return self.event(line);
+        }
+        let length = line.len();
         let Ok(Value::Object(mut line)) = serde_json::from_slice(line) else {
             return Come::Unfit("a line of the answer is no JSON");
         };
@@ -232,9 +284,10 @@ impl Said {
         self.thinking.push_str(message["thinking"].as_str().unwrap_or_default());
         if let Some(Value::Array(calls)) = message.get_mut("tool_calls").map(Value::take) {
             self.calls.extend(calls);
+            self.called += length;
         }
-        if self.content.len() + self.thinking.len() > LONGEST {
-            return Come::Unfit("the answer is too long to be kept");
+        if self.is_too_long() {
+            return Come::Unfit(TOO_LONG);
         }
         if line.get("done") != Some(&Value::Bool(true)) {
             return Come::Some;
@@ -242,6 +295,69 @@ impl Said {
         self.end = line;
         self.message = self.whole();
         Come::All
+    }
+
+    fn is_too_long(&self) -> bool {
+        self.content.len() + self.thinking.len() + self.called > LONGEST
+    }
+
+    /// A line of OpenAI's form: an event of a stream, or the answer in one piece.
+    fn event(&mut self, line: &[u8]) -> Come {
+        let line = line.trim_ascii();
+        let line = line.strip_prefix(b"data:").unwrap_or(line).trim_ascii();
+        if line == b"[DONE]" {
+            if !self.is_ending {
+                return Come::Unfit("the answer says no reason for its end");
+            }
+            self.message = self.whole();
+            return Come::All;
+        }
+        let Ok(mut event) = serde_json::from_slice::<Value>(line) else {
+            return Come::Unfit("a line of the answer is no JSON");
+        };
+        if !event["error"].is_null() {
+            return Come::Unfit("the answer ends in an error");
+        }
+        if let Some(model) = event["model"].as_str() {
+            self.end.insert("model".to_owned(), model.into());
+        }
+        for (theirs, ours) in [("prompt_tokens", "prompt_eval_count"), ("completion_tokens", "eval_count")] {
+            if let Some(count) = event["usage"][theirs].as_u64() {
+                self.end.insert(ours.to_owned(), count.into());
+            }
+        }
+        let Some(choice) = event.pointer_mut("/choices/0") else { return Come::Some };
+        if let Some(reason) = choice["finish_reason"].as_str() {
+            self.end.insert("done_reason".to_owned(), reason.into());
+            self.is_ending = true;
+        }
+        let is_whole = choice["message"].is_object();
+        let Some(said) = choice.get_mut(if is_whole { "message" } else { "delta" }) else { return Come::Some };
+        self.content.push_str(said["content"].as_str().unwrap_or_default());
+        self.thinking.push_str(said["reasoning"].as_str().unwrap_or_default());
+        if let Some(Value::Array(calls)) = said.get_mut("tool_calls").map(Value::take) {
+            calls.into_iter().for_each(|call| self.call(call));
+            self.called += line.len();
+        }
+        if self.is_too_long() {
+            return Come::Unfit(TOO_LONG);
+        }
+        if !is_whole {
+            return Come::Some;
+        }
+        self.message = self.whole();
+        Come::All
+    }
+
+    /// A call of a tool, or the next part of one.
+    fn call(&mut self, call: Value) {
+        let at = call["index"].as_u64().and_then(|at| usize::try_from(at).ok()).unwrap_or(usize::MAX);
+        let begun = self.calls.get_mut(at).and_then(|begun| begun.pointer_mut("/function/arguments"));
+        if let (Some(Value::String(arguments)), Some(more)) = (begun, call["function"]["arguments"].as_str()) {
+            arguments.push_str(more);
+            return;
+        }
+        self.calls.push(call);
     }
 
     fn whole(&mut self) -> Value {
@@ -254,7 +370,18 @@ impl Said {
         if !self.calls.is_empty() {
             message.insert("tool_calls".to_owned(), std::mem::take(&mut self.calls).into());
         }
-        Value::Object(message)
+        let message = Value::Object(message);
+        match self.form {
+            Form::Ollama => message,
+            // But for its calls it is in Ollama's form.
+            Form::OpenAi => {
+                let mut kept = openai::kept(&message);
+                if let Some(thinking) = message.get("thinking") {
+                    kept["thinking"] = thinking.clone();
+                }
+                kept
+            }
+        }
     }
 }
 
@@ -277,8 +404,7 @@ impl Recorder {
     fn save(&mut self) {
         let Some(turn) = self.turn.take() else { return };
         self.chunks.tell(&mut self.outcome);
-        let server = self.outcome.servers.last().map(ToString::to_string).unwrap_or_default();
-        let ((store, shared), append, busy) = turn.stored(std::mem::take(&mut self.said), server);
+        let ((store, shared), append, busy) = turn.stored(std::mem::take(&mut self.said), &self.outcome);
         // A task of its own: a client that leaves now does not undo it.
         let saving = tokio::spawn(async move {
             let stored = match shared {
@@ -304,10 +430,10 @@ impl Recorder {
         match come {
             Come::Some => {}
             Come::All => self.save(),
-            Come::Unfit(why @ "the answer is too long to be kept") => {
+            Come::Unfit(TOO_LONG) => {
                 self.turn = None;
                 instruments::session_turn("failed");
-                return Err(Error::Storage(format!("{why}: a turn of a session has at most {LONGEST} bytes")));
+                return Err(Error::Storage(format!("{TOO_LONG}: a turn of a session has at most {LONGEST} bytes")));
             }
             Come::Unfit(_) => {
                 self.turn = None;
@@ -336,7 +462,7 @@ impl Source for Recorder {
                     return this.fail(error);
                 }
             }
-            let may_pass = this.turn.is_none() || !this.said.is_within_a_line();
+            let may_pass = this.turn.is_none() || !this.said.may_be_ending();
             if (may_pass || this.is_over)
                 && let Some(chunk) = this.held.pop_front()
             {
@@ -407,8 +533,12 @@ mod tests {
 
         /// What comes of an answer that is sent in these pieces.
         async fn answer(&self, pieces: &[&str]) -> (Vec<String>, Option<String>) {
+            self.answer_in(Form::Ollama, pieces).await
+        }
+
+        async fn answer_in(&self, form: Form, pieces: &[&str]) -> (Vec<String>, Option<String>) {
             let sent = vec![json!({"role": "user", "content": "hi"})];
-            let turn = self.sessions.turn(&Visitor::anybody(), "a", sent).await.unwrap();
+            let turn = self.sessions.turn(&Visitor::anybody(), "a", sent).await.unwrap().in_form(form);
             let chunks: Vec<_> =
                 pieces.iter().map(|piece| Ok(Chunk::from(bytes::Bytes::copy_from_slice(piece.as_bytes())))).collect();
             let body = Body::new(futures_util::stream::iter(chunks));
@@ -426,6 +556,63 @@ mod tests {
         async fn kept(&self) -> Vec<Value> {
             let (_, _, entries) = self.sessions.export(&Visitor::anybody(), "a").await.unwrap();
             entries.into_iter().map(|entry| entry.message).collect()
+        }
+    }
+
+    fn delta(choice: &str) -> String {
+        format!("data: {{\"id\":\"c\",\"model\":\"m\",\"choices\":[{choice}]}}\n\n")
+    }
+
+    fn text(text: &str) -> String {
+        delta(&format!("{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}},\"finish_reason\":null}}"))
+    }
+
+    const STOP: &str = "{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}";
+    const USAGE: &str =
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5}}\n\n";
+    const DONE: &str = "data: [DONE]\n\n";
+
+    #[tokio::test]
+    async fn an_answer_in_the_other_form_is_kept_when_it_is_whole() {
+        let calls = delta(
+            "{\"delta\":{\"tool_calls\":[{\"index\":0,\"id\":\"x\",\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":\"{\\\"a\\\":\"}}]}}",
+        );
+        let more = delta("{\"delta\":{\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"1}\"}}]}}");
+        let thinks = delta("{\"delta\":{\"reasoning\":\"hm\"}}");
+        let whole = "{\"model\":\"m\",\"choices\":[{\"message\":{\"role\":\"assistant\",\"content\":\"Hello\"},\
+                     \"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n";
+        let hello = json!({"role": "assistant", "content": "Hello"});
+        for (pieces, wanted, tokens) in [
+            (vec![text("Hel"), text("lo"), delta(STOP), USAGE.to_owned(), DONE.to_owned()], hello.clone(), 5),
+            (vec![[text("Hel"), text("lo"), delta(STOP), DONE.to_owned()].concat()], hello.clone(), 0),
+            (vec![whole.to_owned()], hello, 5),
+            (
+                vec![thinks, calls, more, delta(STOP), DONE.to_owned()],
+                json!({"role": "assistant", "content": "", "thinking": "hm",
+                    "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {"a": 1}}}]}),
+                0,
+            ),
+        ] {
+            let place = Place::new(1 << 20).await;
+            let (seen, error) =
+                place.answer_in(Form::OpenAi, &pieces.iter().map(String::as_str).collect::<Vec<_>>()).await;
+            assert_eq!((seen, error), (pieces, None));
+            let (_, _, entries) = place.sessions.export(&Visitor::anybody(), "a").await.unwrap();
+            assert_eq!((&entries[1].message, entries[1].tokens_used), (&wanted, tokens));
+            assert!(entries[1].metadata["done_reason"] == "stop" && entries[1].metadata["model"] == "m");
+        }
+        let place = Place::new(1 << 20).await;
+        let error = "data: {\"error\":{\"message\":\"no\"}}\n\n".to_owned();
+        for pieces in [
+            vec![text("Hel")],
+            vec![text("Hel"), delta(STOP)],
+            vec![text("Hel"), error, DONE.to_owned()],
+            vec![DONE.to_owned()],
+        ] {
+            let (seen, error) =
+                place.answer_in(Form::OpenAi, &pieces.iter().map(String::as_str).collect::<Vec<_>>()).await;
+            assert_eq!((&seen, error), (&pieces, None));
+            assert!(place.kept().await.is_empty(), "{pieces:?}");
         }
     }
 

@@ -29,7 +29,7 @@ impl Drains {
 pub(super) async fn share(state: &State, drains: &Drains, cluster: &Cluster) -> Result<(), Gone> {
     let (names, mark) = (state.key("drains"), state.key("mark"));
     let is_known: bool =
-        state.ask(async |mut store| redis::cmd("EXISTS").arg(&mark).query_async(&mut store).await).await?;
+        state.try_ask(async |mut store| redis::cmd("EXISTS").arg(&mark).query_async(&mut store).await).await?;
     if !is_known {
         let snapshot = cluster.snapshot();
         let mut unsaid = drains.unsaid();
@@ -39,7 +39,7 @@ pub(super) async fn share(state: &State, drains: &Drains, cluster: &Cluster) -> 
     }
     let said = drains.unsaid().clone();
     let drained: HashSet<String> = state
-        .ask(async |mut store| {
+        .try_ask(async |mut store| {
             // All at once: who sees the mark sees what belongs to it.
             let mut pipe = redis::pipe();
             pipe.atomic().cmd("SET").arg(&mark).arg(1).ignore();

@@ -36,7 +36,7 @@ pub(super) async fn share(state: &State, reading: &mut Reading, ledger: &Ledger,
         }
         let text = serde_json::to_string(&spent).unwrap_or_default();
         let told = state
-            .ask(async |mut store| {
+            .try_ask(async |mut store| {
                 let mut entry = redis::cmd("XADD");
                 entry.arg(&name).arg("MAXLEN").arg("~").arg(KEPT).arg("*").arg("by").arg(me).arg("used").arg(&text);
                 entry.exec_async(&mut store).await
@@ -50,7 +50,7 @@ pub(super) async fn share(state: &State, reading: &mut Reading, ledger: &Ledger,
     loop {
         let last = reading.last.clone().unwrap_or_else(|| "0".to_owned());
         let (now, read) = state
-            .ask(async |mut store| {
+            .try_ask(async |mut store| {
                 let (seconds, _): (u64, u64) = redis::cmd("TIME").query_async(&mut store).await?;
                 let options = StreamReadOptions::default().count(AT_ONCE);
                 let mut ask = redis::cmd("XREAD");
@@ -87,7 +87,7 @@ pub(super) async fn share(state: &State, reading: &mut Reading, ledger: &Ledger,
 async fn restart(state: &State, reading: &mut Reading, name: &str) -> Result<(), Gone> {
     let Some(last) = &reading.last else { return Ok(()) };
     let newest: StreamRangeReply = state
-        .ask(async |mut store| {
+        .try_ask(async |mut store| {
             redis::cmd("XREVRANGE").arg(name).arg("+").arg("-").arg("COUNT").arg(1).query_async(&mut store).await
         })
         .await?;

@@ -1,12 +1,16 @@
-//! A real Redis or Valkey.
+//! A real Redis or Valkey, and one who stands between it and a proxy and does what no store does on demand.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::patiently;
 
@@ -16,13 +20,21 @@ pub struct Store {
     child: Option<Child>,
     port: u16,
     folder: TempDir,
+    /// More of its options.
+    options: Vec<String>,
 }
 
 impl Store {
     /// Starts one.
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Starts one with more options. With `--tls-port` among them, its port is that.
+    pub async fn start_with(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut store = Self { child: None, port: 0, folder };
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let mut store = Self { child: None, port: 0, folder, options };
         // Who has a port may lose it to another before the program listens there.
         for _ in 0..10 {
             store.port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -35,8 +47,30 @@ impl Store {
 
     /// The table of a proxy that shares it.
     pub fn toml(&self) -> String {
+        self.toml_for(&format!("redis://127.0.0.1:{}", self.port))
+    }
+
+    /// The same with this address.
+    pub fn toml_for(&self, url: &str) -> String {
         // Slow machines are no lost stores.
-        format!("[state]\nurl = \"redis://127.0.0.1:{}\"\ntimeout-ms = 5000\n", self.port)
+        format!("[state]\nurl = \"{url}\"\ntimeout-ms = 5000\n")
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
+    /// Has it do something, as whoever may do all.
+    pub async fn does(&self, words: &[&str]) {
+        let address = self.address();
+        let client = redis::Client::open(format!("redis://{address}")).unwrap();
+        let mut store = client.get_multiplexed_async_connection().await.unwrap();
+        let mut command = redis::cmd(words[0]);
+        for word in &words[1..] {
+            command.arg(*word);
+        }
+        command.exec_async(&mut store).await.unwrap_or_else(|error| panic!("{words:?}: {error}"));
     }
 
     /// A connection to it.
@@ -86,8 +120,16 @@ impl Store {
         if let Some(libraries) = libraries {
             command.env("LD_LIBRARY_PATH", libraries);
         }
+        let port = self.port.to_string();
+        let is_tls = self.options.iter().any(|option| option == "--tls-cert-file");
+        if is_tls {
+            command.args(["--port", "0", "--tls-port", &port]);
+        } else {
+            command.args(["--port", &port]);
+        }
         command
-            .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args(&self.options)
             .args(["--dir", &self.folder.path().display().to_string()])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -107,6 +149,93 @@ impl Store {
         let runs = patiently("the store listens", answers).await;
         self.child = runs.then_some(child);
         runs
+    }
+}
+
+/// How one behaves who stands before a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mood {
+    /// Passes all on.
+    Passes,
+    /// Passes answers on when they are so old.
+    Late(Duration),
+    /// Takes what comes and says nothing.
+    Silent,
+    /// Says this to whatever comes.
+    Babbles(&'static [u8]),
+    /// Takes connections and closes them.
+    HangsUp,
+}
+
+/// One who stands before a store.
+#[derive(Debug)]
+pub struct Middleman {
+    address: SocketAddr,
+    mood: watch::Sender<Mood>,
+    _tasks: JoinSet<()>,
+}
+
+impl Middleman {
+    /// Stands before a store.
+    pub async fn before(store: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mood = watch::Sender::new(Mood::Passes);
+        let moods = mood.clone();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut talks = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                talks.spawn(talk(stream, store, moods.subscribe()));
+            }
+        });
+        Self { address, mood, _tasks: tasks }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Is in another mood from now on; whoever talks with it now finds himself cut off only by what that does.
+    pub fn is(&self, mood: Mood) {
+        self.mood.send_replace(mood);
+    }
+}
+
+async fn talk(client: TcpStream, store: SocketAddr, mut moods: watch::Receiver<Mood>) {
+    let store = TcpStream::connect(store).await.unwrap();
+    let ((mut from, mut to), (mut answers, mut asks)) = (client.into_split(), store.into_split());
+    let (mut asked, mut answer) = (vec![0; 64 << 10], vec![0; 64 << 10]);
+    loop {
+        let mood = *moods.borrow_and_update();
+        if mood == Mood::HangsUp {
+            return;
+        }
+        tokio::select! {
+            _ = moods.changed() => {}
+            read = from.read(&mut asked) => {
+                let Some(length) = read.ok().filter(|length| *length > 0) else { return };
+                let done = match mood {
+                    Mood::Passes | Mood::Late(_) => asks.write_all(&asked[..length]).await,
+                    Mood::Babbles(what) => to.write_all(what).await,
+                    Mood::Silent | Mood::HangsUp => Ok(()),
+                };
+                if done.is_err() {
+                    return;
+                }
+            }
+            read = answers.read(&mut answer) => {
+                let Some(length) = read.ok().filter(|length| *length > 0) else { return };
+                if let Mood::Late(time) = mood {
+                    tokio::time::sleep(time).await;
+                }
+                if matches!(mood, Mood::Passes | Mood::Late(_)) && to.write_all(&answer[..length]).await.is_err() {
+                    return;
+                }
+            }
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who has more than its share: conversations stay where their history is, but not so that a server drowns in them.
 //!
-//! Three measures. Calls at this moment, against `load-factor` times the mean, rounded up: it keeps new conversations away.
+//! Three measures. Calls at this moment, against `load-factor` times the mean: it keeps new conversations away.
 //! A moment passes, though, and a history costs seconds to read again, so a conversation leaves its server only for more than
 //! a moment: when the calls that came for that server have found it over its share lately, or when it has twice the bound.
 //! And turns that were answered, lately and by each, since a bound of a few calls is coarse: it may be a third over the mean.
@@ -120,7 +120,8 @@ impl Balance {
 
     /// Whether a server should take no further conversation.
     pub(super) fn is_full(&self, server: &Server) -> bool {
-        calls(server) > self.bound(server, self.factor) || self.has_had_more(server)
+        // Sooner than it has to give up others: a conversation that begins elsewhere costs nothing.
+        calls(server) > self.room(server) || self.has_had_more(server, 1.0 + (self.factor - 1.0) / 4.0)
     }
 
     /// Whether a server should give up those that it has.
@@ -128,7 +129,15 @@ impl Balance {
         let calls = calls(server);
         calls > self.bound(server, 2.0 * self.factor)
             || calls > self.bound(server, self.factor) && server.share.found() > self.factor
-            || self.has_had_more(server)
+            || self.has_had_more(server, self.factor)
+    }
+
+    /// Calls, this one included, up to which a server takes new conversations. Where few calls run, the bound is one of them
+    /// more than the mean: who begins one there every time, as several proxies may that do not see each other's calls at once,
+    /// has more conversations on a server than it caches.
+    fn room(&self, server: &Server) -> f64 {
+        let even = self.calls * weight(server);
+        (self.factor * even).floor().max(even.ceil()).max(self.floor.into())
     }
 
     /// Calls, this one included, that a server may have at most.
@@ -136,14 +145,14 @@ impl Balance {
         (factor * self.calls * weight(server)).ceil().max(self.floor.into())
     }
 
-    /// Whether a server is busier than others now, when all are busy, and was so lately.
-    fn has_had_more(&self, server: &Server) -> bool {
+    /// Whether a server is busier than others now, when all are busy, and has had so much more than the mean lately.
+    fn has_had_more(&self, server: &Server, factor: f64) -> bool {
         let all_are_busy = self.calls * weight(server) > 1.0;
         let turns = server.share.turns(self.half_life) as f64;
         all_are_busy
             && calls(server) > self.calls * weight(server)
             && self.turns > 0.0
-            && turns > self.factor * self.turns * weight(server)
+            && turns > factor * self.turns * weight(server)
     }
 
     /// Remembers how much of the calls a server had when another one came for it.

@@ -69,7 +69,7 @@ impl Watcher for Listener {
         if end.is_some()
             && let State::Within(tokens) = std::mem::replace(&mut self.state, State::After)
         {
-            tokens.finish().news(None).for_each(|link| self.table.learn(link, &self.server.id));
+            self.table.gave(tokens.finish().news(None), &self.server);
         }
     }
 

@@ -33,6 +33,8 @@ pub struct Table {
     key_before: AtomicU64,
     /// Where turns go that no agent tells the other proxies of.
     others: OnceLock<mpsc::Sender<(ServerId, Turn)>>,
+    /// Where turns go that an agent is to tell of, and that it was not told of with their calls.
+    agents: OnceLock<mpsc::Sender<(ServerId, Turn)>>,
     /// Turns that were answered so far.
     turns: AtomicU64,
 }
@@ -60,6 +62,7 @@ impl Default for Table {
             key: AtomicU64::new(0),
             key_before: AtomicU64::new(0),
             others: OnceLock::new(),
+            agents: OnceLock::new(),
             turns: AtomicU64::new(0),
         }
     }
@@ -154,14 +157,24 @@ impl Table {
         let _ = self.others.set(others);
     }
 
-    /// Tells the other proxies of a turn, unless the agent of its server does that.
+    /// From now on what agents are to tell of goes there, if it was not said with a call. What finds no room is dropped.
+    pub fn tell_agents_by(&self, agents: mpsc::Sender<(ServerId, Turn)>) {
+        let _ = self.agents.set(agents);
+    }
+
+    /// Tells the other proxies of a turn that was sent with its links: the agent of its server, if it has one, has them.
     pub(super) fn tell_others(&self, turn: &Turn, server: &Server) {
-        if let Some(others) = self.others.get()
-            && server.vitals.load().is_none()
-            && !turn.is_empty()
-        {
-            let _ = others.try_send((server.id.clone(), turn.clone()));
+        if server.vitals.load().is_none() {
+            tell(&self.others, turn, server);
         }
+    }
+
+    /// A server has given an answer from which its client can go on in a way that nobody knew before. The other proxies are
+    /// told, by the server's agent if it has one.
+    pub(super) fn gave(&self, links: impl Iterator<Item = u64>, server: &Server) {
+        let turn = Turn { news: links.map(|link| self.keyed(link)).collect(), ..Turn::default() };
+        turn.news.iter().for_each(|link| self.insert(*link, &server.id));
+        tell(if server.vitals.load().is_none() { &self.others } else { &self.agents }, &turn, server);
     }
 
     /// A server, one of so many, has answered a turn that another proxy has sent there. What that proxy took for new may be
@@ -183,7 +196,8 @@ impl Table {
     }
 
     /// A server was asked for a link that is new.
-    pub(super) fn learn(&self, link: u64, server: &ServerId) {
+    #[cfg(test)]
+    fn learn(&self, link: u64, server: &ServerId) {
         self.insert(self.keyed(link), server);
     }
 
@@ -226,6 +240,14 @@ impl Table {
 
     fn now(&self) -> u32 {
         u32::try_from(self.born.elapsed().as_secs()).unwrap_or(u32::MAX)
+    }
+}
+
+fn tell(way: &OnceLock<mpsc::Sender<(ServerId, Turn)>>, turn: &Turn, server: &Server) {
+    if let Some(way) = way.get()
+        && !turn.is_empty()
+    {
+        let _ = way.try_send((server.id.clone(), turn.clone()));
     }
 }
 

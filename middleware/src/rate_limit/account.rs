@@ -1,7 +1,7 @@
 //! What one client, one key or one model has used.
 
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -57,6 +57,10 @@ pub(super) struct Standings {
 pub(super) struct Account {
     requests: Requests,
     running: AtomicU32,
+    /// Those that run at other proxies, as far as they have told.
+    elsewhere: AtomicI64,
+    /// Whether those who tell other proxies know that something runs here.
+    is_told: AtomicBool,
     /// Made when tokens are first counted: most accounts have none.
     tokens: Mutex<Option<Box<Tokens>>>,
     /// What other proxies are to be told.
@@ -147,8 +151,8 @@ impl Account {
     /// Where somebody stands, and the limit that a call would meet: of several the one that takes longest. Changes nothing.
     pub(super) fn look(&self, limits: &Limits, need: &Need, now: u64) -> (Standings, Option<Refusal>) {
         let concurrent = limits.concurrent.filter(|_| need.runs).and_then(|most| {
-            let running = self.running.load(Ordering::Relaxed);
-            (running >= most.get()).then(|| crowded(most))
+            let running = u64::from(self.running.load(Ordering::Relaxed)) + self.elsewhere();
+            (running >= u64::from(most.get())).then(|| crowded(most))
         });
         let (mut tokens, mut short) = (None, None);
         if need.tokens.is_some() && limits.counts_tokens() {
@@ -189,6 +193,31 @@ impl Account {
         }
     }
 
+    /// Calls that run here.
+    pub(super) fn running(&self) -> u32 {
+        self.running.load(Ordering::SeqCst)
+    }
+
+    /// Calls that run at other proxies, as far as they have told.
+    fn elsewhere(&self) -> u64 {
+        u64::try_from(self.elsewhere.load(Ordering::Relaxed)).unwrap_or(0)
+    }
+
+    /// So many more run at other proxies, or fewer.
+    pub(super) fn runs_elsewhere(&self, more: i64) {
+        self.elsewhere.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Whether it is told that something runs here; from here on it counts as told.
+    pub(super) fn was_told(&self) -> bool {
+        self.is_told.swap(true, Ordering::SeqCst)
+    }
+
+    /// It is told no more.
+    pub(super) fn is_untold(&self) {
+        self.is_told.store(false, Ordering::SeqCst);
+    }
+
     /// When it says no more than a new one would: `u64::MAX` while a call holds a part of it.
     pub(super) fn idle_at(&self) -> u64 {
         if self.running.load(Ordering::Relaxed) > 0 {
@@ -199,8 +228,10 @@ impl Account {
     }
 
     fn enter(&self, most: NonZeroU32) -> Result<(), Refusal> {
-        let one_more = |running: u32| (running < most.get()).then_some(running + 1);
-        let entered = self.running.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+        let elsewhere = self.elsewhere();
+        let one_more = |running: u32| (u64::from(running) + elsewhere < u64::from(most.get())).then_some(running + 1);
+        // Before it is looked whether that is told, as others look before they stop telling.
+        let entered = self.running.fetch_update(Ordering::SeqCst, Ordering::Relaxed, one_more);
         entered.map(drop).map_err(|_| crowded(most))
     }
 

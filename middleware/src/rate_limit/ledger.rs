@@ -6,6 +6,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::account::Account;
+use super::crowd::Crowd;
 use super::table::Table;
 
 /// What everybody has used, in the time since it began. One for a process: the layers of each stack look into the same.
@@ -15,11 +17,28 @@ pub struct Ledger {
     pub(super) keys: Table<Arc<str>>,
     pub(super) clients: Table<Address>,
     pub(super) models: Table<Arc<str>>,
+    /// Requests at the same time, here and at other proxies.
+    pub(super) crowd: Crowd,
+}
+
+/// Whose account it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Who {
+    Key(Arc<str>),
+    Client(Address),
+    Model(Arc<str>),
 }
 
 impl Default for Ledger {
     fn default() -> Self {
-        Self { began: Instant::now(), keys: Table::default(), clients: Table::default(), models: Table::default() }
+        Self {
+            began: Instant::now(),
+            keys: Table::default(),
+            clients: Table::default(),
+            models: Table::default(),
+            crowd: Crowd::default(),
+        }
     }
 }
 
@@ -27,6 +46,16 @@ impl Ledger {
     /// Nanoseconds since it began: the time of every account.
     pub(super) fn now(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// The account of somebody; a new one if there is none.
+    pub(super) fn account(&self, who: &Who) -> Arc<Account> {
+        let now = self.now();
+        match who {
+            Who::Key(key) => self.keys.account(key, now),
+            Who::Client(address) => self.clients.account(address, now),
+            Who::Model(name) => self.models.account(name, now),
+        }
     }
 
     /// How many accounts there are, of each kind.

@@ -2,30 +2,20 @@
 //! decides by itself.
 //!
 //! Nothing waits for that, so a client that asks several proxies at once gets as much more as it manages before they have told
-//! each other. Requests at the same time are no part of it: that limit holds at each proxy by itself.
+//! each other. Requests at the same time go another way (`crowd`): they are not used up, and come back by themselves.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::account::Account;
-use super::ledger::{Address, Ledger};
+use super::ledger::{Ledger, Who};
 
 /// Requests of others that are older than this are there again for the most part: they count no more.
 const OLD_REQUESTS: Duration = Duration::from_secs(10);
 /// The same of tokens: no budget looks back any longer.
 const OLD_TOKENS: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Whose account it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Who {
-    Key(Arc<str>),
-    Client(Address),
-    Model(Arc<str>),
-}
 
 /// What was used of one account since it was told last.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,19 +100,12 @@ impl Ledger {
         let age = u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
         self.account(&spent.who).absorb(&amount, self.now(), age);
     }
-
-    fn account(&self, who: &Who) -> Arc<Account> {
-        let now = self.now();
-        match who {
-            Who::Key(key) => self.keys.account(key, now),
-            Who::Client(address) => self.clients.account(address, now),
-            Who::Model(name) => self.models.account(name, now),
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::account::Need;
     use super::super::tokens::Estimate;
     use super::super::{Kind, Limits};

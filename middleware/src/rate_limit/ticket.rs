@@ -62,7 +62,7 @@ impl Ticket {
             counts: false,
             charged: 0,
         });
-        for Place { whose, limits, account } in places {
+        for Place { whose, limits, account, .. } in places {
             match account.take(limits, need, now) {
                 Ok((taken, standings)) => {
                     ticket.standings = ticket.standings.tighter(standings);
@@ -74,6 +74,9 @@ impl Ticket {
                     return Err((whose.clone(), *limits, refusal));
                 }
             }
+        }
+        for (place, claim) in places.iter().zip(&ticket.claims).filter(|(_, claim)| claim.taken.runs) {
+            ledger.begins(&place.who, &claim.account);
         }
         Ok(ticket)
     }

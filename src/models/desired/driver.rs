@@ -22,7 +22,7 @@ use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tokio::time::{Instant, timeout};
 use tower::{Service, ServiceExt};
 
-use super::pins::{PinError, Pins, Store};
+use super::pins::{PinError, Pins, Store, Unsaid};
 use super::plan::{Action, Deed, Held, Making, Place, Plan, Presence, Standing, View, plan};
 use super::{Config, KeepLoaded, Name, Replicas, Wanted};
 use crate::models::wake::Waker;
@@ -46,28 +46,31 @@ const LONGEST: usize = 64 << 10;
 
 /// What is wanted of models, and how far it is true.
 #[derive(Clone, Debug)]
-pub struct Desired(Arc<Inner>);
+pub struct Desired(pub(super) Arc<Inner>);
 
 #[derive(Debug)]
-struct Inner {
+pub(super) struct Inner {
     running: Arc<Running>,
-    pins: Store,
+    pub(super) pins: Store,
     standings: ArcSwap<Vec<Standing>>,
     /// Models that somebody has just asked for.
     asked: Mutex<HashSet<ModelName>>,
     stir: Notify,
+    /// Something was said here that other proxies do not know.
+    pub(super) said: Notify,
 }
 
 impl Desired {
-    /// What the configuration that runs says, and the pins in a file.
-    pub fn open(running: Arc<Running>, pins: Option<PathBuf>) -> Result<Self, PinError> {
-        let pins = Store::open(pins)?;
+    /// What the configuration that runs says, and the pins in a file, which may be shared with other proxies.
+    pub fn open(running: Arc<Running>, pins: Option<PathBuf>, is_shared: bool) -> Result<Self, PinError> {
+        let pins = Store::open(pins, is_shared)?;
         Ok(Self(Arc::new(Inner {
             running,
             pins,
             standings: ArcSwap::default(),
             asked: Mutex::default(),
             stir: Notify::new(),
+            said: Notify::new(),
         })))
     }
 
@@ -90,8 +93,8 @@ impl Desired {
     pub async fn pin(&self, wanted: Wanted) -> Result<(), PinError> {
         let (desired, model) = (self.clone(), wanted.name.model().clone());
         blocking(move || desired.0.pins.pin(wanted)).await?;
-        self.0.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(model);
-        self.0.stir.notify_one();
+        self.0.said.notify_one();
+        self.changed([model]);
         Ok(())
     }
 
@@ -99,9 +102,25 @@ impl Desired {
     pub async fn unpin(&self, model: &ModelName) -> Result<bool, PinError> {
         let (desired, name) = (self.clone(), model.clone());
         let was_pinned = blocking(move || desired.0.pins.unpin(&name)).await?;
-        self.0.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(model.clone());
-        self.0.stir.notify_one();
+        self.0.said.notify_one();
+        self.changed([model.clone()]);
         Ok(was_pinned)
+    }
+
+    /// Takes over the pins that proxies share; `told`: what was told of those here.
+    pub(super) async fn adopt(&self, there: Pins, told: Unsaid) {
+        let desired = self.clone();
+        match blocking(move || desired.0.pins.adopt(there, &told)).await {
+            Ok(changed) if changed.is_empty() => {}
+            Ok(changed) => self.changed(changed),
+            Err(error) => tracing::warn!(%error, "pins of other proxies cannot be kept here"),
+        }
+    }
+
+    /// What is wanted of these is another thing from now on.
+    fn changed(&self, models: impl IntoIterator<Item = ModelName>) {
+        self.0.asked.lock().unwrap_or_else(PoisonError::into_inner).extend(models);
+        self.0.stir.notify_one();
     }
 
     /// A client has deleted a model: it does not come back by itself.

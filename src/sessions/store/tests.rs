@@ -26,6 +26,8 @@ fn session(id: &str) -> Session {
         bytes: 0,
         first: 1,
         next: 1,
+        generation: 0,
+        birth: 0,
         stamp: 0,
     }
 }
@@ -156,9 +158,30 @@ async fn what_was_idle_for_too_long_is_gone_when_the_file_is_opened() {
     }
     let store = open(&folder, MANY);
     // Its thread sweeps before it does anything else.
-    store.end("new".to_owned()).await.unwrap();
+    store.end("new".to_owned(), false).await.unwrap();
     assert_eq!(store.counts(), (0, 0));
     assert!(texts(&store, "old").await.is_empty());
+}
+
+#[tokio::test]
+async fn an_end_that_others_are_still_to_be_told_of_is_kept_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let store = open(&folder, MANY);
+        for id in ["told", "untold", "again"] {
+            store.create(Session { birth: 7, ..session(id) }, Vec::new()).await.unwrap();
+            assert_eq!(store.end(id.to_owned(), id != "told").await.unwrap(), Some(0));
+        }
+        assert_eq!(store.end("nobody".to_owned(), true).await.unwrap(), None);
+        let (again, _) = store.create(session("again"), Vec::new()).await.unwrap();
+        assert_eq!(again.generation, 1, "it goes before the one that has ended");
+    }
+    let store = open(&folder, MANY);
+    assert_eq!(store.ended(), [("untold".to_owned(), (0, 7))].into());
+    assert!(store.has_ended("untold") && !store.has_ended("told") && !store.has_ended("again"));
+    store.told("untold".to_owned()).await.unwrap();
+    drop(store);
+    assert!(open(&folder, MANY).ended().is_empty());
 }
 
 #[tokio::test]
@@ -174,11 +197,11 @@ async fn nobody_grows_old_or_young_when_the_time_of_day_is_set() {
             // All that was until now was before the day was set by as much.
             store.clock.follow(-by);
             assert!(!store.find("a").unwrap().0.has_expired(store.now()));
-            store.end("nobody".to_owned()).await.unwrap();
+            store.end("nobody".to_owned(), false).await.unwrap();
             assert!(store.clock.jump() == 0 && !store.find("a").unwrap().0.has_expired(store.now()));
         }
         let store = open(&folder, MANY);
-        store.end("nobody".to_owned()).await.unwrap();
+        store.end("nobody".to_owned(), false).await.unwrap();
         let (found, _) = store.find("a").expect("it is on the disk with its new times");
         let age = unix_ms_now().abs_diff(found.last_active);
         assert!((10_000..40_000).contains(&age) && found.created_at == found.last_active, "{age}");
@@ -193,8 +216,8 @@ async fn what_ends_is_forgotten() {
     store.create(session("a.b"), Vec::new()).await.unwrap();
     store.append(turn("a", "one", "s")).await.unwrap();
     store.append(turn("a.b", "other", "s")).await.unwrap();
-    assert_eq!(store.end("a".to_owned()).await.unwrap(), Some(1));
-    assert_eq!(store.end("a".to_owned()).await.unwrap(), None);
+    assert_eq!(store.end("a".to_owned(), false).await.unwrap(), Some(1));
+    assert_eq!(store.end("a".to_owned(), false).await.unwrap(), None);
     assert!(store.find("a").is_none() && texts(&store, "a").await.is_empty());
     assert_eq!(texts(&store, "a.b").await, ["other", "other!"]);
 }
