@@ -46,8 +46,8 @@ impl By {
             return dressed;
         }
         // It shows nobody a certificate when it calls.
-        let bare = olol::security::tls::Config { ca: ca.file("ca.pem"), ..Default::default() };
-        let (join_tls, connector) = (Connector::to_proxies(&bare).unwrap(), Connector::start(&bare).unwrap());
+        let silent = olol::security::tls::Config { ca: ca.file("ca.pem"), ..Default::default() };
+        let (join_tls, connector) = (Connector::to_proxies(&silent).unwrap(), Connector::start(&silent).unwrap());
         Options { join_tls, connector, ..dressed }
     }
 
@@ -460,9 +460,9 @@ async fn olol_up_has_its_agent_behind_tls_for_others_and_takes_new_certificates_
 
 /// Writes a file of tokens, as one would with an editor.
 fn put(file: &Path, tokens: &[&Token]) {
-    let text: String = tokens.iter().map(|token| format!("{}\n", token.reveal())).collect();
+    let lines: Vec<&str> = tokens.iter().map(|token| token.reveal()).collect();
     let new = file.with_extension("new");
-    std::fs::write(&new, text).unwrap();
+    std::fs::write(&new, lines.join("\n")).unwrap();
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600)).unwrap();
     std::fs::rename(new, file).unwrap();
 }

@@ -397,11 +397,16 @@ pub fn describe() {
         Unit::Count,
         "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
     );
-    describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
     members::describe();
     describe_sessions();
     describe_wishes();
+    describe_reloads();
+}
+
+/// Who dials in, and what is read again: certificates and the configuration.
+fn describe_reloads() {
+    describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(
         CERTIFICATES,
         Unit::Count,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::{FutureExt, Stream, StreamExt};
 use http::Request;
 use http::header::{self, HeaderMap};
@@ -20,6 +20,10 @@ use tower_http::timeout::TimeoutBody;
 
 /// What a mid-stream failure becomes where a line may tell it: what Ollama says when its runner dies.
 const BROKEN_LINE: &[u8] = b"{\"error\":\"an error was encountered while running the model: unexpected EOF\"}\n";
+
+/// A piece of a body that is shorter than this is joined with what stands before it, up to that, bytes.
+const SMALL: usize = 512;
+const JOINED: usize = 4096;
 
 /// Bytes of a body that are read although nobody wants them.
 const DRAINED: u64 = 256 << 10;
@@ -155,7 +159,7 @@ impl Partly {
         while let Some(piece) = rest.next().await {
             let piece = piece?;
             let has_room = taken.grow(piece.len());
-            pieces.push(piece);
+            push(&mut pieces, piece);
             if !has_room {
                 return Ok((spilt(pieces, rest, length_of(headers)), taken));
             }
@@ -172,8 +176,23 @@ fn keep(frame: Frame<Bytes>, pieces: &mut SmallVec<[Bytes; 1]>) {
     if let Ok(piece) = frame.into_data()
         && !piece.is_empty()
     {
-        pieces.push(piece);
+        push(pieces, piece);
     }
+}
+
+/// Adds a piece to others. Small ones are joined: whoever sends a body byte by byte would have us keep a hundred times of it.
+fn push(pieces: &mut SmallVec<[Bytes; 1]>, piece: Bytes) {
+    let Some(last) = pieces.last_mut().filter(|last| piece.len() < SMALL && last.len() < JOINED) else {
+        pieces.push(piece);
+        return;
+    };
+    let mut joined = std::mem::take(last).try_into_mut().unwrap_or_else(|last| {
+        let mut joined = BytesMut::with_capacity(last.len() + piece.len());
+        joined.extend_from_slice(&last);
+        joined
+    });
+    joined.extend_from_slice(&piece);
+    *last = joined.freeze();
 }
 
 /// What did not fit: sent once, as it comes.
@@ -328,6 +347,20 @@ impl http_body::Body for HttpBody {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_body_that_comes_byte_by_byte_is_kept_in_few_pieces() {
+        let all: Vec<u8> = (0..100_000_u32).map(|number| u8::try_from(number % 251).unwrap()).collect();
+        let sent = Bytes::from(all.clone());
+        let mut pieces = SmallVec::new();
+        for at in 0..all.len() {
+            push(&mut pieces, sent.slice(at..=at));
+        }
+        assert!(pieces.len() <= all.len() / JOINED + 1, "{}", pieces.len());
+        push(&mut pieces, Bytes::from(vec![0; SMALL]));
+        push(&mut pieces, sent.slice(..1));
+        assert_eq!(pieces.concat(), [&all[..], &[0; SMALL], &all[..1]].concat());
+    }
 
     #[tokio::test]
     async fn the_end_of_what_streams_through_is_noted() {

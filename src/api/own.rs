@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{Request, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post, put};
@@ -20,6 +20,9 @@ use crate::models::desired::{KeepLoaded, Name, Replicas, Wanted as Wished};
 use crate::reload::{Reloaded, Reloader, Trigger};
 use crate::sessions::Sessions;
 use crate::status::{self, About, Detail, Wanted};
+
+/// The longest body of a request to one of these pages, bytes: it is held whole, and counted nowhere.
+const LONGEST_BODY: usize = 64 << 10;
 
 /// The router of our own routes.
 #[derive(Clone, Debug)]
@@ -56,6 +59,7 @@ impl Own {
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/models/{*model}", put(pin).delete(unpin))
             .route("/api/status/reload", post(reload))
+            .layer(DefaultBodyLimit::max(LONGEST_BODY))
             .with_state(Known { shared: shared.clone(), about, metrics, reloader, sessions });
         Self { router, shared }
     }

@@ -128,6 +128,7 @@ type Proof = (String, String);
 
 /// Something that was found.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they have nothing to do with each other")]
 struct Sighting {
     seen: Seen,
     source: Source,
@@ -389,7 +390,10 @@ impl Keeper {
         // The agent of this machine first, then in the order in which they were found.
         for at in 0..self.book.len() {
             let judged = self.judge(at, &named, &mut chosen);
-            self.book[at].is_used = judged.is_ok();
+            let is_used = judged.is_ok();
+            if std::mem::replace(&mut self.book[at].is_used, is_used) && !is_used {
+                chosen.held.retain(|_, holder| *holder != at);
+            }
             match judged {
                 Ok(spec) => servers.entry(self.book[at].source).or_default().push(spec),
                 Err(Refusal::Twin) => {}

@@ -269,6 +269,28 @@ mod tests {
         toml::from_str::<Table>(&format!("scan = {text}")).map(|table| table.scan).map_err(|error| error.to_string())
     }
 
+    #[tokio::test]
+    async fn an_answer_without_end_is_none() {
+        use tokio::io::AsyncWriteExt;
+        for (begins, goes_on) in [
+            ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "4\r\nabcd\r\n"),
+            ("HTTP/1.1 200 OK\r\n", "A: b\r\n"),
+            ("HTTP/1.1 200 OK\r\nA: ", "a"),
+            ("", "HTTP/1.1 103 Early Hints\r\n\r\n"),
+        ] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let _endless = AbortOnDropHandle::new(tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                stream.write_all(begins.as_bytes()).await.unwrap();
+                let more = goes_on.repeat(1000);
+                while stream.write_all(more.as_bytes()).await.is_ok() {}
+            }));
+            let answer = ask(address.ip(), address.port(), "/", None).await;
+            assert!(matches!(answer, Some(Err(_))), "{begins:?}");
+        }
+    }
+
     #[test]
     fn networks_are_read_and_written() {
         for (text, back) in [

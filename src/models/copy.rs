@@ -546,3 +546,19 @@ impl Relay {
 fn lock(waiting: &Waiting) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<CopyPiece>>> {
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_name_leads_to_nothing_but_a_port_of_this_machine() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(is_alive(&format!("127.0.0.1:{port}/olol-copy-0/m:latest")).await);
+        let others = ["localhost", "0.0.0.0", "192.0.2.1", "127.0.0.1:some.example", "[::1]"];
+        for host in others {
+            assert!(!is_alive(&format!("{host}:{port}/olol-copy-0/m:latest")).await, "{host}");
+        }
+    }
+}

@@ -363,7 +363,8 @@ mod tests {
             "tokens": ["a", "b"], "b.context_length": 9}"#;
         let info: Info = serde_json::from_str(facts).unwrap();
         assert_eq!((info.architecture.as_str(), info.context_length()), ("llama", Some(8)));
-        let many: String = (0..1000).map(|number| format!("\"{number}.context_length\": 1, ")).collect();
+        let many: Vec<String> = (0..1000).map(|number| format!("\"{number}.context_length\": 1, ")).collect();
+        let many = many.concat();
         let info: Info = serde_json::from_str(&format!("{{{many} \"general.architecture\": {{}}}}")).unwrap();
         assert_eq!((info.contexts.len(), info.context_length()), (MOST_CONTEXTS, None));
     }

@@ -317,17 +317,17 @@ struct Live<T> {
 }
 
 impl<T: Send + Sync + 'static> Live<T> {
+    /// One of these files; there is at least one.
     fn start(
         files: &[PathBuf],
         read: impl Fn() -> Result<T, TlsError> + Send + Sync + 'static,
     ) -> Result<Self, TlsError> {
         // Watched before they are read: no change is missed.
         let changes: Vec<_> = files.iter().map(|file| watch(file)).collect();
-        let mut live = Self::fixed(read()?);
-        if !changes.is_empty() {
-            live._following.spawn(follow(changes, live.current.clone(), live.fault.clone(), Arc::new(read)));
-        }
-        Ok(live)
+        let Self { current, fault, .. } = Self::fixed(read()?);
+        let mut following = JoinSet::new();
+        following.spawn(follow(changes, current.clone(), fault.clone(), Arc::new(read)));
+        Ok(Self { current, fault, _following: following })
     }
 
     /// One that stays as it is.

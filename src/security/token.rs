@@ -301,8 +301,8 @@ mod tests {
         let made: Vec<Token> = (0..=MOST).map(|_| Token::make().unwrap()).collect();
         make(&path).unwrap();
         let put = |tokens: &[Token]| {
-            let text: String = tokens.iter().map(|token| format!("\n{} \n", token.reveal())).collect();
-            std::fs::write(&path, text).unwrap();
+            let lines: Vec<&str> = tokens.iter().map(Token::reveal).collect();
+            std::fs::write(&path, format!("\n {}\n", lines.join(" \n\n"))).unwrap();
         };
         put(&made[..MOST]);
         assert_eq!(read(&path).unwrap(), (made[0].clone(), made[1..MOST].to_vec()));

@@ -55,7 +55,7 @@ impl Tokens {
             {
                 return;
             }
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 

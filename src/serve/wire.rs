@@ -8,7 +8,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -39,8 +39,9 @@ pub(super) struct Wire<S> {
     prefix: Bytes,
     inner: S,
     turn: Arc<Turn>,
-    /// The head that comes while nothing is answered.
+    /// The head that comes while nothing is answered, and how many requests had been answered when it began.
     heading: Heading,
+    answered: u32,
     /// Tells bodies how much of them waits.
     line: Arc<Line>,
     /// Runs from the moment when the client was seen to send no more.
@@ -59,6 +60,8 @@ pub(super) struct Turn {
     is_ours: AtomicBool,
     /// Its client may have shut down its sending side.
     is_brief: AtomicBool,
+    /// How many were answered, this one included.
+    count: AtomicU32,
 }
 
 /// Our turn, until this is dropped with the answer. The client of a brief request may stop sending then.
@@ -66,6 +69,7 @@ pub(super) struct Brief(Arc<Turn>);
 
 impl Brief {
     pub(super) fn begin(turn: &Arc<Turn>, is_brief: bool) -> Self {
+        turn.count.fetch_add(1, Ordering::Relaxed);
         turn.is_ours.store(true, Ordering::Relaxed);
         turn.is_brief.store(is_brief, Ordering::Relaxed);
         Self(turn.clone())
@@ -86,6 +90,7 @@ impl<S> Wire<S> {
             inner,
             turn: Arc::default(),
             heading: Heading::default(),
+            answered: 0,
             line: Arc::default(),
             patience: None,
             is_raw: false,
@@ -134,9 +139,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
             return Poll::Ready(Ok(()));
         }
         let is_head = !this.is_raw && !this.turn.is_ours.load(Ordering::Relaxed);
-        if !is_head {
+        let answered = this.turn.count.load(Ordering::Relaxed);
+        if answered != this.answered {
+            this.answered = answered;
             this.heading.ends();
-        } else if !this.heading.may_grow() {
+        }
+        if is_head && !this.heading.may_grow() {
             return Poll::Ready(Err(io::Error::other("there are too many long heads of requests at this moment")));
         }
         let before = buffer.filled().len();

@@ -1,5 +1,7 @@
 //! A CA of a cluster, and certificates of it.
 
+#![allow(clippy::unnecessary_debug_formatting, reason = "TOML quotes paths as Rust does")]
+
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 

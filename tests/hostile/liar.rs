@@ -1,6 +1,7 @@
 //! An agent that has the token, and tells what no agent would.
 
 use std::convert::Infallible;
+use std::future::Ready;
 use std::net::SocketAddr;
 use std::pin::Pin;
 
@@ -10,16 +11,18 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use olol::security::proof::{Purpose, Side, Transcript};
 use olol_proto::v1::membership_server::{Membership, MembershipServer};
-use olol_proto::v1::server_server::{Server, ServerServer};
-use olol_proto::v1::*;
+use olol_proto::v1::{
+    DescribeRequest, DescribeResponse, Gpu, HelloRequest, HelloResponse, LoadedModel, Model, ProveRequest,
+    ProveResponse, ServerMetrics, ServerState, Turn, WatchRequest,
+};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::server::{Grpc, ServerStreamingService, UnaryService};
+use tonic::{Request, Response, Status};
+use tonic_prost::ProstCodec;
 use tower::Service;
 
 use super::harness::cluster::token;
-
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Starts one.
 pub(super) async fn start() -> (SocketAddr, JoinSet<()>) {
@@ -29,19 +32,21 @@ pub(super) async fn start() -> (SocketAddr, JoinSet<()>) {
     task.spawn(async move {
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
-            let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-                let (mut proofs, mut lies) = (MembershipServer::new(Knows), ServerServer::new(Lies));
-                async move {
-                    let is_proof = request.uri().path().starts_with("/olol.v1.Membership/");
-                    let answer = if is_proof { proofs.call(request).await } else { lies.call(request).await };
-                    Ok::<_, Infallible>(answer.unwrap())
-                }
-            });
+            let service = hyper::service::service_fn(answer);
             let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
             connections.spawn(async move { drop(http.serve_connection(TokioIo::new(stream), service).await) });
         }
     });
     (address, task)
+}
+
+async fn answer(request: hyper::Request<Incoming>) -> Result<hyper::Response<tonic::body::Body>, Infallible> {
+    match request.uri().path() {
+        "/olol.v1.Server/Watch" => Ok(Grpc::new(ProstCodec::default()).server_streaming(Lies, request).await),
+        "/olol.v1.Server/Describe" => Ok(Grpc::new(ProstCodec::default()).unary(Lies, request).await),
+        path if path.starts_with("/olol.v1.Membership/") => MembershipServer::new(Knows).call(request).await,
+        _ => Ok(Status::unknown(long().chars().take(1000).collect::<String>()).into_http()),
+    }
 }
 
 /// Proves that it knows the token.
@@ -89,6 +94,7 @@ fn lie() -> ServerState {
         context_length: u32::MAX,
         ..LoadedModel::default()
     };
+    let gpu = Gpu { name: long(), memory_free_bytes: u64::MAX, utilization: f32::NAN, ..Gpu::default() };
     ServerState {
         online: true,
         in_flight: u32::MAX,
@@ -101,7 +107,11 @@ fn lie() -> ServerState {
         memory_usage: f32::NAN,
         memory_used_bytes: u64::MAX,
         memory_total_bytes: 1,
-        gpus: vec![Gpu { name: long(), memory_free_bytes: u64::MAX, utilization: f32::NAN, ..Gpu::default() }; 3],
+        gpus: vec![
+            gpu,
+            Gpu { memory_total_bytes: u64::MAX, ..Gpu::default() },
+            Gpu { memory_total_bytes: u64::MAX, ..Gpu::default() },
+        ],
         disk_free_bytes: u64::MAX,
         heartbeat_ms: u64::MAX,
         generation: u64::MAX,
@@ -119,97 +129,33 @@ fn lie() -> ServerState {
 }
 
 /// What it is as a server.
-pub(super) struct Lies;
+struct Lies;
 
-fn no<T>() -> Result<T, Status> {
-    Err(Status::unknown(long().chars().take(1000).collect::<String>()))
+impl ServerStreamingService<WatchRequest> for Lies {
+    type Response = ServerState;
+    type ResponseStream = Pin<Box<dyn Stream<Item = Result<ServerState, Status>> + Send>>;
+    type Future = Ready<Result<Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, _: Request<WatchRequest>) -> Self::Future {
+        let states = stream::iter([Ok(lie())]).chain(stream::pending());
+        std::future::ready(Ok(Response::new(Box::pin(states))))
+    }
 }
 
-#[tonic::async_trait]
-impl Server for Lies {
-    type RelayStream = Answers<RelayResponse>;
-    type WatchStream = Answers<ServerState>;
-    type GenerateStream = Answers<GenerateResponse>;
-    type ChatStream = Answers<ChatResponse>;
-    type PullModelStream = Answers<PullModelResponse>;
-    type ChatMessageStream = Answers<ChatResponse>;
-    type ReadBlobStream = Answers<ReadBlobResponse>;
-    type CopyModelStream = Answers<CopyModelResponse>;
+impl UnaryService<DescribeRequest> for Lies {
+    type Response = DescribeResponse;
+    type Future = Ready<Result<Response<DescribeResponse>, Status>>;
 
-    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let states = stream::iter([Ok(lie())]).chain(stream::pending());
-        Ok(Response::new(Box::pin(states)))
-    }
-
-    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        let long = long();
-        Ok(Response::new(DescribeResponse {
-            name: long.clone(),
-            instance_id: long.clone(),
-            os: long.clone(),
-            arch: long.clone(),
-            olol_version: long,
+    fn call(&mut self, _: Request<DescribeRequest>) -> Self::Future {
+        let told = DescribeResponse {
+            name: long(),
+            instance_id: long(),
+            os: long(),
+            arch: long(),
+            olol_version: long(),
             cpu_count: u32::MAX,
             ..DescribeResponse::default()
-        }))
-    }
-
-    async fn relay(&self, _: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
-        no()
-    }
-
-    async fn generate(&self, _: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        no()
-    }
-
-    async fn chat(&self, _: Request<ChatRequest>) -> Result<Response<Self::ChatStream>, Status> {
-        no()
-    }
-
-    async fn embed(&self, _: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
-        no()
-    }
-
-    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
-        no()
-    }
-
-    async fn show_model(&self, _: Request<ShowModelRequest>) -> Result<Response<ShowModelResponse>, Status> {
-        no()
-    }
-
-    async fn pull_model(&self, _: Request<PullModelRequest>) -> Result<Response<Self::PullModelStream>, Status> {
-        no()
-    }
-
-    async fn create_session(&self, _: Request<CreateSessionRequest>) -> Result<Response<Session>, Status> {
-        no()
-    }
-
-    async fn chat_message(&self, _: Request<ChatMessageRequest>) -> Result<Response<Self::ChatMessageStream>, Status> {
-        no()
-    }
-
-    async fn end_session(&self, _: Request<EndSessionRequest>) -> Result<Response<EndSessionResponse>, Status> {
-        no()
-    }
-
-    async fn get_session(&self, _: Request<GetSessionRequest>) -> Result<Response<Session>, Status> {
-        no()
-    }
-
-    async fn read_model(&self, _: Request<ReadModelRequest>) -> Result<Response<ReadModelResponse>, Status> {
-        no()
-    }
-
-    async fn read_blob(&self, _: Request<ReadBlobRequest>) -> Result<Response<Self::ReadBlobStream>, Status> {
-        no()
-    }
-
-    async fn copy_model(
-        &self,
-        _: Request<Streaming<CopyModelRequest>>,
-    ) -> Result<Response<Self::CopyModelStream>, Status> {
-        no()
+        };
+        std::future::ready(Ok(Response::new(told)))
     }
 }

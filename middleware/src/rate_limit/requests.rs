@@ -100,8 +100,11 @@ impl Requests {
         if amount.requests == 0 || amount.cost == 0 {
             return;
         }
-        // Who has not asked here yet has the rate of where he asks.
-        let _ = self.cost.compare_exchange(0, amount.cost, Ordering::Relaxed, Ordering::Relaxed);
+        // Who owes nothing here has the rate of where he asks: that of before may be another.
+        let before = self.cost.load(Ordering::Relaxed);
+        if self.full_at.load(Ordering::Relaxed) <= now {
+            let _ = self.cost.compare_exchange(before, amount.cost, Ordering::Relaxed, Ordering::Relaxed);
+        }
         let cost = self.cost.load(Ordering::Relaxed).min(MINUTE);
         let time = cost.saturating_mul(amount.requests.unsigned_abs()).min(LONGEST_DEBT);
         let spent = |full_at: u64| {
@@ -266,6 +269,18 @@ mod tests {
             // Nobody waits for longer than the new quota takes.
             assert!(requests.look(after, SECOND).unwrap_err().0 <= Duration::from_nanos(after.cost));
         }
+    }
+
+    #[test]
+    fn what_others_tell_by_a_new_rate_is_not_reckoned_by_that_of_before() {
+        let (requests, before, after) = (Requests::default(), rate(60_000, 100), rate(1, 6));
+        let told = |rate: Rate| Amount { requests: 3, cost: rate.cost, tokens: 0 };
+        requests.absorb(&told(before), SECOND);
+        requests.absorb(&told(after), 10 * SECOND);
+        assert_eq!(take_all(&requests, after, 10 * SECOND), 3);
+        // While something is owed, a request is a request.
+        requests.absorb(&told(before), 400 * SECOND);
+        assert_eq!(take_all(&requests, after, 400 * SECOND), 3);
     }
 
     #[test]
