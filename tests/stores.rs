@@ -22,8 +22,8 @@ async fn shown(olol: &Olol) -> serde_json::Value {
 /// Makes a session and has turns of it, chats, and drains: whatever the store does, all of it works, and nobody waits long.
 async fn works(olol: &Olol, session: &str, turn: u64) {
     let begun = Instant::now();
-    let make = Request::post("/api/status/sessions", json!({"session_id": session, "model": "tiny"}));
-    let made = olol.ask(&make).await;
+    let request = Request::post("/api/status/sessions", json!({"session_id": session, "model": "tiny"}));
+    let made = olol.ask(&request).await;
     assert!((200..300).contains(&made.status), "{}", made.text());
     let answer = olol.ask(&chat("tiny", "hi").header("x-olol-session", session)).await;
     assert_eq!((answer.status, answer.header("x-olol-session-turn")), (200, turn.to_string().as_str()));
