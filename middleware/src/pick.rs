@@ -851,7 +851,9 @@ mod tests {
             [0, 1].map(|at| known.runners.at(&snapshot.servers[at]))
         };
         let (tiny, other) = (runners("tiny"), runners("other"));
-        tiny.iter().for_each(|runner| runner.reported(2));
+        for runner in &tiny {
+            runner.reported(2);
+        }
         (0..10).for_each(|_| snapshot.servers[0].record.bad(Some(&tiny[0]), &"cut"));
         assert_eq!(snapshot.servers[0].condition(), crate::cluster::Condition::Degraded);
         let picked: Vec<_> = (0..3).map(|_| pick(&cluster, "tiny")).collect();
@@ -865,9 +867,11 @@ mod tests {
         assert_eq!(full, [1, 1, 1], "who is down gets nothing, though the other is full");
     }
 
+    type Answering = fn() -> Result<Reply, Error>;
+
     /// A fleet that answers everybody the same.
     #[derive(Clone)]
-    struct Same(fn() -> Result<Reply, Error>);
+    struct Same(Answering);
 
     impl Fleet for Same {
         type Service = tower::util::BoxService<Call, Reply, Error>;
@@ -881,7 +885,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_is_judged_by_its_own_failures_alone() {
         use crate::error::Phase;
-        let answers: [(fn() -> Result<Reply, Error>, bool, u32, u32); 8] = [
+        let answers: [(Answering, bool, u32, u32); 8] = [
             (|| Ok(testing::reply("{}")), true, 1, 0),
             (|| Ok(testing::reply("{}")), false, 0, 0),
             (|| Ok(testing::refusal("0")), true, 0, 0),
