@@ -182,7 +182,7 @@ async fn an_agent_tells_its_state_and_every_change_of_it() {
     assert!(first.online && first.ollama_version == "0.33.0" && first.models[0].name == "tiny:latest");
     places.cluster.server(0).has("more");
     let next = patiently("the next state", states.message()).await.unwrap().unwrap();
-    assert!(next.models.len() == 2 && next.generation > first.generation);
+    assert!(next.models.len() == 2 && next.generation > first.generation, "{first:?} {next:?}");
     places.cluster.server(0).dies();
     while patiently("a state that tells of it", states.message()).await.unwrap().unwrap().online {}
 }
