@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{Config, Scatter, is_head, json_reply};
-use crate::keys::make_private;
+use crate::files::make_private;
 
 /// Bytes read from the spool at a time.
 const READ: usize = 256 << 10;
