@@ -162,7 +162,7 @@ impl Agent {
         }
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, keeper, tells: tells.clone() };
+        let answers = Grpc::new(inner, keeper, tells.clone());
         let mut joining = JoinSet::new();
         if !options.join.is_empty() {
             let header = |text: &str| HeaderValue::from_str(text).map_err(std::io::Error::other);
@@ -245,16 +245,23 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 
 /// gRPC and nothing else, and for the cluster alone.
 #[derive(Clone)]
-struct Grpc {
+pub struct Grpc {
     inner: ServerServer<Face>,
     keeper: Arc<Doorkeeper>,
     /// What it says of itself to whoever asks in plain HTTP.
     tells: Tells,
 }
 
+impl Grpc {
+    /// This face, for whom `keeper` lets in.
+    pub fn new(inner: ServerServer<Face>, keeper: Arc<Doorkeeper>, tells: Tells) -> Self {
+        Self { inner, keeper, tells }
+    }
+}
+
 /// The same for whoever is at the other end of one connection.
 #[derive(Clone)]
-struct Visit {
+pub struct Visit {
     inner: ServerServer<Face>,
     door: Arc<Door>,
     tells: Tells,
