@@ -12,34 +12,29 @@
     reason = "a program for a terminal, which may end when it cannot go on"
 )]
 
-use std::convert::Infallible;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
-use http::{HeaderMap, Request, Response, StatusCode};
-use hyper::body::Incoming;
-use olol::agent::door::{Door, Doorkeeper};
-use olol::rpc::{self, Callers, Face, SelfDescription, Told};
+use http::{HeaderMap, StatusCode};
+use olol::agent::Grpc;
+use olol::agent::door::Doorkeeper;
+use olol::discovery::{Badge, Tells};
+use olol::rpc::{self, Callers, SelfDescription, Told};
 use olol::security::Token;
-use olol::security::proof::Purpose;
-use olol::serve::{self, Answers, Peer};
+use olol::serve;
 use olol::sessions::{self, Sessions};
 use olol_middleware::Reply;
-use olol_proto::v1::server_server::ServerServer;
 use olol_proto::v1::{DescribeResponse, Model, ServerState};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tower::Service;
 
 /// What makes the agents and the proxy a cluster.
 const TOKEN: &str = "the-token-of-the-benchmark-and-of-nobody-else";
@@ -314,50 +309,8 @@ fn agent(listener: std::net::TcpListener, number: usize, models: usize) {
     let sessions = Sessions::new(sessions::Config::default(), "none");
     let token: Token = TOKEN.parse().expect("a token");
     let keeper = Arc::new(Doorkeeper::new(token.into(), number.to_string()));
-    let grpc = Grpc { face: rpc::service(send, Some(about), sessions, None), keeper };
+    let grpc = Grpc::new(rpc::service(send, Some(about), sessions, None), keeper, Tells::new(Badge::default));
     listener.set_nonblocking(true).expect("a socket that does not block");
     let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
     tokio::spawn(serve::serve(listener, grpc, None, stop, Duration::ZERO));
-}
-
-#[derive(Clone)]
-struct Grpc {
-    face: ServerServer<Face>,
-    keeper: Arc<Doorkeeper>,
-}
-
-/// One connection.
-#[derive(Clone)]
-struct Visit {
-    face: ServerServer<Face>,
-    door: Arc<Door>,
-}
-
-impl Answers for Grpc {
-    type Body = tonic::body::Body;
-    type Service = Visit;
-
-    fn service(&self, peer: Peer) -> Visit {
-        Visit { face: self.face.clone(), door: Arc::new(Door::new(self.keeper.clone(), peer, Purpose::Call)) }
-    }
-}
-
-impl Service<Request<Incoming>> for Visit {
-    type Response = Response<tonic::body::Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
-
-    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        if Door::leads_to_proofs(request.uri().path()) {
-            return match self.door.proofs() {
-                Some(mut proofs) => proofs.call(request),
-                None => Box::pin(std::future::ready(Ok(tonic::Status::resource_exhausted("").into_http()))),
-            };
-        }
-        self.face.call(request)
-    }
 }

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderValue, Request, Response};
+use http::{HeaderValue, Method, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use olol_middleware::{Route, ServerId};
@@ -138,19 +138,16 @@ impl Agent {
             callers: watch.callers(),
             active: watch.active(),
             stop: stop.clone(),
-            models: Some(Local::new(folder_of(ollama.clone(), watch.clone()), copier.clone())),
+            models: Some(Local::new(folder_of(ollama.clone(), watch.clone()), copier)),
         };
         let send: rpc::Send = Arc::new(move |ask| {
-            let (ollama, watch, copier) = (ollama.clone(), watch.clone(), copier.clone());
+            let (ollama, watch) = (ollama.clone(), watch.clone());
             Box::pin(async move {
                 let route = Route::find(ask.path.path());
+                let lists =
+                    matches!(route, Some(Route::Tags | Route::Ps | Route::V1Models)) && ask.method == Method::GET;
                 let reply = watch.follow(ask, &ollama).await?;
-                match route {
-                    Some(Route::Tags | Route::Ps | Route::V1Models) if copier.is_busy() => {
-                        local::without_copies(reply).await
-                    }
-                    _ => Ok(reply),
-                }
+                if lists { local::without_copies(reply).await } else { Ok(reply) }
             })
         });
         if !address.ip().is_loopback() && options.tls.is_none() {
@@ -162,7 +159,7 @@ impl Agent {
         }
         let sessions = Sessions::new(options.sessions, FILE);
         let inner = rpc::service(send, Some(about), sessions, None);
-        let answers = Grpc { inner, keeper, tells: tells.clone() };
+        let answers = Grpc::new(inner, keeper, tells.clone());
         let mut joining = JoinSet::new();
         if !options.join.is_empty() {
             let header = |text: &str| HeaderValue::from_str(text).map_err(std::io::Error::other);
@@ -245,16 +242,23 @@ fn describe(name: &str, address: SocketAddr, engine: &str) -> DescribeResponse {
 
 /// gRPC and nothing else, and for the cluster alone.
 #[derive(Clone)]
-struct Grpc {
+pub struct Grpc {
     inner: ServerServer<Face>,
     keeper: Arc<Doorkeeper>,
     /// What it says of itself to whoever asks in plain HTTP.
     tells: Tells,
 }
 
+impl Grpc {
+    /// This face, for whom `keeper` lets in.
+    pub fn new(inner: ServerServer<Face>, keeper: Arc<Doorkeeper>, tells: Tells) -> Self {
+        Self { inner, keeper, tells }
+    }
+}
+
 /// The same for whoever is at the other end of one connection.
 #[derive(Clone)]
-struct Visit {
+pub struct Visit {
     inner: ServerServer<Face>,
     door: Arc<Door>,
     tells: Tells,

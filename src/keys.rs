@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use toml::value::Datetime;
 use toml_edit::{DocumentMut, Item, Table, value};
 
+use crate::files;
 use crate::watch::watch;
 
 /// What a file that has nothing in it may soon have again: some editors empty it before they fill it.
@@ -480,8 +481,8 @@ fn give_back(document: &mut DocumentMut, comment: &str) {
 /// Changes a file in one step, whatever else happens: nobody ever reads half of it, or sees it with wider rights.
 fn edit(path: &Path, change: impl FnOnce(&mut DocumentMut, &[Key]) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    make_private(folder).with_context(|| format!("the folder {} cannot be made", folder.display()))?;
+    let folder = files::folder_of(path);
+    files::make_private(folder).with_context(|| format!("the folder {} cannot be made", folder.display()))?;
     let _one_at_a_time = lock(folder)?;
     let text = match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => HEADER.to_owned(),
@@ -495,16 +496,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut DocumentMut, &[Key]) -> anyhow::Re
         HEADER.clone_into(&mut text);
     }
     parse(&text, path)?;
-    replace(path, folder, &text).with_context(|| format!("{} cannot be written", path.display()))
-}
-
-/// Makes a folder that only its owner may look into, unless it is there.
-pub(crate) fn make_private(folder: &Path) -> std::io::Result<()> {
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(folder)
+    files::replace(path, &text).with_context(|| format!("{} cannot be written", path.display()))
 }
 
 /// Keeps others who would change a file of this folder waiting, until it is dropped.
@@ -517,22 +509,6 @@ fn lock(folder: &Path) -> anyhow::Result<std::fs::File> {
 
 #[cfg(not(unix))]
 fn lock(_folder: &Path) -> anyhow::Result<()> {
-    Ok(())
-}
-
-/// Puts a new file, which only its owner may read from its beginning on, in the place of another.
-fn replace(path: &Path, folder: &Path, text: &str) -> std::io::Result<()> {
-    use std::io::Write;
-    let mut file = tempfile::Builder::new().prefix(".keys-").suffix(".toml").tempfile_in(folder)?;
-    file.write_all(text.as_bytes())?;
-    // Who changes the file for another user, as root does, leaves it to that user.
-    #[cfg(unix)]
-    if let Ok(old) = std::fs::metadata(path) {
-        use std::os::unix::fs::MetadataExt;
-        let _ = std::os::unix::fs::fchown(file.as_file(), Some(old.uid()), Some(old.gid()));
-    }
-    file.as_file().sync_all()?;
-    file.persist(path)?;
     Ok(())
 }
 

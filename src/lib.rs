@@ -12,9 +12,8 @@
 //! | [`security`] | who belongs to the cluster |
 //! | [`watch`] | tells when a file has changed |
 //! | [`pool`] | the servers as services |
-//! | [`models`] | where models are, and how they come there |
 //! | [`discovery`] | who the servers are |
-//! | [`models`] | where models are, and where they should be |
+//! | [`models`] | where models are and should be, and how they come there |
 //! | [`ollama`] | how to talk to an Ollama |
 //! | [`rpc`] | the gRPC face |
 //! | [`sessions`] | conversations whose history is kept here |
@@ -30,6 +29,7 @@ pub mod config;
 pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;
+mod files;
 pub mod keys;
 pub mod models;
 #[cfg(test)]

@@ -27,11 +27,12 @@ pub mod wake;
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use olol_middleware::call::Body;
-use olol_middleware::cluster::{Cluster, Model, Variant};
+use olol_middleware::cluster::{Cluster, Model, State, Variant};
 use olol_middleware::instruments::{Arrival, arrived};
 use olol_middleware::units::Whole;
 use olol_middleware::{ModelName, Reply, Server, ServerId};
@@ -46,8 +47,14 @@ pub use replicas::Replicas;
 
 /// The longest list of models that is read, bytes.
 const LONGEST: usize = 64 << 20;
-/// Pieces that are passed on at a time, for one copy whose source cannot be reached directly.
+/// Pieces that are passed on at a time, for one copy whose source cannot be reached directly: an agent asks for no more at
+/// once, and each is a mebibyte at most.
 const RELAYED: usize = 16;
+
+/// Silence after which it counts that a server is down.
+const SILENCE: Duration = Duration::from_secs(20);
+/// What is said of one that was given up.
+const GONE: &str = "it is down, and says nothing more";
 
 /// The `[pull]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -327,6 +334,7 @@ impl Models {
                     }
                     Err(status) => return Err(BringError::Copy(status.message().to_owned())),
                 },
+                () = gone(self.cluster(), &to.id) => return Err(BringError::Copy(GONE.to_owned())),
                 Some(piece) = wants.next() => {
                     let piece = CopyModelRequest { order: None, piece: Some(piece) };
                     orders.send(piece).await.map_err(|error| failed(error.into()))?;
@@ -352,7 +360,12 @@ impl Models {
         let mut body: Body = reply.body;
         let mut room = Room::of(server, self.config().margin());
         let mut is_done = false;
-        while let Some(chunk) = body.next().await {
+        loop {
+            let chunk = tokio::select! {
+                chunk = body.next() => chunk,
+                () = gone(self.cluster(), &server.id) => return Err(BringError::Pull(GONE.to_owned())),
+            };
+            let Some(chunk) = chunk else { break };
             for line in Line::all(&chunk.map_err(failed)?.bytes) {
                 if let Some(why) = line.error {
                     return Err(BringError::of_pull(why));
@@ -387,6 +400,17 @@ impl Models {
     }
 }
 
+/// Waits until nothing more is to be expected of a server: it is silent, and whoever looks after it has given it up. Whoever
+/// hears of it begins to wait anew. A process that hangs keeps its connections.
+async fn gone(cluster: &Cluster, server: &ServerId) {
+    loop {
+        tokio::time::sleep(SILENCE).await;
+        if cluster.snapshot().server(server).is_none_or(|server| server.state == State::Down) {
+            return;
+        }
+    }
+}
+
 /// What a server is known to have of a model, if its agent gives models away.
 fn held_by(server: &Server, model: &ModelName) -> Option<Held> {
     let held = server.report.models.iter().find(|held| !held.digest.is_empty() && held.canonical() == Some(model))?;
@@ -415,10 +439,14 @@ async fn relayed(peers: &[(Peer, String)], digest: &str, want: CopyWant) -> Copy
             if want.digest.is_empty() {
                 return peer.read_model(model, digest).await;
             }
-            let mut stream = peer.read_blob(&want.digest, want.offset, want.length.clamp(1, 1 << 20)).await?;
+            let length = want.length.clamp(1, 1 << 20);
+            let mut stream = peer.read_blob(&want.digest, want.offset, length).await?;
             let mut data = bytes::BytesMut::new();
             while let Some(message) = stream.message().await? {
                 data.extend_from_slice(&message.data);
+                if data.len() as u64 > length {
+                    return Err("it gives more than it was asked for".into());
+                }
             }
             Ok(data.freeze())
         };
@@ -460,5 +488,26 @@ impl Room {
         self.needed.push((line.digest.clone(), line.total.saturating_sub(line.completed)));
         let sum = self.needed.iter().fold(0, |sum: u64, (_, needed)| sum.saturating_add(*needed));
         if sum == 0 { Ok(()) } else { self.takes(sum) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use olol_middleware::cluster::{Member, Report, Source};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_silent_is_given_up_when_it_is_down() {
+        let id = ServerId::new("a");
+        let cluster = Cluster::new(vec![Member { id: id.clone(), weight: NonZeroU32::MIN, source: Source::Static }]);
+        cluster.report(0, Report::default());
+        cluster.refresh(Duration::ZERO).await;
+        assert!(tokio::time::timeout(SILENCE * 10, gone(&cluster, &id)).await.is_err(), "it may take its time");
+        cluster.check_failed(0, "no answer".into(), 1);
+        assert!(tokio::time::timeout(SILENCE / 2, gone(&cluster, &id)).await.is_err(), "it may be about to speak");
+        assert!(tokio::time::timeout(SILENCE * 2, gone(&cluster, &id)).await.is_ok());
     }
 }

@@ -1,12 +1,12 @@
 //! The leaf below the layers: calls for one server go on to [`Pick`], calls that concern several are sent to each of them.
 //!
 //! With a single server everything goes to it and its bytes pass unchanged. With several, lists are merged (`merge`), and
-//! what changes models is told to everybody it concerns (`tell`, `pull`, `progress`, `blobs`).
+//! what changes models is told to everybody it concerns (`tell`, `pull`, `create`, `blobs`).
 
 mod blobs;
+mod create;
 mod merge;
 mod needed;
-mod progress;
 mod pull;
 mod status;
 mod tell;
@@ -30,6 +30,8 @@ use crate::status::About;
 
 /// How long silent servers are waited for when lists are merged.
 const MERGE_LIMIT: Duration = Duration::from_secs(1);
+/// Ollama's content type for its own JSON.
+const NATIVE: &str = "application/json; charset=utf-8";
 /// The longest answer that is read as a whole, bytes.
 const LONGEST: usize = 64 << 20;
 
@@ -120,7 +122,7 @@ impl<F: Fleet> Service<Call> for Scatter<F> {
             Scope::All => match call.route {
                 Route::Blob => Box::pin(self.clone().blob(call)),
                 Route::Pull => Box::pin(self.clone().pull(call)),
-                Route::Create => Box::pin(self.clone().progress(call)),
+                Route::Create => Box::pin(self.clone().create(call)),
                 _ => Box::pin(self.clone().tell(call)),
             },
         }
@@ -140,6 +142,16 @@ impl<F: Fleet> Scatter<F> {
             }
             (answer, _) => answer,
         }
+    }
+
+    /// Sends the same call to one of several servers.
+    fn same_to<'a>(
+        &'a self,
+        call: &Call,
+        server: &'a Server,
+    ) -> impl Future<Output = Result<Reply, Error>> + Send + use<'a, F> {
+        let call = again(call);
+        async move { self.to(call?, server).await }
     }
 
     /// A change at the only server: its bytes pass unchanged, and what is known of it is renewed when they are through.
@@ -167,6 +179,11 @@ impl<F: Fleet> Scatter<F> {
     }
 }
 
+/// The same call once more: for one of several servers.
+fn again(call: &Call) -> Result<Call, Error> {
+    call.again().ok_or_else(|| Error::Internal("the body cannot be sent to several servers".to_owned()))
+}
+
 /// Leaves the first server of the list that can be reached and is a candidate.
 fn first_usable(candidates: &mut Candidates) {
     let first = candidates.iter().find(|server| server.is_reachable()).or_else(|| candidates.iter().next());
@@ -192,6 +209,11 @@ impl Drop for News {
 /// A reply of JSON as Ollama's handlers write it.
 fn json_reply(status: StatusCode, kind: &'static str, body: impl Into<bytes::Bytes>) -> Reply {
     Reply::full(status, HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]), body)
+}
+
+/// What a client has said is none; in Ollama's form.
+pub(crate) fn bad_request(why: &str) -> Reply {
+    json_reply(StatusCode::BAD_REQUEST, NATIVE, serde_json::json!({ "error": why }).to_string())
 }
 
 /// The servers that have a model.

@@ -103,6 +103,20 @@ async fn what_is_not_kept_loaded_any_more_may_leave() {
 }
 
 #[tokio::test]
+async fn what_need_not_stay_in_memory_is_told_so_when_its_server_is_back() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let olol = Olol::start(&cluster, QUICK).await;
+    pin(&olol, "tiny", &json!({"keep_loaded": true})).await;
+    told(&olol, "tiny:latest", "it is in memory", |told| told["desired"]["loaded"] == json!(["0"])).await;
+    cluster.server(0).is_silent();
+    until("it is away", || !olol.is_server_up(0)).await;
+    pin(&olol, "tiny", &json!({"keep_loaded": false})).await;
+    cluster.server(0).speaks();
+    let said = || cluster.server(0).seen("/api/generate").iter().any(|seen| seen.json()["keep_alive"] == "5m");
+    until("it is told that it may", said).await;
+}
+
+#[tokio::test]
 async fn two_proxies_over_the_same_servers_do_not_fight() {
     let cluster = Cluster::of(5).await;
     cluster.server(0).has("tiny");
@@ -238,6 +252,24 @@ async fn a_server_that_sleeps_is_woken_for_the_call_that_needs_it() {
 
 #[cfg(unix)]
 #[tokio::test]
+async fn a_server_is_woken_also_when_the_client_that_needed_it_leaves() {
+    let folder = tempfile::tempdir().unwrap();
+    let (hand, bell) = (folder.path().join("hand"), folder.path().join("bell"));
+    let cluster = Cluster::of(1).await;
+    cluster.server(0).has("big");
+    let command = format!("touch {}; sleep 1; touch {}", hand.display(), bell.display());
+    let wake = format!("wake = {{ servers = {{ 0 = {{ command = [\"sh\", \"-c\", {command:?}] }} }} }}\n");
+    let olol = Olol::start(&cluster, &format!("{QUICK}{wake}")).await;
+    cluster.server(0).is_silent();
+    until("it sleeps", || !olol.is_server_up(0)).await;
+    let call = olol.begin(&harness::olol::chat("big", "hi")).await;
+    until("it is about to be woken", || hand.exists()).await;
+    drop(call);
+    until("it is woken", || bell.exists()).await;
+}
+
+#[cfg(unix)]
+#[tokio::test]
 async fn a_server_that_cannot_be_woken_is_not_waited_for() {
     let cluster = Cluster::of(2).await;
     cluster.server(1).has("big");
@@ -246,6 +278,20 @@ async fn a_server_that_cannot_be_woken_is_not_waited_for() {
     cluster.server(1).dies();
     until("it is down", || !olol.is_server_up(1)).await;
     assert_eq!(olol.chat("big", "hi").await.status, 502);
+}
+
+#[tokio::test]
+async fn a_pull_names_the_servers_that_it_is_for() {
+    let cluster = Cluster::of(3).await;
+    let olol = Olol::start(&cluster, QUICK).await;
+    let pull = |servers: &str| Request::post("/api/pull", json!({"model": "new"})).header("X-Olol-Servers", servers);
+    let answer = olol.ask(&pull("0, 1, 0*")).await;
+    assert_eq!(answer.lines().last().unwrap()["status"], "success", "{}", answer.text());
+    assert_eq!(cluster.servers().iter().map(|server| server.still_has("new")).collect::<Vec<_>>(), [true, true, false]);
+    for (servers, says) in [("0,9", "X-Olol-Servers: there is no server '9'"), ("gpu*", "no server fits 'gpu*'")] {
+        let answer = olol.ask(&pull(servers)).await;
+        assert!(answer.status == 400 && answer.error().contains(says), "{}", answer.text());
+    }
 }
 
 #[tokio::test]

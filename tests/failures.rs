@@ -137,7 +137,7 @@ async fn a_model_that_was_deleted_is_found_elsewhere() {
     for way in Way::BOTH {
         let cluster = Cluster::of(2).await.over(way).weighing([1000, 1]).all_have("tiny");
         let olol = Olol::start(&cluster, "").await;
-        cluster.server(0).lost("tiny");
+        cluster.server(0).only_lists("tiny");
         let answer = olol.chat("tiny", "hi").await;
         assert_eq!((answer.status, answer.server()), (200, "1"), "{way:?}: {}", answer.text());
         assert_eq!(cluster.server(0).work(), 1, "it was believed to have it");

@@ -308,6 +308,21 @@ async fn what_a_killed_agent_has_left_is_cleared_away() {
 }
 
 #[tokio::test]
+async fn what_is_left_of_a_copy_is_not_shown_also_while_it_cannot_be_cleared_away() {
+    let keeper = Keeper::start();
+    keeper.has("tiny", &[b"weights"]);
+    // Somebody else listens there now, so it looks as if its registry did.
+    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    keeper.has(&format!("{}/olol-copy-00/tiny:latest", other.local_addr().unwrap()), &[b"weights"]);
+    let agent = keeper.agent().await;
+    let olol = Olol::at(vec![format!("a@{}", agent.address())], "").await;
+    until("it is up", || olol.is_server_up(0)).await;
+    let shown = olol.get("/api/tags").await.text();
+    assert!(shown.contains("tiny:latest") && !shown.contains(ModelName::COPYING), "{shown}");
+    assert_eq!(keeper.holds().len(), 2);
+}
+
+#[tokio::test]
 async fn a_copy_comes_over_whoever_ordered_it_where_the_source_cannot_be_reached() {
     let (source, target) = (Keeper::start(), Keeper::start());
     let digest = source.has("tiny", &[&weights(), TEMPLATE]);

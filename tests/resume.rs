@@ -18,8 +18,19 @@ const WORDS: [&str; 4] = ["Gr\u{fc}n\u{2192}", " \"\\\n", " \u{1f600}", " Ende."
 
 /// For streams that nobody can go on with.
 const IMPATIENT: &str = "retry.resume-wait-s = 0";
-/// No circuit opens, and no budget ends, however often a server dies.
-const PATIENT: &str = "[retry]\nbreaker-failures = 1000000\nbudget = 1.0\nreserve = 100000";
+/// No circuit opens, no budget ends, and nobody is judged, however often a server dies.
+const PATIENT: &str =
+    "judge.least-calls = 1000000\n[retry]\nbreaker-failures = 1000000\nbudget = 1.0\nreserve = 100000";
+
+/// Weights alone decide who is asked: neither what was measured of servers, which on a busy machine may be anything, nor where a
+/// conversation began.
+const BY_WEIGHT: &str = "pick.policy = 'weighted'\nstack.order = ['trace', 'metrics', 'auth', 'rate-limit', 'timeout', 'alias', \
+    'queue', 'quant-fallback', 'model-route', 'hedge', 'retry', 'distribute']\n";
+
+/// A proxy that asks the first server first.
+async fn proxy(cluster: &Cluster, toml: &str) -> Olol {
+    Olol::start(cluster, &format!("{BY_WEIGHT}{toml}")).await
+}
 
 /// A cluster whose first server is always asked first, and which all have the model in memory.
 async fn cluster(count: usize, way: Way) -> Cluster {
@@ -64,7 +75,7 @@ async fn at_every_byte(way: Way, request: &Request) {
     for server in cluster.servers() {
         server.says(WORDS);
     }
-    let olol = Olol::start(&cluster, PATIENT).await;
+    let olol = proxy(&cluster, PATIENT).await;
     let unbroken = olol.ask(request).await;
     assert_eq!((unbroken.said(), unbroken.server()), (WORDS.concat(), "0"));
     let bytes: usize =
@@ -72,7 +83,7 @@ async fn at_every_byte(way: Way, request: &Request) {
     for at in 0..bytes + 5 {
         cluster.server(0).dies_after_bytes(at);
         let answer = olol.ask(request).await;
-        assert_eq!(answer.server(), "0");
+        assert_eq!(answer.server(), "0", "{way:?}, cut after {at} of {bytes} bytes");
         assert_like(&answer, &unbroken, &format!("{way:?}, cut after {at} of {bytes} bytes"));
     }
     assert!(cluster.server(1).work() > bytes / 2, "nobody went on");
@@ -111,7 +122,7 @@ async fn what_goes_on_is_written_as_what_came_before() {
         for server in cluster.servers() {
             server.says(WORDS);
         }
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let unbroken = olol.ask(&request).await;
         cluster.server(0).dies_after(["Gr\u{fc}n\u{2192}", " \"\\\n"]);
         let answer = olol.ask(&request).await;
@@ -125,7 +136,7 @@ async fn the_server_that_goes_on_is_asked_for_the_same_and_no_more() {
     let cluster = cluster(2, Way::Http).await;
     cluster.server(0).dies_after(["Hello", " big"]);
     cluster.server(1).says(["Hello", " big", " wide", " world"]);
-    let olol = Olol::start(&cluster, "").await;
+    let olol = proxy(&cluster, "").await;
     let options = json!({"num_predict": 3, "seed": 7, "num_ctx": 1024, "temperature": 0.5});
     let answer = olol.ask(&chat_with(&json!({"options": options, "keep_alive": "9m", "shift": false}))).await;
     assert_eq!(
@@ -154,7 +165,7 @@ async fn a_model_that_bounds_its_answers_itself_does_so_on_the_whole() {
     }
     cluster.server(0).dies_after(["Hello", " big"]);
     cluster.server(1).says(["Hello", " big", " wide", " world"]);
-    let olol = Olol::start(&cluster, "").await;
+    let olol = proxy(&cluster, "").await;
     let answer = olol.chat("tiny", "hi").await;
     let last = answer.lines().pop().unwrap();
     assert_eq!((answer.said().as_str(), &last["done_reason"]), ("Hello big wide", &json!("length")));
@@ -181,7 +192,7 @@ async fn an_answer_that_had_its_last_token_is_over_and_only_its_prompt_is_counte
         for server in cluster.servers() {
             server.says(["Hello", " big", " wide", " world"]);
         }
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let unbroken = olol.ask(&request).await;
         cluster.server(0).dies_after(["Hello", " big"]);
         let answer = olol.ask(&request).await;
@@ -204,7 +215,7 @@ async fn half_a_stop_word_that_was_delivered_is_the_last_of_the_text() {
         let cluster = cluster(2, way).await;
         cluster.server(0).dies_after(["Hello", " ST"]);
         cluster.server(1).stalls_after(["Hello", " ST", "OP"]);
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let answer = olol.ask(&chat_with(&json!({"options": {"stop": ["STOP"]}}))).await;
         let last = answer.lines().pop().unwrap();
         assert_eq!(
@@ -229,7 +240,7 @@ async fn a_stream_survives_two_servers() {
         for server in cluster.servers() {
             server.says(["Hello", " big", " wide", " world"]);
         }
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let unbroken = olol.chat("tiny", "hi").await;
         cluster.server(0).dies_after(["Hello"]);
         cluster.server(1).dies_after(["Hello", " big", " wide"]);
@@ -244,7 +255,7 @@ async fn a_runner_that_dies_under_its_ollama_is_no_end_either() {
     for way in Way::BOTH {
         let cluster = cluster(2, way).await;
         cluster.server(0).breaks_after(["Hello"], BROKEN);
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let answer = olol.chat("tiny", "hi").await;
         assert_eq!(
             (answer.said().as_str(), answer.error().as_str(), answer.ending),
@@ -266,7 +277,7 @@ async fn a_runner_that_dies_under_its_ollama_is_no_end_either() {
 async fn what_is_wrong_with_the_request_is_said_once() {
     let cluster = cluster(2, Way::Http).await;
     cluster.server(0).breaks_after(["Hello"], "the parser gave up");
-    let olol = Olol::start(&cluster, "").await;
+    let olol = proxy(&cluster, "").await;
     assert_eq!(olol.chat("tiny", "hi").await.error(), "the parser gave up");
     assert_eq!(cluster.server(1).work(), 0);
 }
@@ -275,7 +286,7 @@ async fn what_is_wrong_with_the_request_is_said_once() {
 async fn where_it_would_not_be_the_same_answer_nobody_goes_on() {
     let cluster = cluster(2, Way::Http).await;
     cluster.server(0).dies_after(["Hel"]);
-    let olol = Olol::start(&cluster, PATIENT).await;
+    let olol = proxy(&cluster, PATIENT).await;
     let suffix = Request::post("/api/generate", json!({"model": "tiny", "prompt": "hi", "suffix": "x"}));
     for (what, request) in [
         ("tools", chat_with(&json!({"tools": [{"type": "function"}]}))),
@@ -316,7 +327,7 @@ async fn a_server_that_cannot_go_on_faithfully_is_not_asked_to() {
         let cluster = cluster(2, Way::Http).await;
         is_unfit(cluster.server(1));
         cluster.server(0).dies_after(["Hel"]);
-        let olol = Olol::start(&cluster, IMPATIENT).await;
+        let olol = proxy(&cluster, IMPATIENT).await;
         let answer = olol.chat("tiny", "hi").await;
         assert_eq!(
             (answer.said().as_str(), answer.error().as_str(), answer.ending),
@@ -332,7 +343,7 @@ async fn a_spare_server_that_fails_too_is_left_for_the_next() {
         let cluster = cluster(3, way).await;
         cluster.server(0).dies_after(["Hel"]);
         cluster.server(1).dies_before_head();
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         assert_eq!(olol.chat("tiny", "hi").await.said(), "Hello world", "{way:?}");
     }
 }
@@ -341,7 +352,7 @@ async fn a_spare_server_that_fails_too_is_left_for_the_next() {
 async fn who_has_the_model_only_on_disk_goes_on_too() {
     let cluster = Cluster::of(2).await.all_have("tiny");
     cluster.server(0).keeps_loaded("tiny").dies_after(["Hel"]);
-    let olol = Olol::start(&cluster, "").await;
+    let olol = proxy(&cluster, "").await;
     assert_eq!(olol.chat("tiny", "hi").await.said(), "Hello world");
     cluster.server(0).dies_before_head();
     assert_eq!(olol.chat("tiny", "hi").await.said(), "Hello world");
@@ -352,7 +363,7 @@ async fn resuming_can_be_switched_off_and_has_a_budget() {
     for toml in ["[retry]\nresume = \"off\"", "[retry]\nresume-wait-s = 0\nbudget = 0.0\nper-second = 0\nreserve = 0"] {
         let cluster = cluster(2, Way::Http).await;
         cluster.server(0).dies_after(["Hel"]);
-        let olol = Olol::start(&cluster, toml).await;
+        let olol = proxy(&cluster, toml).await;
         assert_eq!(olol.chat("tiny", "hi").await.error(), BROKEN, "{toml}");
         assert_eq!(cluster.server(1).work(), 0);
     }
@@ -363,7 +374,7 @@ async fn before_the_first_line_any_stream_is_simply_begun_again() {
     for way in Way::BOTH {
         let cluster = cluster(2, way).await;
         cluster.server(0).dies_after([]);
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let tools = chat_with(&json!({"tools": [{"type": "function"}]}));
         assert_eq!(olol.ask(&tools).await.said(), "Hello world", "{way:?}");
         let anthropic =
@@ -382,7 +393,7 @@ async fn an_answer_in_one_piece_is_asked_for_again() {
     for way in Way::BOTH {
         let cluster = cluster(2, way).await;
         cluster.server(0).dies_after(["Hel"]);
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let answer = olol.ask(&chat_at_once("tiny", "hi")).await;
         assert_eq!(
             (answer.said().as_str(), answer.server(), answer.ending),
@@ -398,7 +409,7 @@ async fn a_client_that_leaves_a_resumed_stream_ends_the_work() {
         let cluster = cluster(2, way).await;
         cluster.server(0).dies_after(["Hello"]);
         cluster.server(1).stalls_after(["Hello", " world"]);
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let mut client = olol.begin(&chat("tiny", "hi")).await;
         client.head().await;
         assert_eq!(client.line().await["message"]["content"], "Hello");
@@ -415,7 +426,7 @@ async fn a_client_that_leaves_while_somebody_is_asked_to_go_on_ends_the_asking()
         let cluster = cluster(2, way).await;
         cluster.server(0).dies_after(["Hello"]);
         cluster.server(1).stalls_before_head();
-        let olol = Olol::start(&cluster, "").await;
+        let olol = proxy(&cluster, "").await;
         let mut client = olol.begin(&chat("tiny", "hi")).await;
         client.head().await;
         client.line().await;

@@ -22,8 +22,8 @@ async fn shown(olol: &Olol) -> serde_json::Value {
 /// Makes a session and has turns of it, chats, and drains: whatever the store does, all of it works, and nobody waits long.
 async fn works(olol: &Olol, session: &str, turn: u64) {
     let begun = Instant::now();
-    let make = Request::post("/api/status/sessions", json!({"session_id": session, "model": "tiny"}));
-    let made = olol.ask(&make).await;
+    let request = Request::post("/api/status/sessions", json!({"session_id": session, "model": "tiny"}));
+    let made = olol.ask(&request).await;
     assert!((200..300).contains(&made.status), "{}", made.text());
     let answer = olol.ask(&chat("tiny", "hi").header("x-olol-session", session)).await;
     assert_eq!((answer.status, answer.header("x-olol-session-turn")), (200, turn.to_string().as_str()));
@@ -41,9 +41,9 @@ async fn a_store_that_one_may_not_use_is_told_and_used_when_one_may() {
     let (cluster, store) = (Cluster::of(2).await.all_have_loaded("tiny"), Store::start().await);
     let ada = |rules: [&'static str; 3]| [&["ACL", "SETUSER", "ada", "on", ">open-sesame"], &rules[..]].concat();
     store.does(&ada(["nocommands", "resetkeys", "resetchannels"])).await;
-    let toml = store.toml_for(&format!("redis://ada:wrong-word@{}", store.address()));
+    let toml = Store::toml_for(&format!("redis://ada:wrong-word@{}", store.address()));
     let wrong = proxy(&cluster, &toml).await;
-    let toml = store.toml_for(&format!("redis://ada:open-sesame@{}", store.address()));
+    let toml = Store::toml_for(&format!("redis://ada:open-sesame@{}", store.address()));
     let denied = proxy(&cluster, &toml).await;
     for (olol, why) in [(&wrong, "AUTHENTICATION"), (&denied, "NOPERM")] {
         patiently("the reason is told", async {
@@ -126,7 +126,7 @@ async fn a_store_that_only_reads_is_none_until_it_writes() {
 async fn whatever_a_store_says_or_does_not_say_nobody_is_held_up() {
     let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
     let middleman = Middleman::before(store.address()).await;
-    let olol = proxy(&cluster, &store.toml_for(&format!("redis://{}", middleman.address()))).await;
+    let olol = proxy(&cluster, &Store::toml_for(&format!("redis://{}", middleman.address()))).await;
     let ills = [
         Mood::Late(Duration::from_secs(2)),
         Mood::Silent,
@@ -161,7 +161,7 @@ async fn a_store_that_is_lost_and_found_is_told_once_each_time() {
     let url = format!("redis://ada:open-sesame@{}", middleman.address());
     store.does(&["ACL", "SETUSER", "ada", "on", ">open-sesame", "allcommands", "allkeys", "allchannels"]).await;
     let sessions = format!("sessions.dir = '{}'\n", folder.path().display());
-    std::fs::write(&config, sessions + &store.toml_for(&url)).unwrap();
+    std::fs::write(&config, sessions + &Store::toml_for(&url)).unwrap();
     let server = format!("http://{}", cluster.server(0).address());
     let proxy = Process::proxy(&server, &["--config", config.to_str().unwrap()]).await;
     let times = |what: &str| proxy.log().matches(what).count();
@@ -194,7 +194,7 @@ async fn a_store_behind_tls_is_used_by_who_knows_its_ca() {
     let cluster = Cluster::of(1).await.all_have_loaded("tiny");
     let toml = |ca: &std::path::Path| {
         let ca = ca.join("ca.pem").display().to_string();
-        format!("{}ca = '{ca}'\n", store.toml_for(&format!("rediss://{}", store.address())))
+        format!("{}ca = '{ca}'\n", Store::toml_for(&format!("rediss://{}", store.address())))
     };
     let knows = proxy(&cluster, &toml(&ours)).await;
     let stranger = proxy(&cluster, &toml(&another)).await;

@@ -390,14 +390,7 @@ pub fn describe() {
         "Turns of conversations, by what they were known by (header, body, chain) and what became of them (hit, miss, \
          spill: its server had enough, repin: its server could not be asked, none: no history)"
     );
-    describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
-    describe_counter!(SERVER_CHECKS, Unit::Count, "Times that a server was looked at, by result (ok, failed)");
-    describe_counter!(
-        RESUMES,
-        Unit::Count,
-        "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
-    );
-    describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    describe_servers();
     members::describe();
     describe_sessions();
     describe_wishes();
@@ -413,6 +406,17 @@ fn describe_reloads() {
         "Times that changed certificates were read again, by result (ok, failed)"
     );
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
+}
+
+fn describe_servers() {
+    describe_counter!(SERVER_REQUESTS, Unit::Count, "Attempts at a server, by result (ok, failed)");
+    describe_counter!(SERVER_CHECKS, Unit::Count, "Times that a server was looked at, by result (ok, failed)");
+    describe_counter!(CIRCUIT_OPENED, Unit::Count, "Circuits that opened, by server and scope (server, model)");
+    describe_counter!(
+        RESUMES,
+        Unit::Count,
+        "Streams whose server died: gone on elsewhere (ok), not fit for that (refused), tried in vain (failed), nobody there (nobody)"
+    );
 }
 
 fn describe_sessions() {

@@ -302,9 +302,10 @@ impl Record {
         }
         self.alone.store(alone, Ordering::Relaxed);
         let (server, verdict) = (&self.id, next.as_str());
-        match next {
-            Verdict::Well => tracing::info!(%server, "the calls of a server go well again"),
-            _ => tracing::warn!(%server, verdict, why, "a server is judged by how its calls went"),
+        if next == Verdict::Well {
+            tracing::info!(%server, "the calls of a server go well again");
+        } else {
+            tracing::warn!(%server, verdict, why, "a server is judged by how its calls went");
         }
         self.ruling.store(Some(Arc::new(Ruling { since: SystemTime::now(), why, at: Instant::now() })));
         true

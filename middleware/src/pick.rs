@@ -8,6 +8,9 @@
 //! A call with a ticket (`queue` gives them) waits for a slot: if the cheapest candidate is full, the call comes back as
 //! [`Error::Busy`] with the runners that are worth waiting for. Without a ticket it is sent, and waits inside Ollama.
 
+mod config;
+mod cost;
+
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -17,7 +20,6 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 use tower::Service;
@@ -29,84 +31,13 @@ use crate::error::Error;
 use crate::instruments::{self, RunnerMeters};
 use crate::judge::Witness;
 use crate::names::ModelName;
-use crate::pattern::Pattern;
-use crate::place::LoadOptions;
 use crate::runner::{self, Loading, Runner, Seen};
 use crate::slots::Lease;
 use crate::stack;
 use crate::trail::Fact;
-
-/// The `[pick]` table.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Config {
-    /// How one of the candidates is chosen.
-    pub policy: Policy,
-    /// How many slots runners have, where that is neither read nor learned: the first rule that fits counts.
-    pub slots: Vec<SlotRule>,
-}
-
-/// How many slots some runners have: `OLLAMA_NUM_PARALLEL` of their servers.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct SlotRule {
-    /// On which servers; all if left out.
-    #[serde(default = "any")]
-    pub servers: Vec<Pattern>,
-    /// Of which models; all if left out.
-    #[serde(default = "any")]
-    pub models: Vec<Pattern>,
-    /// Calls that each of them answers side by side.
-    pub slots: NonZeroU32,
-}
-
-fn any() -> Vec<Pattern> {
-    Pattern::parse("*").into_iter().collect()
-}
-
-impl Config {
-    /// What the operator said of a runner; 0: nothing.
-    fn slots(&self, server: &Server, model: &ModelName) -> u32 {
-        let fits = |rule: &&SlotRule| {
-            rule.servers.iter().any(|pattern| pattern.matches(server.id.as_str()))
-                && rule.models.iter().any(|pattern| pattern.matches_model(model))
-        };
-        self.slots.iter().find(fits).map_or(0, |rule| rule.slots.get())
-    }
-}
-
-/// How one of the candidates is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Policy {
-    /// The one that is predicted to answer soonest.
-    #[default]
-    Predicted,
-    /// One after the other.
-    RoundRobin,
-    /// The one with the fewest calls.
-    LeastLoaded,
-    /// The one with the fewest calls for its weight.
-    Weighted,
-    /// The less loaded of two taken at random.
-    RandomTwoChoices,
-    /// The same one for the same model and client, as long as the servers stay the same.
-    ConsistentHash,
-}
-
-impl Policy {
-    /// The word for it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Predicted => "predicted",
-            Self::RoundRobin => "round_robin",
-            Self::LeastLoaded => "least_loaded",
-            Self::Weighted => "weighted",
-            Self::RandomTwoChoices => "random_two_choices",
-            Self::ConsistentHash => "consistent_hash",
-        }
-    }
-}
+pub use config::{Config, Policy, SlotRule};
+pub use cost::Cost;
+use cost::{others, predict, uncached};
 
 /// What picking remembers: outlives every stack.
 #[derive(Debug, Default)]
@@ -125,45 +56,10 @@ impl Picking {
     }
 }
 
-/// Milliseconds of a load of which nothing is known: for starting a runner.
-const LOAD_BASE: f32 = 500.0;
-/// Bytes of a model that are loaded in a millisecond, as long as nothing is known.
-const LOAD_SPEED: f32 = 1e6;
-/// Milliseconds that a call has its slot, as long as nothing is known.
-const SERVICE: f32 = 3000.0;
-/// Milliseconds for a token of a prompt, as long as nothing is known.
-const PREFILL: f32 = 0.5;
 /// Bytes of a request's body for a token of its prompt.
 const BYTES_PER_TOKEN: f32 = 4.0;
-/// What is within this share of the cheapest, or within so many milliseconds, is as good.
-const NEAR: (f32, f32) = (0.2, 20.0);
 /// How much busier than the least busy candidate one may be that is preferred only as long as that costs nothing.
 const BUSIER: f64 = 1.2;
-
-/// The milliseconds until the first piece of an answer, and what they are made of.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Cost {
-    /// Until a slot is free.
-    pub waiting: f32,
-    /// Until the model is in memory.
-    pub loading: f32,
-    /// For the part of the prompt that is not cached there.
-    pub prefill: f32,
-    /// For the way, and for what we do not know.
-    pub rest: f32,
-}
-
-impl Cost {
-    /// All of it.
-    pub fn total(&self) -> f32 {
-        self.waiting + self.loading + self.prefill + self.rest
-    }
-
-    fn is_near(&self, best: &Self) -> bool {
-        let best = best.total();
-        self.total() <= best + (best * NEAR.0).max(NEAR.1)
-    }
-}
 
 /// Where the services of the servers come from.
 pub trait Fleet: Clone + Send + Sync + 'static {
@@ -522,73 +418,6 @@ fn preferred(choices: &Choices<'_>, call: &Call) -> Option<usize> {
     Some(found.filter(|found| cost(*found) <= cost(first) || choices[first].has_room).unwrap_or(first))
 }
 
-/// So much of the tokens of a prompt as a server is not believed to have in a cache.
-#[expect(clippy::cast_precision_loss, reason = "an estimate")]
-fn uncached(call: &Call, server: &Server, tokens: f32) -> f32 {
-    match call.preferred.as_deref() {
-        Some(preferred) if preferred.holders.contains(&server.index) && preferred.prompt > 0 => {
-            tokens * (1.0 - preferred.cached as f32 / preferred.prompt as f32).clamp(0.0, 1.0)
-        }
-        _ => tokens,
-    }
-}
-
-/// So many of the calls of others as a model in a server's memory has, as far as one can tell: its share of them.
-fn others(server: &Server) -> u32 {
-    let models = u32::try_from(server.report.loaded.len()).unwrap_or(u32::MAX).max(1);
-    server.load.others().div_ceil(models)
-}
-
-/// What an answer from a runner would cost, which has so many calls of others; `None`: one that was never needed.
-fn predict(
-    call: &Call,
-    known: &Known,
-    runner: Option<&Arc<Runner>>,
-    is_loaded: bool,
-    others: u32,
-    tokens: f32,
-) -> Cost {
-    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    let load = || LOAD_BASE + known.size as f32 / LOAD_SPEED;
-    let named = call.place.options.as_deref();
-    let Some(runner) = runner else {
-        let reloads = named.is_some_and(|named| named.reloads(&LoadOptions::default(), 0));
-        let loading = if is_loaded && !reloads { 0.0 } else { load() };
-        return Cost { waiting: queued(others, runner::GUESS, SERVICE), loading, prefill: tokens * PREFILL, rest: 0.0 };
-    };
-    let speeds = &runner.speeds;
-    // Who waits for a load that goes on already waits as long, as far as one can tell.
-    let loads = runner.is_loading() || runner.cause(named, is_loaded).is_some();
-    Cost {
-        waiting: waiting(call, runner, others),
-        loading: if loads { speeds.load.get().unwrap_or_else(load) } else { 0.0 },
-        prefill: tokens * speeds.prefill.get().unwrap_or(PREFILL),
-        rest: speeds.rest.get().unwrap_or(0.0),
-    }
-}
-
-/// Until a slot is free: those who are served, others' calls among them, and those who wait before this call, share the
-/// slots.
-#[expect(clippy::cast_precision_loss, reason = "an estimate")]
-fn waiting(call: &Call, runner: &Runner, others: u32) -> f32 {
-    let (slots, in_flight) = (runner.slots().max(1), runner.in_flight().saturating_add(others));
-    if runner.has_room() && in_flight < slots {
-        return 0.0;
-    }
-    let before = match &call.ticket {
-        Some(ticket) => runner.line.before(runner.server, ticket),
-        None => 0,
-    };
-    let over = f32::from(u16::try_from(in_flight.saturating_sub(slots)).unwrap_or(u16::MAX)) + before as f32 + 1.0;
-    over / slots as f32 * runner.speeds.service.get().unwrap_or(SERVICE)
-}
-
-/// Until a slot is free of those that so many calls share.
-#[expect(clippy::cast_precision_loss, reason = "an estimate")]
-fn queued(calls: u32, slots: u32, service: f32) -> f32 {
-    if calls < slots { 0.0 } else { (calls - slots + 1) as f32 / slots as f32 * service }
-}
-
 fn cheapest(choices: &Choices<'_>) -> Cost {
     let costs = choices.iter().map(|choice| choice.cost);
     costs.min_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default()
@@ -761,6 +590,7 @@ impl Visit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Pattern;
     use crate::call::Preferred;
     use crate::testing;
     use crate::tiers::Tiers;
@@ -851,7 +681,9 @@ mod tests {
             [0, 1].map(|at| known.runners.at(&snapshot.servers[at]))
         };
         let (tiny, other) = (runners("tiny"), runners("other"));
-        tiny.iter().for_each(|runner| runner.reported(2));
+        for runner in &tiny {
+            runner.reported(2);
+        }
         (0..10).for_each(|_| snapshot.servers[0].record.bad(Some(&tiny[0]), &"cut"));
         assert_eq!(snapshot.servers[0].condition(), crate::cluster::Condition::Degraded);
         let picked: Vec<_> = (0..3).map(|_| pick(&cluster, "tiny")).collect();
@@ -865,9 +697,11 @@ mod tests {
         assert_eq!(full, [1, 1, 1], "who is down gets nothing, though the other is full");
     }
 
+    type Answering = fn() -> Result<Reply, Error>;
+
     /// A fleet that answers everybody the same.
     #[derive(Clone)]
-    struct Same(fn() -> Result<Reply, Error>);
+    struct Same(Answering);
 
     impl Fleet for Same {
         type Service = tower::util::BoxService<Call, Reply, Error>;
@@ -881,7 +715,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_is_judged_by_its_own_failures_alone() {
         use crate::error::Phase;
-        let answers: [(fn() -> Result<Reply, Error>, bool, u32, u32); 8] = [
+        let answers: [(Answering, bool, u32, u32); 8] = [
             (|| Ok(testing::reply("{}")), true, 1, 0),
             (|| Ok(testing::reply("{}")), false, 0, 0),
             (|| Ok(testing::refusal("0")), true, 0, 0),
@@ -969,8 +803,9 @@ mod tests {
     #[tokio::test]
     async fn more_slots_are_there_at_once_also_where_none_is_free() {
         let cluster = testing::cluster(&[&["tiny"]]).await;
-        let slots =
-            |slots| Config { slots: vec![SlotRule { servers: any(), models: any(), slots }], ..Config::default() };
+        let any = Pattern::parse("*").into_iter().collect::<Vec<_>>();
+        let rule = |slots| SlotRule { servers: any.clone(), models: any.clone(), slots };
+        let slots = |slots| Config { slots: vec![rule(slots)], ..Config::default() };
         let picking = Picking::default();
         picking.configure(slots(NonZeroU32::MIN));
         let _first = picking.pick(&mut patient(&cluster)).unwrap();

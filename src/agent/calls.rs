@@ -8,9 +8,9 @@ use olol_middleware::time::unix_ms_now;
 use olol_middleware::window::{LastMinute, Sums};
 use olol_middleware::{Chunk, End};
 use olol_proto::v1::ServerMetrics;
-use serde::Deserialize;
 use tokio::time::Instant;
 
+use crate::models::Line;
 use crate::rpc::Calling;
 
 /// Layers of a pull whose progress is added up; more are in no model.
@@ -51,14 +51,6 @@ struct Pull {
     layers: Vec<(String, u64, u64)>,
 }
 
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Progress {
-    digest: String,
-    total: u64,
-    completed: u64,
-}
-
 impl Pulls {
     pub(super) fn begin(self: &Arc<Self>, model: String) -> Pulling {
         let number = fastrand::u64(..);
@@ -93,9 +85,9 @@ pub(super) struct Pulling {
 }
 
 impl Pulling {
-    /// A line of its progress.
-    fn see(&self, line: &[u8]) {
-        if let Ok(Progress { digest, total, completed }) = serde_json::from_slice(line) {
+    /// Lines of its progress.
+    fn see(&self, lines: &[u8]) {
+        for Line { digest, total, completed, .. } in Line::all(lines) {
             self.hear(digest, total, completed);
         }
     }
@@ -196,9 +188,9 @@ mod tests {
         for line in [
             &br#"{"status":"pulling manifest"}"#[..],
             br#"{"status":"pulling a","digest":"sha256:a","total":300,"completed":10}"#,
-            br#"{"status":"pulling a","digest":"sha256:a","total":300,"completed":200}"#,
-            br#"{"status":"pulling b","digest":"sha256:b","total":100}"#,
             b"no json",
+            // Two that have come together.
+            b"{\"status\":\"pulling a\",\"digest\":\"sha256:a\",\"total\":300,\"completed\":200}\n{\"digest\":\"sha256:b\",\"total\":100}\n",
         ] {
             pulling.see(line);
         }

@@ -469,7 +469,9 @@ async fn keep_disk(shared: Arc<Shared>) {
                 });
             }
             Err(error) => {
+                // Who comes back may have another version, and its models elsewhere.
                 (last, version_at) = (Bytes::new(), None);
+                manifests.let_go();
                 shared.write(|book| (book.disk.goes(Err(&error)), false));
             }
         }
@@ -525,6 +527,11 @@ impl Manifests {
 
     fn are_watched(&self) -> bool {
         self.watcher.is_some()
+    }
+
+    /// Watches them no more.
+    fn let_go(&mut self) {
+        self.watcher = None;
     }
 
     /// Watches them, if it is certain where they are.

@@ -51,6 +51,9 @@ enum Command {
         /// To these servers alone, by name or pattern; may be given again, or with commas between
         #[arg(long, value_name = "SERVER", value_delimiter = ',')]
         to: Vec<String>,
+        /// Also from a registry without TLS
+        #[arg(long)]
+        insecure: bool,
     },
     /// Delete models from every server that has them; one that is wanted is then wanted no more
     #[command(alias = "delete")]
@@ -114,8 +117,9 @@ impl Arguments {
                         format!("{destination} is a copy of {source} on every server that has it\n")
                     })
                 }
-                Command::Pull { model, replicas, to } => {
-                    pull(&proxy, &model, replicas.as_deref(), &to, self.json).await
+                Command::Pull { model, replicas, to, insecure } => {
+                    let body = json!({"model": model, "insecure": insecure});
+                    pull(&proxy, &body, replicas.as_deref(), &to, self.json).await
                 }
                 Command::Rm { models } => {
                     for model in models {
@@ -186,8 +190,8 @@ async fn change(proxy: &Proxy, ask: Ask) -> anyhow::Result<()> {
 }
 
 /// Pulls a model, and shows how far it is.
-async fn pull(proxy: &Proxy, model: &str, replicas: Option<&str>, to: &[String], is_json: bool) -> anyhow::Result<()> {
-    let mut ask = Ask { infers: false, ..Ask::post("/api/pull", json!({"model": model}).to_string()) };
+async fn pull(proxy: &Proxy, body: &Value, replicas: Option<&str>, to: &[String], is_json: bool) -> anyhow::Result<()> {
+    let mut ask = Ask { infers: false, ..Ask::post("/api/pull", body.to_string()) };
     if let Some(replicas) = replicas {
         ask.headers.insert("x-olol-replicas", HeaderValue::from_str(replicas)?);
     }

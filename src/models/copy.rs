@@ -20,13 +20,13 @@ use olol_proto::v1::{
     CopyModelRequest, CopyModelResponse, CopyOrder, CopyPiece, CopyWant, PullModelResponse, ReadBlobResponse,
 };
 use serde_json::json;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
-use super::Line;
 use super::registry::{Registry, Source};
 use super::store::{Digest, Manifest, StoreError};
+use super::{Line, RELAYED};
 use crate::ollama::{Ask, ON_DISK, Ollama, every_on_disk};
 use crate::pool::{Peer, ServerSpec};
 use crate::security::Trust;
@@ -72,9 +72,7 @@ struct Inner {
     /// What is shown to other agents.
     trust: Trust,
     connect: Duration,
-    turn: tokio::sync::Mutex<()>,
-    /// Copies that go on.
-    busy: AtomicU32,
+    turn: Arc<tokio::sync::Mutex<()>>,
     /// Called when names have changed.
     changed: Box<dyn Fn() + Send + Sync>,
     /// Called when a copy begins.
@@ -103,15 +101,9 @@ impl Copier {
         changed: impl Fn() + Send + Sync + 'static,
         begins: impl Fn(&str) -> Following + Send + Sync + 'static,
     ) -> Self {
-        let turn = tokio::sync::Mutex::new(());
-        let busy = AtomicU32::new(0);
+        let turn = Arc::default();
         let (changed, begins) = (Box::new(changed), Box::new(begins));
-        Self(Arc::new(Inner { ollama, trust, connect, turn, busy, changed, begins }))
-    }
-
-    /// Whether names of copies may be in the Ollama's lists.
-    pub fn is_busy(&self) -> bool {
-        self.0.busy.load(Ordering::Relaxed) > 0
+        Self(Arc::new(Inner { ollama, trust, connect, turn, changed, begins }))
     }
 
     /// Copies a model, and tells how far it is; ends when what it returns is dropped. `answers` are those to its wants.
@@ -145,7 +137,7 @@ impl Copier {
         }
         let relay = order.relays.then(|| Relay::start(answers, tell.clone()));
         let sources = Arc::new(Sources::new(&order, relay, &self.0)?);
-        let _turn = self.0.turn.lock().await;
+        let turn = self.0.turn.clone().lock_owned().await;
         let manifest = sources.manifest(&wanted).await?;
         let failed = |error: std::io::Error| CopyError::Ollama(format!("no registry can be opened: {error}"));
         let rate = NonZeroU64::new(order.bytes_per_second);
@@ -157,12 +149,14 @@ impl Copier {
             pulled = pull(&self.0.ollama, &name, tell, &mut following) => pulled?,
             why = registry.fails() => return Err(CopyError::Sources(why)),
         }
-        // Nothing stops it half-way from here on.
-        let (copier, model) = (self.clone(), order.model.clone());
+        // Nothing stops it half-way from here on, also when whoever ordered it has gone: until it is over it is its turn, and
+        // its registry shows that the name is no left-over.
+        let (copier, model, held) = (self.clone(), order.model.clone(), (turn, registry));
         let finishing = tokio::spawn(async move {
             let done = finish(&copier, &name, &model, &wanted).await;
             left.clear().await;
             (copier.0.changed)();
+            drop(held);
             done
         });
         finishing.await.map_err(|error| CopyError::Ollama(error.to_string()))??;
@@ -213,16 +207,13 @@ struct LeftOver {
 
 impl LeftOver {
     fn new(copier: &Copier, name: String) -> Self {
-        copier.0.busy.fetch_add(1, Ordering::Relaxed);
         Self { copier: copier.clone(), name: Some(name) }
     }
 
     async fn clear(mut self) {
-        if let Some(name) = self.name.take() {
-            if let Err(error) = delete(&self.copier.0.ollama, &name).await {
-                tracing::debug!(%error, name, "the name of a copy stays until the next look for such");
-            }
-            self.copier.0.busy.fetch_sub(1, Ordering::Relaxed);
+        let Some(name) = self.name.take() else { return };
+        if let Err(error) = delete(&self.copier.0.ollama, &name).await {
+            tracing::debug!(%error, name, "the name of a copy stays until the next look for such");
         }
     }
 }
@@ -508,10 +499,17 @@ struct Relaying {
     tell: Tell,
     waiting: Arc<Waiting>,
     next: AtomicU32,
+    places: Arc<Semaphore>,
     _reading: AbortOnDropHandle<()>,
 }
 
-type Waiting = Mutex<HashMap<u32, oneshot::Sender<CopyPiece>>>;
+type Waiting = Mutex<HashMap<u32, Asked>>;
+
+/// What was asked of the caller. It takes a place until the answer is there, also when nobody waits for that any more.
+struct Asked {
+    answer: oneshot::Sender<CopyPiece>,
+    _place: OwnedSemaphorePermit,
+}
 
 impl Relay {
     fn start(mut answers: Streaming<CopyModelRequest>, tell: Tell) -> Self {
@@ -520,20 +518,22 @@ impl Relay {
         let reading = AbortOnDropHandle::new(tokio::spawn(async move {
             while let Ok(Some(message)) = answers.message().await {
                 let Some(piece) = message.piece else { continue };
-                if let Some(waits) = lock(&filled).remove(&piece.id) {
-                    let _ = waits.send(piece);
+                if let Some(asked) = lock(&filled).remove(&piece.id) {
+                    let _ = asked.answer.send(piece);
                 }
             }
             // Who still waits is told by the end of its channel.
             lock(&filled).clear();
         }));
-        Self(Arc::new(Relaying { tell, waiting, next: AtomicU32::new(0), _reading: reading }))
+        let places = Arc::new(Semaphore::new(RELAYED));
+        Self(Arc::new(Relaying { tell, waiting, next: AtomicU32::new(0), places, _reading: reading }))
     }
 
     async fn want(&self, digest: String, offset: u64, length: u64) -> Result<Bytes, BoxError> {
+        let place = self.0.places.clone().acquire_owned().await?;
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
-        lock(&self.0.waiting).insert(id, sender);
+        let (answer, receiver) = oneshot::channel();
+        lock(&self.0.waiting).insert(id, Asked { answer, _place: place });
         let want = CopyModelResponse { progress: None, want: Some(CopyWant { id, digest, offset, length }) };
         self.0.tell.send(Ok(want)).await.map_err(|_| "the proxy has gone")?;
         let piece = tokio::time::timeout(PATIENCE, receiver).await;
@@ -543,7 +543,7 @@ impl Relay {
     }
 }
 
-fn lock(waiting: &Waiting) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<CopyPiece>>> {
+fn lock(waiting: &Waiting) -> MutexGuard<'_, HashMap<u32, Asked>> {
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -8,9 +8,12 @@
 //! everybody finds alone), sees in the servers' news what another has begun, and a model that is brought twice is there once.
 
 mod driver;
+mod leaf;
+mod load;
 mod pins;
 mod plan;
 mod shared;
+mod wishes;
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,10 +23,13 @@ use olol_middleware::{ModelName, Pattern, ServerId};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-pub use driver::{Bring, Desired, Driver, Leaf, SERVERS, by};
+pub use driver::Driver;
+pub use leaf::{Leaf, SERVERS};
+pub use load::{Bring, by};
 pub use pins::PinError;
 pub use plan::{Refusal, Standing};
 pub(crate) use shared::keep;
+pub use wishes::Desired;
 
 /// The most models that may be wanted, in the file and by pins each.
 pub const MOST: usize = 1000;

@@ -1,17 +1,17 @@
 //! What an agent does with models: it gives others those of its Ollama, and has its Ollama copy theirs.
 
-use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::BytesMut;
-use futures_util::stream::BoxStream;
+use bytes::{BufMut, BytesMut};
+use futures_util::stream::{self, BoxStream};
 use olol_middleware::{Error, ModelName, Reply};
 use olol_proto::v1::{
     CopyModelRequest, CopyModelResponse, CopyOrder, ReadBlobRequest, ReadBlobResponse, ReadModelRequest,
     ReadModelResponse,
 };
-use tokio::sync::mpsc;
+use tokio::fs::File;
+use tokio::io::AsyncReadExt;
 use tonic::{Status, Streaming};
 
 use super::copy::Copier;
@@ -60,36 +60,22 @@ impl Local {
     ) -> Result<BoxStream<'static, Result<ReadBlobResponse, Status>>, Status> {
         let digest = Digest::parse(&request.digest).map_err(refused)?;
         let store = self.store("").await?;
-        let (mut file, length) = beside(move || store.blob(&digest, request.offset)).await?;
+        let (file, length) = beside(move || store.blob(&digest, request.offset)).await?;
         let all = length - request.offset;
-        let mut left = if request.length == 0 { all } else { request.length.min(all) };
-        let (tell, pieces) = mpsc::channel(2);
-        // Ends when nobody takes the pieces any more.
-        tokio::task::spawn_blocking(move || {
-            while left > 0 {
-                let wanted = PIECE.min(usize::try_from(left).unwrap_or(PIECE));
-                let mut piece = BytesMut::zeroed(wanted);
-                let read = file.read(&mut piece);
-                let message = match read {
-                    Ok(0) => Err(Status::data_loss("the file became shorter")),
-                    Ok(read) => {
-                        piece.truncate(read);
-                        left -= read as u64;
-                        Ok(ReadBlobResponse { data: piece.freeze() })
-                    }
-                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                    Err(error) => Err(Status::data_loss(error.to_string())),
-                };
-                let is_last = message.is_err();
-                if tell.blocking_send(message).is_err() || is_last {
-                    return;
-                }
+        let left = if request.length == 0 { all } else { request.length.min(all) };
+        Ok(Box::pin(stream::try_unfold((File::from_std(file), left), |(mut file, left)| async move {
+            if left == 0 {
+                return Ok(None);
             }
-        });
-        Ok(Box::pin(futures_util::stream::unfold(
-            pieces,
-            |mut pieces| async move { Some((pieces.recv().await?, pieces)) },
-        )))
+            let wanted = PIECE.min(usize::try_from(left).unwrap_or(PIECE));
+            let mut piece = BytesMut::with_capacity(wanted).limit(wanted);
+            let read = file.read_buf(&mut piece).await.map_err(|error| Status::data_loss(error.to_string()))?;
+            if read == 0 {
+                return Err(Status::data_loss("the file became shorter"));
+            }
+            let data = piece.into_inner().freeze();
+            Ok(Some((ReadBlobResponse { data }, (file, left - read as u64))))
+        })))
     }
 
     /// Copies a model of others.

@@ -6,25 +6,29 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use http::HeaderMap;
+use olol_middleware::cluster::Cluster;
 use olol_middleware::instruments::{Arrival, arrived};
 use olol_middleware::{Error, ModelName, Reply, Server, ServerId};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::replicas::ranked;
-use super::told::{Board, Telling};
-use super::{BringError, Holder, Line, Models, Replicas, Room, held_by, shares, tells_of_full_disk};
+use super::told::{Board, Telling, failure};
+use super::{BringError, GONE, Held, Holder, Line, Models, Replicas, Room, gone, held_by, shares, tells_of_full_disk};
 use crate::ollama::lines_of;
 
 /// Copies that one server gives at a time.
 const PER_SOURCE: usize = 3;
 /// The longest refusal that is read, bytes.
 const LONGEST: usize = 1 << 20;
+/// How long a server may take to say what it has: the others wait for it.
+const LOOK: Duration = Duration::from_secs(10);
 /// Ollama's word for what the registry does not have.
 const NOT_THERE: &str = "file does not exist";
 
@@ -83,10 +87,11 @@ pub enum End {
     Refused(Mutex<Option<Result<Reply, Error>>>, String),
 }
 
-/// How one server's part has ended.
+/// How one server's part has ended: the last word of its Ollama, or none after a copy; and what others can copy from it, if
+/// they can.
 enum Ended {
-    Pulled(Result<Bytes, Failure>),
-    Copied(Result<(), BringError>),
+    Pulled(Result<(Bytes, Option<Held>), Failure>),
+    Copied(Result<Held, BringError>),
 }
 
 /// Why a server has not pulled.
@@ -133,6 +138,19 @@ impl Models {
         let pull = Arc::new(Pull { state, _task: task });
         running.insert(key, Arc::downgrade(&pull));
         pull
+    }
+
+    /// What others can copy from a server that has just pulled a model: asked of itself, since nobody else knows it yet.
+    async fn given_by(&self, server: &Server, model: &ModelName) -> Option<Held> {
+        if self.pool.peer(server).is_none() || !shares(server) {
+            return None;
+        }
+        let asked = tokio::time::timeout(LOOK, self.ask_for(server, model)).await;
+        let late = |_| Err(BringError::Copy(format!("it does not say what it has within {} s", LOOK.as_secs())));
+        asked
+            .unwrap_or_else(late)
+            .inspect_err(|error| tracing::warn!(server = %server.id, %error, "nobody can copy from there"))
+            .ok()
     }
 }
 
@@ -295,22 +313,25 @@ impl Work {
         self.send_on(&mut tasks);
         while let Some((part, ended)) = tasks.next().await {
             match ended {
-                Ended::Pulled(Ok(line)) => {
+                Ended::Pulled(Ok((line, held))) => {
                     arrived(Arrival::Pulled);
                     self.success.get_or_insert(line);
-                    self.pulled(part).await;
+                    self.leader = self.leader.filter(|leader| *leader != part.course);
+                    self.has_it(&part);
+                    // What the first of them has is what all others are to have.
+                    if let Some(held) = held.filter(|_| self.sources.is_empty()) {
+                        self.sources.push((part.server, held));
+                    }
                 }
                 Ended::Pulled(Err(failure)) => {
                     arrived(Arrival::PullFailed);
                     self.failed(&part, failure, &mut tasks);
                 }
-                Ended::Copied(Ok(())) => {
+                Ended::Copied(Ok(held)) => {
                     arrived(Arrival::Copied);
                     self.copying -= 1;
-                    if let Some((_, held)) = self.sources.first().filter(|_| shares(&part.server)).cloned() {
-                        self.sources.push((part.server.clone(), held));
-                    }
                     self.has_it(&part);
+                    self.gives_on(part.server, held);
                 }
                 Ended::Copied(Err(error)) => {
                     arrived(Arrival::CopyFailed);
@@ -342,12 +363,10 @@ impl Work {
                 return;
             }
             let Some(part) = self.waiting.pop_front() else { return };
-            let wanted = self.sources[0].1.digest.clone();
-            if held_by(&part.server, &self.model).is_some_and(|held| held.digest == wanted) {
-                if shares(&part.server) {
-                    self.sources.push((part.server.clone(), self.sources[0].1.clone()));
-                }
+            let wanted = &self.sources[0].1.digest;
+            if let Some(held) = held_by(&part.server, &self.model).filter(|held| held.digest == *wanted) {
                 self.has_it(&part);
+                self.gives_on(part.server, held);
                 continue;
             }
             self.copying += 1;
@@ -358,10 +377,13 @@ impl Work {
     /// A server asks the registry.
     fn asks(&self, part: Part) -> Task {
         self.tell.send_modify(|state| state.silent += 1);
-        let (ask, tell, margin) = (self.ask.clone(), self.tell.clone(), self.models.config().margin());
+        let (ask, tell, models, model) = (self.ask.clone(), self.tell.clone(), self.models.clone(), self.model.clone());
         Box::pin(async move {
-            let room = Room::of(&part.server, margin);
-            let pulled = pull_at(&ask, &part, room, &tell).await;
+            let room = Room::of(&part.server, models.config().margin());
+            let pulled = match pull_at(&ask, &part, room, &tell, models.cluster()).await {
+                Ok(line) => Ok((line, models.given_by(&part.server, &model).await)),
+                Err(failure) => Err(failure),
+            };
             (part, Ended::Pulled(pulled))
         })
     }
@@ -374,33 +396,23 @@ impl Work {
         let turn = self.copying % sources.len().max(1);
         sources.rotate_left(turn);
         Box::pin(async move {
-            let copied = match sources.first().cloned() {
-                None => Err(BringError::Copy("nobody has it".to_owned())),
-                Some((_, held)) => {
-                    if let Err(error) = models.room(&part.server, held.size) {
-                        Err(error)
-                    } else {
-                        let name = held_by(&part.server, &model).map_or_else(|| held.name.clone(), |old| old.name);
-                        let mut hears =
-                            |line: Line| tell.send_modify(|state| state.board.hear(part.course, &line, None));
-                        models.copy(&name, &held, &part.server, &sources, &mut hears).await
-                    }
-                }
+            let copying = async {
+                let (_, held) = sources.first().ok_or_else(|| BringError::Copy("nobody has it".to_owned()))?;
+                models.room(&part.server, held.size)?;
+                let name = held_by(&part.server, &model).map_or_else(|| held.name.clone(), |old| old.name);
+                let mut hears = |line: Line| tell.send_modify(|state| state.board.hear(part.course, &line, None));
+                models.copy(&name, held, &part.server, &sources, &mut hears).await?;
+                Ok(Held { name, ..held.clone() })
             };
+            let copied = copying.await;
             (part, Ended::Copied(copied))
         })
     }
 
-    /// A server has it from the registry.
-    async fn pulled(&mut self, part: Part) {
-        self.has_it(&part);
-        let gives = self.models.pool.peer(&part.server).is_some() && shares(&part.server);
-        self.leader = self.leader.filter(|leader| *leader != part.course);
-        if gives && self.sources.is_empty() {
-            match self.models.ask_for(&part.server, &self.model).await {
-                Ok(held) => self.sources.push((part.server, held)),
-                Err(error) => tracing::warn!(server = %part.server.id, %error, "nobody can copy from there"),
-            }
+    /// Others can copy from a server what it has, if its agent gives models away.
+    fn gives_on(&mut self, server: Arc<Server>, held: Held) {
+        if shares(&server) {
+            self.sources.push((server, held));
         }
     }
 
@@ -466,17 +478,11 @@ impl Work {
             let line = self.success.take();
             return End::Success(line.unwrap_or_else(|| Bytes::from_static(b"{\"status\":\"success\"}\n")));
         }
-        let all = if self.failures.is_empty() { &self.left_out } else { &self.failures };
-        let text = match all.first() {
-            None => "there is no server to pull it".to_owned(),
-            // Who asked the registry says why; one server's own words where all of them failed.
-            Some((id, why)) if self.done == 0 => {
-                for (other, why) in &all[1..] {
-                    tracing::debug!(server = %other, why, told = %id, "all servers failed");
-                }
-                why.clone()
-            }
-            Some(_) => all.iter().map(named).collect::<Vec<_>>().join("; "),
+        let failed = if self.failures.is_empty() { &self.left_out } else { &self.failures };
+        let text = match failed.as_slice() {
+            [] => "there is no server to pull it".to_owned(),
+            // Who asked the registry says why.
+            failed => failure(failed, self.done == 0),
         };
         let has_begun = self.tell.borrow().headers.is_some();
         match self.refusals.drain(..).next() {
@@ -496,14 +502,18 @@ fn add(tell: &watch::Sender<State>, server: &Server) -> usize {
     course
 }
 
-/// What failed at a server, with its name; errors of ours have it in them.
-fn named((id, why): &(ServerId, String)) -> String {
-    if why.starts_with(&format!("server {id} ")) { why.clone() } else { format!("server {id}: {why}") }
-}
-
 /// Follows one server's pull to its end.
-async fn pull_at(ask: &Asking, part: &Part, mut room: Room, tell: &watch::Sender<State>) -> Result<Bytes, Failure> {
-    let asked = ask(part.server.clone()).await;
+async fn pull_at(
+    ask: &Asking,
+    part: &Part,
+    mut room: Room,
+    tell: &watch::Sender<State>,
+    cluster: &Cluster,
+) -> Result<Bytes, Failure> {
+    let asked = tokio::select! {
+        asked = ask(part.server.clone()) => asked,
+        () = gone(cluster, &part.server.id) => Err(Error::NoServer(format!("server {}: {GONE}", part.server.id))),
+    };
     let mut body = match asked {
         Ok(reply) if reply.status.is_success() => {
             let Reply { headers, body, .. } = reply;
@@ -521,7 +531,12 @@ async fn pull_at(ask: &Asking, part: &Part, mut room: Room, tell: &watch::Sender
     };
     let failed = Failure::of;
     let mut success = None;
-    while let Some(chunk) = body.next().await {
+    loop {
+        let chunk = tokio::select! {
+            chunk = body.next() => chunk,
+            () = gone(cluster, &part.server.id) => return Err(failed(GONE.to_owned())),
+        };
+        let Some(chunk) = chunk else { break };
         let chunk = chunk.map_err(|error| failed(error.to_string()))?.bytes;
         for raw in lines_of(&chunk) {
             let line = Line::all(&raw).next().unwrap_or_default();

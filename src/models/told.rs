@@ -1,48 +1,65 @@
 //! The progress of many servers, told as that of one Ollama.
 //!
-//! A client sees what one Ollama says: the manifest, each layer from nothing to all of it, one after the other, the check, and
-//! at the end `success` or an error. How far all are together is the mean of the servers: with two of three that have all of
-//! it, two thirds. Nothing that was told is taken back, also not when a server fails and no longer counts.
+//! A client sees what one Ollama says, one step after the other: the manifest, each layer from nothing to all of it, the check,
+//! and at the end `success` or an error. How far all are together in their layers is the mean of the servers: with two of three
+//! that have all of it, two thirds. What comes behind a layer is told when all have come so far. Nothing that was told is taken
+//! back, also not when a server fails and no longer counts.
 
 use bytes::Bytes;
+use olol_middleware::ServerId;
 use serde_json::{Map, Value};
 
 use super::Line;
 
-/// Layers and statuses that are remembered of one pull; more are in none.
+/// Steps that are remembered; more are in no pull and no create.
 const MOST: usize = 10_000;
 
 /// How far each server is.
 #[derive(Clone, Debug, Default)]
 pub struct Board {
-    layers: Vec<Layer>,
-    /// What is said before the layers, and after them.
-    head: Vec<Said>,
-    tail: Vec<Said>,
+    /// In the order in which they were first heard of.
+    steps: Vec<Step>,
     courses: Vec<Course>,
 }
 
 #[derive(Clone, Debug)]
-struct Layer {
-    digest: String,
+struct Step {
     status: String,
-    total: u64,
+    what: What,
 }
 
-/// A line as a server said it.
 #[derive(Clone, Debug)]
-struct Said {
-    status: String,
-    line: Bytes,
+enum What {
+    /// Only words: the line as a server said it.
+    Words(Bytes),
+    /// A layer of so many bytes.
+    Layer { digest: String, total: u64 },
+}
+
+impl Step {
+    fn total(&self) -> u64 {
+        match self.what {
+            What::Words(_) => 0,
+            What::Layer { total, .. } => total,
+        }
+    }
+
+    /// Whether a line is about it.
+    fn fits(&self, line: &Line) -> bool {
+        match &self.what {
+            What::Words(_) => line.digest.is_empty() && self.status == line.status,
+            What::Layer { digest, .. } => *digest == line.digest,
+        }
+    }
 }
 
 /// How far one server is.
 #[derive(Clone, Debug)]
 struct Course {
-    /// Bytes of each layer that are there.
+    /// Bytes of each step that are there.
     done: Vec<u64>,
-    /// How many of the last statuses it has reached.
-    tail: usize,
+    /// How many of the steps it has come to.
+    reached: usize,
     is_over: bool,
     counts: bool,
 }
@@ -50,50 +67,37 @@ struct Course {
 impl Board {
     /// One server more; returns its number.
     pub fn add(&mut self) -> usize {
-        self.courses.push(Course { done: Vec::new(), tail: 0, is_over: false, counts: true });
+        self.courses.push(Course { done: Vec::new(), reached: 0, is_over: false, counts: true });
         self.courses.len() - 1
     }
 
-    /// A server said something that is neither its last word nor an error.
+    /// A server said something that is neither its last word nor an error; `raw` in so many bytes.
     pub fn hear(&mut self, server: usize, line: &Line, raw: Option<&Bytes>) {
-        if !line.digest.is_empty() {
-            self.hear_of_layer(server, line);
+        if line.digest.is_empty() && line.status.is_empty() {
             return;
         }
-        if line.status.is_empty() {
-            return;
-        }
-        let said = if line.status.starts_with("pulling") { &mut self.head } else { &mut self.tail };
-        let known = said.iter().position(|known| known.status == line.status);
-        let at = match known {
+        let at = match self.steps.iter().position(|step| step.fits(line)) {
             Some(at) => at,
-            None if said.len() >= MOST => return,
+            None if self.steps.len() >= MOST || self.is_late(server, line) => return,
             None => {
-                let line_again = || Bytes::from(format!("{}\n", status_line(&line.status)));
-                said.push(Said { status: line.status.clone(), line: raw.cloned().unwrap_or_else(line_again) });
-                said.len() - 1
+                self.steps.push(Step { status: line.status.clone(), what: What::of(line, raw) });
+                self.steps.len() - 1
             }
         };
-        if let (false, Some(course)) = (line.status.starts_with("pulling"), self.courses.get_mut(server)) {
-            course.tail = course.tail.max(at + 1);
-        }
-    }
-
-    fn hear_of_layer(&mut self, server: usize, line: &Line) {
-        let known = self.layers.iter().position(|layer| layer.digest == line.digest);
-        let at = match known {
-            Some(at) => at,
-            None if self.layers.len() >= MOST => return,
-            None => {
-                let Line { digest, status, total, .. } = line.clone();
-                self.layers.push(Layer { digest, status, total });
-                self.layers.len() - 1
-            }
-        };
-        let total = self.layers[at].total;
+        let total = self.steps[at].total();
         let Some(course) = self.courses.get_mut(server) else { return };
+        course.reached = course.reached.max(at + 1);
         course.done.resize(course.done.len().max(at + 1), 0);
         course.done[at] = course.done[at].max(line.completed.min(total));
+    }
+
+    /// Whether a line is about a layer that had its place before what others have said since: they had it so soon that they
+    /// never told of it.
+    fn is_late(&self, server: usize, line: &Line) -> bool {
+        let is_behind = self.courses.get(server).is_some_and(|course| course.reached < self.steps.len());
+        let is_over = matches!(self.steps.last(), Some(Step { what: What::Words(_), .. }))
+            && self.steps.iter().any(|step| matches!(step.what, What::Layer { .. }));
+        !line.digest.is_empty() && is_behind && is_over
     }
 
     /// A server has all of it.
@@ -113,13 +117,13 @@ impl Board {
     /// A server begins anew, in another way; what it has so far, it has.
     pub fn begin_again(&mut self, server: usize) {
         if let Some(course) = self.courses.get_mut(server) {
-            course.tail = 0;
+            course.reached = 0;
         }
     }
 
     /// The servers that are not done yet, by number, and the share of it that each has.
     pub fn under_way(&self) -> impl Iterator<Item = (usize, f32)> {
-        let all: u64 = self.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.total));
+        let all = self.bytes(self.steps.len());
         let is_under_way = |(_, course): &(usize, &Course)| course.counts && !course.is_over;
         self.courses
             .iter()
@@ -132,9 +136,14 @@ impl Board {
         self.courses.iter().filter(|course| course.counts)
     }
 
+    /// Bytes of so many steps.
+    fn bytes(&self, steps: usize) -> u64 {
+        self.steps.iter().take(steps).fold(0, |sum, step| sum.saturating_add(step.total()))
+    }
+
     /// Bytes that are there in the mean.
     fn mean(&self) -> u64 {
-        let all: u64 = self.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.total));
+        let all = self.bytes(self.steps.len());
         let of = |course: &Course| if course.is_over { all } else { course.done.iter().sum::<u64>().min(all) };
         let (mut sum, mut count) = (0_u128, 0_u128);
         for course in self.counting() {
@@ -144,10 +153,21 @@ impl Board {
         u64::try_from(sum / count.max(1)).unwrap_or(all)
     }
 
-    /// How many of the last statuses are true of all servers.
+    /// How many of the steps all servers have come to.
     fn reached(&self) -> usize {
-        let of = |course: &Course| if course.is_over { self.tail.len() } else { course.tail };
+        let of = |course: &Course| if course.is_over { self.steps.len() } else { course.reached };
         self.counting().map(of).min().unwrap_or(0)
+    }
+}
+
+impl What {
+    fn of(line: &Line, raw: Option<&Bytes>) -> Self {
+        if line.digest.is_empty() {
+            let again = || Bytes::from(format!("{}\n", serde_json::json!({ "status": line.status })));
+            Self::Words(raw.cloned().unwrap_or_else(again))
+        } else {
+            Self::Layer { digest: line.digest.clone(), total: line.total }
+        }
     }
 }
 
@@ -159,55 +179,49 @@ fn share(part: u64, whole: u64) -> f32 {
 /// What one client has been told.
 #[derive(Clone, Debug, Default)]
 pub struct Telling {
-    head: usize,
-    tail: usize,
-    /// The layer that is told of, and how much of it was; `None`: nothing yet.
-    layer: usize,
+    /// The step that is next.
+    step: usize,
+    /// How much of it was told, if it is a layer; `None`: nothing yet.
     completed: Option<u64>,
+    /// Whether a layer was told of: what comes before the first one, all do alike.
+    is_behind_layers: bool,
 }
 
 impl Telling {
     /// The lines that are news to it.
     pub fn news(&mut self, board: &Board) -> Vec<Bytes> {
         let mut lines = Vec::new();
-        // Once the last statuses have begun there is no way back to the layers.
-        if self.tail == 0 {
-            lines.extend(board.head.iter().skip(self.head).map(|said| said.line.clone()));
-            self.head = board.head.len();
-            self.layers(board, &mut lines);
-        }
-        if self.layer >= board.layers.len() || self.tail > 0 {
-            let reached = board.reached();
-            lines.extend(board.tail.iter().take(reached).skip(self.tail).map(|said| said.line.clone()));
-            self.tail = self.tail.max(reached);
+        let (there, reached) = (board.mean(), board.reached());
+        let mut start = board.bytes(self.step);
+        while let Some(step) = board.steps.get(self.step) {
+            match &step.what {
+                What::Words(_) if self.is_behind_layers && self.step >= reached => break,
+                What::Words(line) => lines.push(line.clone()),
+                What::Layer { digest, total } => {
+                    let end = start.saturating_add(*total);
+                    let completed = there.clamp(start, end) - start;
+                    if self.completed.is_none_or(|told| told < completed) {
+                        lines.push(layer_line(&step.status, digest, *total, completed));
+                    }
+                    (self.completed, self.is_behind_layers) = (self.completed.max(Some(completed)), true);
+                    if there < end {
+                        break;
+                    }
+                    start = end;
+                }
+            }
+            (self.step, self.completed) = (self.step + 1, None);
         }
         lines
-    }
-
-    fn layers(&mut self, board: &Board, lines: &mut Vec<Bytes>) {
-        let there = board.mean();
-        let mut start: u64 = board.layers.iter().take(self.layer).fold(0, |sum, layer| sum.saturating_add(layer.total));
-        while let Some(layer) = board.layers.get(self.layer) {
-            let end = start.saturating_add(layer.total);
-            let completed = there.clamp(start, end) - start;
-            if self.completed.is_none_or(|told| told < completed) {
-                self.completed = Some(completed);
-                lines.push(layer_line(layer, completed));
-            }
-            if there < end {
-                return;
-            }
-            (self.layer, self.completed, start) = (self.layer + 1, None, end);
-        }
     }
 }
 
 /// A line about a layer as Ollama writes it.
-fn layer_line(layer: &Layer, completed: u64) -> Bytes {
+fn layer_line(status: &str, digest: &str, total: u64, completed: u64) -> Bytes {
     let mut members = Map::new();
-    members.insert("status".to_owned(), layer.status.as_str().into());
-    members.insert("digest".to_owned(), layer.digest.as_str().into());
-    for (key, value) in [("total", layer.total), ("completed", completed)] {
+    members.insert("status".to_owned(), status.into());
+    members.insert("digest".to_owned(), digest.into());
+    for (key, value) in [("total", total), ("completed", completed)] {
         if value > 0 {
             members.insert(key.to_owned(), value.into());
         }
@@ -215,8 +229,23 @@ fn layer_line(layer: &Layer, completed: u64) -> Bytes {
     format!("{}\n", Value::Object(members)).into()
 }
 
-fn status_line(status: &str) -> Value {
-    serde_json::json!({ "status": status })
+/// Why it did not become what was wanted: all who failed by name, or one server's own words where all of them failed.
+pub fn failure(failed: &[(ServerId, String)], all_failed: bool) -> String {
+    match failed {
+        [] => "a server ended without success".to_owned(),
+        [(told, why), others @ ..] if all_failed => {
+            for (server, why) in others {
+                tracing::debug!(%server, why, %told, "all servers failed");
+            }
+            why.clone()
+        }
+        _ => failed.iter().map(named).collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// What failed at a server, with its name; errors of ours have it in them.
+fn named((id, why): &(ServerId, String)) -> String {
+    if why.starts_with(&format!("server {id} ")) { why.clone() } else { format!("server {id}: {why}") }
 }
 
 #[cfg(test)]
@@ -329,5 +358,67 @@ mod tests {
             board.hear(one, &line, None);
         }
         assert_eq!(texts(&Telling::default().news(&board)), ["pulling manifest", "a 100/100", "b 3/10"]);
+    }
+
+    #[test]
+    fn what_stands_between_layers_is_told_in_its_place() {
+        let (mut board, mut telling) = (Board::default(), Telling::default());
+        let [one, two] = [board.add(), board.add()];
+        let mut out = Vec::new();
+        for (server, line) in [
+            (one, status("parsing GGUF")),
+            (one, layer("q", 100, 50)),
+            (two, status("parsing GGUF")),
+            (one, layer("q", 100, 100)),
+            (one, status("creating new layer")),
+            (two, layer("q", 100, 100)),
+            (two, status("creating new layer")),
+            (one, layer("r", 10, 10)),
+            (two, layer("r", 10, 10)),
+        ] {
+            board.hear(server, &line, None);
+            out.extend(texts(&telling.news(&board)));
+        }
+        let wanted = ["parsing GGUF", "q 25/100", "q 50/100", "q 100/100", "creating new layer", "r 5/10", "r 10/10"];
+        assert_eq!(out, wanted);
+    }
+
+    #[test]
+    fn a_layer_that_the_first_had_too_soon_to_tell_of_is_not_told_behind_the_check() {
+        let (mut board, mut telling) = (Board::default(), Telling::default());
+        let [one, two] = [board.add(), board.add()];
+        let mut out = Vec::new();
+        for (server, line) in [
+            (one, layer("a", 100, 100)),
+            (one, status("verifying sha256 digest")),
+            (two, layer("a", 100, 100)),
+            (two, layer("config", 10, 10)),
+            (two, status("verifying sha256 digest")),
+        ] {
+            board.hear(server, &line, None);
+            out.extend(texts(&telling.news(&board)));
+        }
+        assert_eq!(out, ["a 50/100", "a 100/100", "verifying sha256 digest"]);
+    }
+
+    #[test]
+    fn one_who_fails_holds_nobody_up() {
+        let (mut board, mut telling) = (Board::default(), Telling::default());
+        let [one, two] = [board.add(), board.add()];
+        for (server, line) in
+            [(one, layer("a", 100, 100)), (two, layer("a", 100, 20)), (one, status("writing manifest"))]
+        {
+            board.hear(server, &line, None);
+        }
+        assert_eq!(texts(&telling.news(&board)), ["a 60/100"]);
+        board.drop_out(two);
+        assert_eq!(texts(&telling.news(&board)), ["a 100/100", "writing manifest"]);
+    }
+
+    #[test]
+    fn who_failed_is_named_unless_all_did() {
+        let failed = [(ServerId::new("a"), "disk full".to_owned()), (ServerId::new("b"), "server b failed".to_owned())];
+        assert_eq!(failure(&failed, false), "server a: disk full; server b failed");
+        assert_eq!(failure(&failed, true), "disk full");
     }
 }

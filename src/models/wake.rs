@@ -182,14 +182,20 @@ impl Waker {
             woken.insert(server.id.clone(), now);
         }
         tracing::info!(server = %server.id, "a server is woken");
+        // It goes on when whoever wanted it leaves: others believe that it was done.
+        let waking = tokio::spawn(self.clone().wakes(server.id.clone(), way.clone()));
+        waking.await.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    async fn wakes(self, server: ServerId, way: Way) -> Result<(), String> {
         let result = match way.mac {
             Some(mac) => send(mac, way.address).await,
             None => run(&way.command).await,
         };
         instruments::woken(result.is_ok());
         if let Err(why) = &result {
-            tracing::warn!(server = %server.id, why, "a server could not be woken");
-            if let Some(woken) = self.woken().get_mut(&server.id) {
+            tracing::warn!(%server, why, "a server could not be woken");
+            if let Some(woken) = self.woken().get_mut(&server) {
                 woken.failed = Some(why.clone());
             }
         }

@@ -18,14 +18,13 @@ use olol_middleware::{Call, Candidates, Error, Payload, Reply, Route, Server};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Config, Scatter, is_head, json_reply};
-use crate::keys::make_private;
+use super::{Config, NATIVE, Scatter, is_head, json_reply};
+use crate::files::make_private;
 
 /// Bytes read from the spool at a time.
 const READ: usize = 256 << 10;
 /// Bytes of a body that are read although nobody wants them.
 const LEFT: u64 = 256 << 10;
-const NATIVE: &str = "application/json; charset=utf-8";
 
 /// The folder where blobs wait.
 #[derive(Debug)]
@@ -63,12 +62,13 @@ impl Spool {
         Self { dir, max_bytes: config.max_bytes, ttl: config.ttl_s.time(), held: Mutex::default(), parts }
     }
 
-    /// A blob that is there.
+    /// A blob that is there; its time begins anew, since whoever asks for it is about to use it.
     pub(super) fn find(&self, digest: &str) -> Option<Spooled> {
         let hex = hex_of(digest)?;
         let path = self.dir.join(format!("sha256-{hex}"));
         // Not where a link leads to: we make none.
         let length = std::fs::symlink_metadata(&path).ok().filter(std::fs::Metadata::is_file)?.len();
+        let _ = std::fs::File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
         Some(Spooled { digest: format!("sha256:{hex}"), path, length })
     }
 
@@ -377,5 +377,20 @@ mod tests {
         let spool = Spool::new(&Config { dir: dir.path().to_owned(), max_bytes: 3, ..Config::default() });
         let pieces: Pieces = Box::pin(futures_util::stream::iter([Ok(Bytes::from_static(b"hello"))]));
         assert!(matches!(spool.write(&"0".repeat(64), pieces).await, Err(Error::Storage(_))));
+    }
+
+    #[test]
+    fn who_is_asked_for_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::new(&Config { dir: dir.path().to_owned(), ..Config::default() });
+        let digest = "ab".repeat(32);
+        let path = dir.path().join(format!("sha256-{digest}"));
+        std::fs::write(&path, "hello").unwrap();
+        let long_ago = SystemTime::now() - Duration::from_secs(1_000_000);
+        std::fs::File::open(&path).unwrap().set_modified(long_ago).unwrap();
+        assert_eq!(spool.find(&format!("sha256:{digest}")).map(|blob| blob.length), Some(5));
+        assert_eq!(spool.sweep(), 5);
+        std::fs::File::open(&path).unwrap().set_modified(long_ago).unwrap();
+        assert_eq!((spool.sweep(), path.exists()), (0, false));
     }
 }

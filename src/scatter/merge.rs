@@ -15,14 +15,11 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::needed::Cover;
-use super::{LONGEST, MERGE_LIMIT, Scatter, is_head, json_reply};
+use super::{LONGEST, MERGE_LIMIT, NATIVE, Scatter, is_head, json_reply};
 use crate::status::in_order;
 
 /// So often servers are asked for a list: who is silent may have to be replaced.
 const ROUNDS: usize = 2;
-
-/// Ollama's content type for its own JSON.
-pub(super) const NATIVE: &str = "application/json; charset=utf-8";
 
 impl<F: Fleet> Scatter<F> {
     /// Asks the servers and joins what they say.

@@ -3,15 +3,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::stream;
+use http::StatusCode;
 use http::header::{self, HeaderMap};
-use http::{HeaderValue, StatusCode};
 use olol_middleware::call::Body;
 use olol_middleware::pick::Fleet;
 use olol_middleware::{Call, Chunk, Error, Reply, Server, ServerId};
 use serde_json::json;
 use tower::Service;
 
-use super::{Scatter, json_reply};
+use super::{NATIVE, Scatter, again, bad_request, json_reply};
 use crate::models::Replicas;
 use crate::models::pull::{End, Order, Pull};
 
@@ -43,11 +43,8 @@ impl<F: Fleet> Scatter<F> {
         let ask = Arc::new(move |server: Arc<Server>| -> futures_util::future::BoxFuture<'static, _> {
             let (scatter, call) = (scatter.clone(), call.clone());
             Box::pin(async move {
-                let again = call.lock().unwrap_or_else(PoisonError::into_inner).again();
-                match again {
-                    Some(call) => scatter.to(call, &server).await,
-                    None => Err(Error::Internal("the body cannot be sent to several servers".to_owned())),
-                }
+                let call = again(&call.lock().unwrap_or_else(PoisonError::into_inner));
+                scatter.to(call?, &server).await
             })
         });
         let pull = self.shared.models.pull(Order { model, replicas, servers, ask });
@@ -84,13 +81,7 @@ async fn whole(pull: &Pull, headers: HeaderMap, absent: &mut Vec<ServerId>) -> R
     match &*end {
         End::Success(line) => Reply::full(StatusCode::OK, headers, line.clone()),
         End::Failed(why) | End::Refused(_, why) => {
-            let kind = "application/json; charset=utf-8";
-            json_reply(StatusCode::INTERNAL_SERVER_ERROR, kind, json!({ "error": why }).to_string())
+            json_reply(StatusCode::INTERNAL_SERVER_ERROR, NATIVE, json!({ "error": why }).to_string())
         }
     }
-}
-
-fn bad_request(why: &str) -> Reply {
-    let headers = [(header::CONTENT_TYPE, HeaderValue::from_static("application/json; charset=utf-8"))];
-    Reply::full(StatusCode::BAD_REQUEST, HeaderMap::from_iter(headers), json!({ "error": why }).to_string())
 }

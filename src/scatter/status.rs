@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::{MERGE_LIMIT, Scatter, json_reply};
+use super::{MERGE_LIMIT, NATIVE, Scatter, json_reply};
 use crate::status::{self, About};
 
 /// How long Ollama's keys are waited for: with all that we do ourselves the answer is there within 10 ms.
@@ -75,7 +75,7 @@ impl<F: Fleet> Scatter<F> {
             Some(open) if open.trim_end() != "{" => format!("{open},\"olol\":{ours}}}"),
             _ => format!("{{\"olol\":{ours}}}"),
         };
-        Ok(json_reply(StatusCode::OK, super::merge::NATIVE, body))
+        Ok(json_reply(StatusCode::OK, NATIVE, body))
     }
 
     /// Asks for Ollama's keys once, so that they are known when somebody wants them and no server answers any more. Takes

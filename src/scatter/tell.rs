@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 use http::StatusCode;
+use olol_middleware::call::Body;
 use olol_middleware::pick::Fleet;
 use olol_middleware::{Call, Error, ModelName, Reply, Route, Server, ServerId};
 
@@ -39,15 +40,11 @@ impl<F: Fleet> Scatter<F> {
         }
         let news = News { cluster: self.shared.cluster.clone(), servers: targets.clone() };
         let answers = join_all(targets.iter().map(|server| {
-            let call = call.again();
-            let scatter = &self;
-            async move {
-                let Some(call) = call else {
-                    return Err(Error::Internal("the body cannot be sent to several servers".to_owned()));
-                };
-                let mut reply = scatter.to(call, server).await?;
+            let asking = self.same_to(&call, server);
+            async {
+                let mut reply = asking.await?;
                 // Short answers: read now, so that one which breaks off counts as failed.
-                let body = std::mem::replace(&mut reply.body, olol_middleware::call::Body::empty());
+                let body = std::mem::replace(&mut reply.body, Body::empty());
                 let outcome = body.outcome().clone();
                 let bytes = body.collect(LONGEST).await?;
                 let mut whole = Reply::full(reply.status, reply.headers, bytes);

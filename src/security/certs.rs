@@ -1,6 +1,5 @@
 //! Makes a CA for the cluster, and certificates of it.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -8,11 +7,10 @@ use anyhow::{Context, bail};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
-
 use sha2::{Digest, Sha256};
 
 use super::tls;
-use crate::keys::make_private;
+use crate::files;
 
 /// What our CAs are called, before what tells them apart. It must stay so: the certificates of a CA name it.
 const CA_NAME: &str = "OLOL cluster CA";
@@ -152,18 +150,10 @@ fn refuse_to_overwrite(made: &Made) -> anyhow::Result<()> {
 /// Writes both files: the key first, so that there is no certificate without it.
 fn write(made: &Made, key: &str, cert: &str) -> anyhow::Result<()> {
     for (path, text) in [(&made.key, key), (&made.cert, cert)] {
-        put(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
+        let is_new = files::put(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
+        if !is_new {
+            bail!("there is a {} since a moment ago: somebody else makes this certificate, too", path.display());
+        }
     }
-    Ok(())
-}
-
-/// Puts a whole file, for its owner alone, where none is.
-fn put(path: &Path, text: &str) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    make_private(folder)?;
-    let mut file = tempfile::Builder::new().prefix(".cert-").tempfile_in(folder)?;
-    file.write_all(text.as_bytes())?;
-    file.as_file().sync_all()?;
-    file.persist_noclobber(path)?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! Nothing here ever shows it but [`Token::reveal`].
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -12,7 +12,8 @@ use http::{HeaderMap, HeaderValue};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use crate::keys::{make_private, random};
+use crate::files;
+use crate::keys::random;
 
 /// The header, and the metadata of a gRPC call, that shows the token. No client needs it: clients have keys.
 pub const HEADER: &str = "olol-token";
@@ -99,6 +100,11 @@ impl Token {
     /// The token as text: for whoever asked to see it, and for its file.
     pub fn reveal(&self) -> &str {
         self.0.to_str().unwrap_or_default()
+    }
+
+    /// What stands in its file.
+    fn line(&self) -> String {
+        format!("{}\n", self.reveal())
     }
 
     /// The header that shows it.
@@ -197,7 +203,7 @@ pub fn read(path: &Path) -> Result<(Token, Vec<Token>), TokenError> {
 /// Makes the token of a file that is not there. Of several commands that do so at once, one wins, and all have its token.
 fn make(path: &Path) -> Result<Token, TokenError> {
     let token = Token::make()?;
-    match put(path, &token, false) {
+    match files::put(path, &token.line()) {
         Ok(true) => {
             tracing::info!(file = %path.display(), "a token for the cluster was made; `olol token` prints it for other machines");
             Ok(token)
@@ -210,23 +216,8 @@ fn make(path: &Path) -> Result<Token, TokenError> {
 /// Makes a new token in the place of that of a file.
 pub fn rotate(path: &Path) -> Result<Token, TokenError> {
     let token = Token::make()?;
-    put(path, &token, true).map_err(|source| TokenError::Unwritable { path: path.to_owned(), source })?;
+    files::replace(path, &token.line()).map_err(|source| TokenError::Unwritable { path: path.to_owned(), source })?;
     Ok(token)
-}
-
-/// Puts a whole file, which only its owner may read from its beginning on, where none is, or in the place of another. False
-/// if there is one, and it is not to be replaced.
-fn put(path: &Path, token: &Token, replaces: bool) -> io::Result<bool> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    make_private(folder)?;
-    let mut file = tempfile::Builder::new().prefix(".token-").tempfile_in(folder)?;
-    writeln!(file, "{}", token.reveal())?;
-    file.as_file().sync_all()?;
-    let put = if replaces { file.persist(path) } else { file.persist_noclobber(path) };
-    match put {
-        Err(error) if !replaces && error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        put => Ok(put.map(|_| true)?),
-    }
 }
 
 #[cfg(test)]

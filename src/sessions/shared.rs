@@ -141,6 +141,9 @@ type Line = tokio::sync::Mutex<()>;
 /// The record of a session, if there is one, and how many milliseconds it stays.
 type Kept = (Option<Vec<u8>>, i64);
 
+/// What the store has of a version, in its order.
+type Fields = (Option<u64>, Option<u64>, Option<u64>);
+
 /// The generation of a session that has ended, and its birth, if that is known.
 type Buried = (u64, Option<u64>);
 
@@ -379,7 +382,6 @@ impl Shared {
 
     async fn look(&self, key: &str) -> Result<There, Gone> {
         let [hash, _, tombstone] = self.keys(key);
-        type Fields = (Option<u64>, Option<u64>, Option<u64>);
         let ((generation, next, at), ended): (Fields, Option<String>) = self
             .state
             .ask(async |mut there| {

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use super::clock::Clock;
 use super::record::{Entry, Page, Session};
 use super::{Config, Error};
+use crate::files;
 
 /// Sessions by their names, as JSON.
 const SESSIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sessions");
@@ -300,20 +301,14 @@ fn builder() -> redb::Builder {
 
 /// The file of histories is its user's alone, and its name is on the disk before anything is in it.
 fn private_file(path: &Path) -> std::io::Result<std::fs::File> {
-    let mut builder = std::fs::DirBuilder::new();
     let mut options = std::fs::OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
     #[cfg(unix)]
-    {
-        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-        builder.mode(0o700);
-        options.mode(0o600);
-    }
-    let folder = path.parent().unwrap_or(Path::new("."));
-    builder.recursive(true).create(folder)?;
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let folder = files::folder_of(path);
+    files::make_private(folder)?;
     let file = options.open(path)?;
-    #[cfg(unix)]
-    std::fs::File::open(folder)?.sync_all()?;
+    files::sync(folder)?;
     Ok(file)
 }
 

@@ -336,7 +336,9 @@ impl Said {
         self.content.push_str(said["content"].as_str().unwrap_or_default());
         self.thinking.push_str(said["reasoning"].as_str().unwrap_or_default());
         if let Some(Value::Array(calls)) = said.get_mut("tool_calls").map(Value::take) {
-            calls.into_iter().for_each(|call| self.call(call));
+            for call in calls {
+                self.call(call);
+            }
             self.called += line.len();
         }
         if self.is_too_long() {

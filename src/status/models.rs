@@ -163,7 +163,7 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
     let mut variants: Vec<(&str, &Held, Vec<&str>)> =
         said.by_digest.into_iter().map(|(digest, (model, servers))| (digest, model, servers)).collect();
     // What is meant by the name stands first, then what most servers have.
-    let usual = known.usual().map(|variant| variant.digest());
+    let usual = known.usual().map(olol_middleware::cluster::Variant::digest);
     variants.sort_by_key(|(digest, _, servers)| (Some(*digest) != usual, std::cmp::Reverse(servers.len())));
     let model = variants.first().map(|(_, model, _)| *model);
     let names = |bits: &Bits| -> Vec<&'a str> {

@@ -47,11 +47,11 @@ impl Store {
 
     /// The table of a proxy that shares it.
     pub fn toml(&self) -> String {
-        self.toml_for(&format!("redis://127.0.0.1:{}", self.port))
+        Self::toml_for(&format!("redis://127.0.0.1:{}", self.port))
     }
 
     /// The same with this address.
-    pub fn toml_for(&self, url: &str) -> String {
+    pub fn toml_for(url: &str) -> String {
         // Slow machines are no lost stores.
         format!("[state]\nurl = \"{url}\"\ntimeout-ms = 5000\n")
     }
@@ -184,10 +184,10 @@ impl Middleman {
         let moods = mood.clone();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
-            let mut talks = JoinSet::new();
+            let mut connections = JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                talks.spawn(talk(stream, store, moods.subscribe()));
+                connections.spawn(talk(stream, store, moods.subscribe()));
             }
         });
         Self { address, mood, _tasks: tasks }

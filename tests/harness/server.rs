@@ -151,6 +151,11 @@ impl Server {
         })
     }
 
+    /// Lost a model, and goes on listing it: whoever believes its lists believes that it has it.
+    pub fn only_lists(&self, model: &str) -> &Self {
+        self.change(|state| state.store.only_lists(model))
+    }
+
     /// Reports a version.
     pub fn is_version(&self, version: &str) -> &Self {
         self.change(|state| version.clone_into(&mut state.store.version))

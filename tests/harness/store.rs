@@ -9,6 +9,8 @@ pub struct Store {
     /// Version that it reports.
     pub version: String,
     models: Vec<Model>,
+    /// Those of them that are only listed.
+    gone: Vec<String>,
     loaded: Vec<String>,
     blobs: Vec<String>,
 }
@@ -28,7 +30,8 @@ struct Model {
 
 impl Default for Store {
     fn default() -> Self {
-        Self { version: "0.33.0".to_owned(), models: Vec::new(), loaded: Vec::new(), blobs: Vec::new() }
+        let version = "0.33.0".to_owned();
+        Self { version, models: Vec::new(), gone: Vec::new(), loaded: Vec::new(), blobs: Vec::new() }
     }
 }
 
@@ -90,9 +93,16 @@ impl Store {
         self.models.len() != before
     }
 
+    /// Goes on listing a model, and has it no more.
+    pub fn only_lists(&mut self, name: &str) {
+        self.unload(name);
+        self.gone.push(full(name));
+    }
+
     /// Whether a model is on the disk.
     pub fn has(&self, name: &str) -> bool {
-        self.models.iter().any(|model| model.name == full(name))
+        let name = full(name);
+        self.models.iter().any(|model| model.name == name) && !self.gone.contains(&name)
     }
 
     /// The names of the models on the disk.

@@ -284,16 +284,16 @@ mod tests {
         };
         let cluster = cluster(&[said("old", "2026-01-01"), said("old", "2026-01-02"), said("new", "2026-02-01")]);
         let tiny = known(&cluster, "tiny").await;
-        assert_eq!(tiny.usual().map(|variant| variant.digest()), Some("old"), "most have it");
+        assert_eq!(tiny.usual().map(Variant::digest), Some("old"), "most have it");
         let differs = tiny.variants.iter().find(|variant| variant.digest() == "new").unwrap();
         assert_eq!(differs.servers.iter().collect::<Vec<_>>(), [2]);
         tokio::time::advance(Duration::from_secs(1)).await;
         cluster.report(0, said("new", "2026-01-01"));
         cluster.report(1, Report::default());
-        assert_eq!(known(&cluster, "tiny").await.usual().map(|variant| variant.digest()), Some("new"));
+        assert_eq!(known(&cluster, "tiny").await.usual().map(Variant::digest), Some("new"));
         cluster.report(1, said("old", "2026-01-02"));
         cluster.report(0, Report::default());
-        assert_eq!(known(&cluster, "tiny").await.usual().map(|variant| variant.digest()), Some("new"), "one each");
+        assert_eq!(known(&cluster, "tiny").await.usual().map(Variant::digest), Some("new"), "one each");
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use metrics::{Unit, counter, describe_counter};
 
 use super::observed::written;
 use super::page::Gauge;
-use super::{LEASES, LOOK_UPS, MEMBERS, MEMBERSHIP, PROBES, PROOFS};
+use super::{JOINS, LEASES, LOOK_UPS, MEMBERS, MEMBERSHIP, PROBES, PROOFS};
 use crate::cluster::{Snapshot, Source};
 
 /// The words of all sources; two of them have the same.
@@ -38,6 +38,7 @@ pub enum Probed {
 
 /// Tells the recorder what these metrics mean.
 pub(super) fn describe() {
+    describe_counter!(JOINS, Unit::Count, "Connections of agents that dial in: taken, refused, or full at that moment");
     describe_counter!(MEMBERSHIP, Unit::Count, "Servers that joined or left, by how they are known");
     describe_counter!(PROOFS, Unit::Count, "Agents that were found and asked for proof, by result (ok, refused)");
     describe_counter!(LEASES, Unit::Count, "Servers that were let go since they were not heard of for too long");
@@ -57,9 +58,15 @@ pub(super) fn begin() {
             counter!(PROOFS, "source" => source, "result" => result).increment(0);
         }
     }
-    LEASED.iter().for_each(|source| counter!(LEASES, "source" => *source).increment(0));
-    ["agent", "ollama", "nobody"].iter().for_each(|found| counter!(PROBES, "found" => *found).increment(0));
-    ["found", "nowhere", "failed"].iter().for_each(|result| counter!(LOOK_UPS, "result" => *result).increment(0));
+    for source in LEASED {
+        counter!(LEASES, "source" => source).increment(0);
+    }
+    for found in ["agent", "ollama", "nobody"] {
+        counter!(PROBES, "found" => found).increment(0);
+    }
+    for result in ["found", "nowhere", "failed"] {
+        counter!(LOOK_UPS, "result" => result).increment(0);
+    }
 }
 
 /// A server of a source has joined, or left.

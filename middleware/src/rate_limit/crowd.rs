@@ -197,7 +197,9 @@ mod tests {
         account.leave(&last);
         one.tells("one", &other);
         assert_eq!(other.begins("ada").unwrap_err(), Kind::Concurrent);
-        running.iter().for_each(|(account, taken)| account.leave(taken));
+        for (account, taken) in &running {
+            account.leave(taken);
+        }
         one.tells("one", &other);
         assert!(other.begins("ada").is_ok() && other.begins("ada").is_ok());
         assert_eq!(other.begins("ada").unwrap_err(), Kind::Concurrent);

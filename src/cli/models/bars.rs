@@ -64,7 +64,7 @@ impl Bars {
         }
         if !self.layers.contains_key(digest) && self.layers.len() < MOST {
             let style = ProgressStyle::with_template(
-                "{msg:24} {wide_bar} {percent:>3}%  {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12}  {eta:>4}",
+                "{msg:20} {wide_bar} {percent:>3}% {bytes:>10}/{total_bytes:10} {bytes_per_sec:>12} {eta:>4}",
             )?;
             let bar = self.all.add(ProgressBar::new(total).with_style(style).with_message(status));
             self.layers.insert(digest.to_owned(), bar);

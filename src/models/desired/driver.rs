@@ -1,33 +1,23 @@
 //! Does what the plan says, a few things at a time, and leaves alone for a while what has failed.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use arc_swap::ArcSwap;
-use bytes::Bytes;
-use futures_util::future::BoxFuture;
-use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Method, header};
-use olol_middleware::cluster::{Bits, Known, Loaded, State};
-use olol_middleware::instruments::{self, Wish};
-use olol_middleware::{
-    Call, Cluster, Error, Head, ModelName, Pattern, Payload, Peek, Reply, Route, Server, ServerId, Snapshot,
-};
-use serde_json::{Value, json};
-use tokio::sync::Notify;
-use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
-use tokio::time::{Instant, timeout};
-use tower::{Service, ServiceExt};
+use olol_middleware::cluster::{Known, Loaded, State};
+use olol_middleware::{Call, Cluster, Error, ModelName, Reply, Server, ServerId, Snapshot, instruments};
+use serde_json::json;
+use tokio::task::{AbortHandle, Id, JoinSet};
+use tokio::time::Instant;
+use tower::Service;
 
-use super::pins::{PinError, Pins, Store, Unsaid};
-use super::plan::{Action, Deed, Held, Making, Place, Plan, Presence, Standing, View, plan};
-use super::{Config, KeepLoaded, Name, Replicas, Wanted};
+use super::load::{Bring, load};
+use super::pins::Pins;
+use super::plan::{Action, Deed, Held, Making, Place, Plan, Presence, View, plan};
+use super::wishes::{Desired, wanted};
+use super::{Config, KeepLoaded, Name, Wanted};
 use crate::models::wake::Waker;
-use crate::models::{Line, Models};
-use crate::reload::{Running, State as Configured};
+use crate::reload::State as Configured;
 
 /// Time between two looks whether something has changed.
 const TICK: Duration = Duration::from_secs(1);
@@ -35,132 +25,10 @@ const TICK: Duration = Duration::from_secs(1);
 const ANYWAY: Duration = Duration::from_secs(5);
 /// Models that are loaded at the same time.
 const LOADS: usize = 8;
-/// The longest that a load may take.
-const LOADING: Duration = Duration::from_secs(1800);
 /// A model that leaves the memory sooner than this after it was loaded has had to.
 const SOON: Duration = Duration::from_secs(600);
 /// How often a model that clients use is told to stay.
 const AGAIN: Duration = Duration::from_secs(60);
-/// The longest answer that is read, bytes.
-const LONGEST: usize = 64 << 10;
-
-/// What is wanted of models, and how far it is true.
-#[derive(Clone, Debug)]
-pub struct Desired(pub(super) Arc<Inner>);
-
-#[derive(Debug)]
-pub(super) struct Inner {
-    running: Arc<Running>,
-    pub(super) pins: Store,
-    standings: ArcSwap<Vec<Standing>>,
-    /// Models that somebody has just asked for.
-    asked: Mutex<HashSet<ModelName>>,
-    stir: Notify,
-    /// Something was said here that other proxies do not know.
-    pub(super) said: Notify,
-}
-
-impl Desired {
-    /// What the configuration that runs says, and the pins in a file, which may be shared with other proxies.
-    pub fn open(running: Arc<Running>, pins: Option<PathBuf>, is_shared: bool) -> Result<Self, PinError> {
-        let pins = Store::open(pins, is_shared)?;
-        Ok(Self(Arc::new(Inner {
-            running,
-            pins,
-            standings: ArcSwap::default(),
-            asked: Mutex::default(),
-            stir: Notify::new(),
-            said: Notify::new(),
-        })))
-    }
-
-    /// How all that is wanted stands.
-    pub fn standings(&self) -> Arc<Vec<Standing>> {
-        self.0.standings.load_full()
-    }
-
-    /// How far models are where they are wanted, for metrics.
-    pub fn wishes(&self) -> Vec<Wish> {
-        let wish = |standing: &Standing| Wish {
-            model: standing.name.clone(),
-            wanted: standing.wanted,
-            held: standing.held.len(),
-        };
-        self.standings().iter().filter(|standing| standing.replicas != Replicas::Count(0)).map(wish).collect()
-    }
-
-    /// Wants a model, from now on and whatever the file says of it. Known on the disk when this returns.
-    pub async fn pin(&self, wanted: Wanted) -> Result<(), PinError> {
-        let (desired, model) = (self.clone(), wanted.name.model().clone());
-        blocking(move || desired.0.pins.pin(wanted)).await?;
-        self.0.said.notify_one();
-        self.changed([model]);
-        Ok(())
-    }
-
-    /// Wants a model no more than the file says; false if it was not pinned.
-    pub async fn unpin(&self, model: &ModelName) -> Result<bool, PinError> {
-        let (desired, name) = (self.clone(), model.clone());
-        let was_pinned = blocking(move || desired.0.pins.unpin(&name)).await?;
-        self.0.said.notify_one();
-        self.changed([model.clone()]);
-        Ok(was_pinned)
-    }
-
-    /// Takes over the pins that proxies share; `told`: what was told of those here.
-    pub(super) async fn adopt(&self, there: Pins, told: Unsaid) {
-        let desired = self.clone();
-        match blocking(move || desired.0.pins.adopt(there, &told)).await {
-            Ok(changed) if changed.is_empty() => {}
-            Ok(changed) => self.changed(changed),
-            Err(error) => tracing::warn!(%error, "pins of other proxies cannot be kept here"),
-        }
-    }
-
-    /// What is wanted of these is another thing from now on.
-    fn changed(&self, models: impl IntoIterator<Item = ModelName>) {
-        self.0.asked.lock().unwrap_or_else(PoisonError::into_inner).extend(models);
-        self.0.stir.notify_one();
-    }
-
-    /// A client has deleted a model: it does not come back by itself.
-    async fn deleted(&self, name: &str) {
-        let Some(name) = Name::parse(name) else { return };
-        let is_wanted = |(wanted, _): &(Wanted, _)| wanted.name == name && wanted.is_wanted();
-        if !wanted(&self.0.running.state(), &self.0.pins.all()).iter().any(is_wanted) {
-            return;
-        }
-        let model = name.model().clone();
-        let none = Wanted { name, replicas: Replicas::Count(0), servers: Vec::new(), keep_loaded: KeepLoaded::No };
-        match self.pin(none).await {
-            Ok(()) => {
-                tracing::warn!(%model, "a wanted model was deleted: it is not wanted any more, until it is pinned again");
-            }
-            Err(error) => tracing::error!(%model, %error, "a wanted model was deleted, and will be made again"),
-        }
-    }
-}
-
-/// Runs what touches the disk where that may take its time.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, PinError> + Send + 'static,
-) -> Result<T, PinError> {
-    let failed =
-        |error: JoinError| PinError::File { path: PathBuf::new(), what: format!("it could not be written: {error}") };
-    tokio::task::spawn_blocking(work).await.map_err(failed)?
-}
-
-/// All that is wanted, with who wants it: the file's models in its order, and those that are only pinned.
-fn wanted(running: &Configured, pins: &Pins) -> Vec<(Wanted, &'static str)> {
-    let named = &running.config.models;
-    let of_file = named.iter().map(|wanted| match pins.get(wanted.name.model()) {
-        Some(pin) => (pin.clone(), "pin"),
-        None => (wanted.clone(), "file"),
-    });
-    let is_named = |model: &ModelName| named.iter().any(|wanted| wanted.name.model() == model);
-    let others = pins.iter().filter(|(model, _)| !is_named(model)).map(|(_, pin)| (pin.clone(), "pin"));
-    of_file.chain(others).collect()
-}
 
 /// What has failed, or was done a moment ago.
 #[derive(Debug)]
@@ -185,9 +53,6 @@ struct Going {
     action: Action,
     abort: AbortHandle,
 }
-
-/// Brings a model to a server; dropping the future ends it.
-pub type Bring = Arc<dyn Fn(Name, Arc<Server>) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
 /// Does what is to be done, for as long as it runs.
 pub struct Driver<S> {
@@ -245,13 +110,14 @@ where
             self.look();
             tokio::select! {
                 () = tokio::time::sleep(TICK) => {}
-                () = desired.0.stir.notified() => self.last = None,
+                () = desired.is_asked() => self.last = None,
                 Some(ended) = self.tasks.join_next_with_id() => {
-                    let (id, result) = match ended {
-                        Ok((id, result)) => (id, result),
-                        Err(error) => (error.id(), Err(error.to_string())),
-                    };
-                    self.ended(id, result);
+                    match ended {
+                        Ok((id, result)) => self.ended(id, result),
+                        // We ended it, so it has not failed.
+                        Err(error) if error.is_cancelled() => drop(self.going.remove(&error.id())),
+                        Err(error) => self.ended(error.id(), Err(error.to_string())),
+                    }
                     self.last = None;
                 }
             }
@@ -260,7 +126,7 @@ where
 
     /// Plans, and begins what may begin.
     fn look(&mut self) {
-        let seen = (self.cluster.snapshot(), self.desired.0.running.state(), self.desired.0.pins.all());
+        let seen = (self.cluster.snapshot(), self.desired.running(), self.desired.pins());
         let is_same = |last: &Last| {
             let (snapshot, running, pins) = &last.seen;
             Arc::ptr_eq(snapshot, &seen.0) && Arc::ptr_eq(running, &seen.1) && Arc::ptr_eq(pins, &seen.2)
@@ -286,7 +152,7 @@ where
                 standing.why.get_or_insert_with(|| "it waits for its turn ([desired] at-once)".to_owned());
             }
         }
-        self.desired.0.standings.store(Arc::new(standings));
+        self.desired.stand(standings);
         self.last = Some(Last { due: self.due(&view, config), seen });
     }
 
@@ -316,7 +182,7 @@ where
                 going.abort.abort();
             }
         }
-        let asked = std::mem::take(&mut *self.desired.0.asked.lock().unwrap_or_else(PoisonError::into_inner));
+        let asked = self.desired.take_asked();
         let is_about = |deed: &Deed| match deed {
             Deed::Bring(model, _) | Deed::BringAnywhere(model) | Deed::Load(model, _) => Some(model.clone()),
             Deed::Wake(_) => None,
@@ -329,16 +195,36 @@ where
         });
         self.gone.retain(|model| models.contains_key(model) && !asked.contains(model));
         self.holders.retain(|model, _| models.contains_key(model) && !asked.contains(model));
+        self.release(&models, snapshot);
+    }
+
+    /// Lets models leave the memory as usual that need not stay there any more, which they would not by themselves.
+    fn release(&mut self, wanted: &HashMap<&ModelName, &Wanted>, snapshot: &Arc<Snapshot>) {
         let is_kept = |model: &ModelName, server: &ServerId| {
-            models.get(model).is_some_and(|wanted| wanted.keep_loaded != KeepLoaded::No && wanted.means(server))
+            wanted.get(model).is_some_and(|wanted| wanted.keep_loaded != KeepLoaded::No && wanted.means(server))
         };
-        let released: Vec<_> = self.loaded.extract_if(|(model, server), _| !is_kept(model, server)).collect();
-        for ((model, server), Kept { embeds, .. }) in released {
-            // It leaves as usual from now on, which it would not by itself.
-            if let (Some(name), Some(server)) = (Name::parse(model.as_str()), snapshot.server(&server).cloned())
-                && server.state == State::Up
-                && self.tasks.len() < LOADS * 2
-            {
+        let mut places = (LOADS * 2).saturating_sub(self.tasks.len());
+        let released = self.loaded.extract_if(|(model, server), _| {
+            if is_kept(model, server) {
+                return false;
+            }
+            match snapshot.server(server) {
+                // Who does not answer, and whose turn it is not, is told later.
+                Some(server) if server.state != State::Up => false,
+                Some(server) if is_in_memory(server, model) => {
+                    let is_turn = places > 0;
+                    places = places.saturating_sub(1);
+                    is_turn
+                }
+                _ => true,
+            }
+        });
+        for ((model, server), Kept { embeds, .. }) in released.collect::<Vec<_>>() {
+            let (Some(name), Some(server)) = (Name::parse(model.as_str()), snapshot.server(&server).cloned()) else {
+                continue;
+            };
+            // To tell it of one that is gone would load it again.
+            if is_in_memory(&server, &model) {
                 tracing::info!(%model, server = %server.id, "a model is not kept in memory any more");
                 let (service, cluster) = (self.service.clone(), self.cluster.clone());
                 self.tasks.spawn(load(service, cluster, snapshot, name, server, embeds, &json!("5m")));
@@ -475,7 +361,7 @@ where
     /// Something is over.
     fn ended(&mut self, id: Id, result: Result<(), String>) {
         let Some(Going { action, abort: _ }) = self.going.remove(&id) else { return };
-        let running = self.desired.0.running.state();
+        let running = self.desired.running();
         let config = &running.config.desired;
         match action {
             Action::Bring { name, server, .. } => {
@@ -596,165 +482,58 @@ fn held(known: &Known, wanted: &Wanted, snapshot: &Snapshot, position: &[usize])
     held
 }
 
+/// Whether a server has a model in memory, as far as is known.
+fn is_in_memory(server: &Server, model: &ModelName) -> bool {
+    server.report.loaded.iter().any(|loaded| ModelName::parse(&loaded.name).as_ref() == Some(model))
+}
+
 /// Whether a time is one of those that Ollama tells of models that stay: some centuries from now.
 fn is_for_ever(expires_at: &str) -> bool {
     expires_at.get(..4).and_then(|year| year.parse().ok()).is_some_and(|year: u32| year >= 2200)
 }
 
-/// A call of ours to one server.
-fn call(
-    snapshot: &Arc<Snapshot>,
-    server: &Server,
-    route: Route,
-    path: &'static str,
-    name: &Name,
-    body: &Value,
-) -> Call {
-    let body = Bytes::from(body.to_string());
-    let mut head = Head::new(route, Method::POST, PathAndQuery::from_static(path));
-    head.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    head.peek = Peek::json(std::slice::from_ref(&body));
-    head.model = Some(name.model().clone());
-    let mut candidates = snapshot.all();
-    candidates.only(server.index);
-    Call::new(head, Payload::from_bytes(body), candidates)
-}
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+    use std::sync::{Mutex, PoisonError};
 
-/// Brings models as `models` does: by copies from other servers where it can, else from the registry.
-pub fn by(models: Models) -> Bring {
-    Arc::new(move |name, server| {
-        let models = models.clone();
-        Box::pin(async move {
-            let brought = models.bring(name.text(), &server.id, &mut |_| {}).await;
-            brought.map(drop).map_err(|error| error.to_string())
-        })
-    })
-}
+    use olol_middleware::cluster::{Member, Report, Source};
 
-/// Has a model loaded, to stay so long.
-fn load<S>(
-    service: S,
-    cluster: Arc<Cluster>,
-    snapshot: &Arc<Snapshot>,
-    name: Name,
-    server: Arc<Server>,
-    embeds: bool,
-    keep_alive: &Value,
-) -> impl Future<Output = Result<(), String>> + Send + 'static + use<S>
-where
-    S: Service<Call, Response = Reply, Error = Error> + Send + 'static,
-    S::Future: Send + 'static,
-{
-    // Without anything to answer, both only load.
-    let (route, path, body) = if embeds {
-        (Route::Embed, "/api/embed", json!({"model": name.text(), "input": "", "keep_alive": keep_alive}))
-    } else {
-        (Route::Generate, "/api/generate", json!({"model": name.text(), "keep_alive": keep_alive, "stream": false}))
-    };
-    let call = call(snapshot, &server, route, path, &name, &body);
-    async move {
-        let asking = async {
-            let reply = service.oneshot(call).await.map_err(|error| match error {
-                Error::Busy { .. } => "all its slots are taken".to_owned(),
-                error => error.to_string(),
-            })?;
-            if !reply.status.is_success() {
-                return Err(refusal(reply).await);
-            }
-            reply.body.collect(LONGEST).await.map(drop).map_err(|error| error.to_string())
-        };
-        let too_long = || Err(format!("it did not load within {} s", LOADING.as_secs()));
-        timeout(LOADING, asking).await.unwrap_or_else(|_| too_long())?;
-        cluster.note_loaded(&server.id, name.model(), true);
-        cluster.want_news_of(&server.id);
-        Ok(())
+    use super::*;
+    use crate::reload::Running;
+
+    fn pin(text: &str) -> Wanted {
+        toml::from_str(text).unwrap()
     }
-}
 
-/// What a refusal says.
-async fn refusal(reply: Reply) -> String {
-    let status = reply.status.as_u16();
-    let body = reply.body.collect(LONGEST).await.unwrap_or_default();
-    let line = Line::all(&body).next().unwrap_or_default();
-    line.error.unwrap_or_else(|| format!("status {status}"))
-}
-
-/// The header by which a pull says at which servers alone it is to be, by name or pattern, with commas between.
-pub const SERVERS: HeaderName = HeaderName::from_static("x-olol-servers");
-
-/// Keeps a pull to the servers that it names.
-fn narrow(call: &mut Call) -> Result<(), Error> {
-    let Some(value) = call.headers.get(SERVERS) else { return Ok(()) };
-    let text = value.to_str().unwrap_or_default();
-    let patterns: Result<Vec<Pattern>, _> = text.split(',').map(|part| Pattern::parse(part.trim())).collect();
-    let patterns = patterns.map_err(|error| Error::NoServer(format!("X-Olol-Servers: {error}")))?;
-    let mut named = Bits::default();
-    for pattern in &patterns {
-        let fitting = call.candidates.iter().filter(|server| pattern.matches(server.id.as_str()));
-        let before = named.count();
-        fitting.for_each(|server| named.insert(server.index));
-        if named.count() == before && pattern.is_plain() {
-            return Err(Error::NoServer(format!("X-Olol-Servers: there is no server '{pattern}'")));
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wanted_elsewhere_now_is_brought_there_at_once() {
+        let member = |id: &str| Member { id: ServerId::new(id), weight: NonZeroU32::MIN, source: Source::Static };
+        let cluster = Cluster::new(vec![member("a"), member("b")]);
+        for at in 0..2 {
+            cluster.report(at, Report { version: "0.33.0".to_owned(), ..Report::default() });
         }
-    }
-    if named.is_empty() {
-        return Err(Error::NoServer(format!("X-Olol-Servers: no server fits '{text}'")));
-    }
-    call.candidates.keep(&named);
-    Ok(())
-}
-
-/// What stands before the leaf: keeps pulls to the servers that they name, remembers which wanted models were deleted, and passes on all calls.
-#[derive(Clone, Debug)]
-pub struct Leaf<S> {
-    inner: S,
-    desired: Desired,
-    cluster: Arc<Cluster>,
-}
-
-impl<S> Leaf<S> {
-    /// In front of a leaf.
-    pub fn new(inner: S, desired: Desired, cluster: Arc<Cluster>) -> Self {
-        Self { inner, desired, cluster }
-    }
-}
-
-/// How many servers have a model.
-fn count(snapshot: &Snapshot, model: &ModelName) -> usize {
-    snapshot.known(model).map_or(0, |known| known.installed.count())
-}
-
-impl<S> Service<Call> for Leaf<S>
-where
-    S: Service<Call, Response = Reply, Error = Error, Future = BoxFuture<'static, Result<Reply, Error>>>,
-{
-    type Response = Reply;
-    type Error = Error;
-    type Future = S::Future;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, mut call: Call) -> Self::Future {
-        if call.route == Route::Pull
-            && let Err(error) = narrow(&mut call)
-        {
-            return Box::pin(std::future::ready(Err(error)));
-        }
-        let model = call.place.model.as_ref().filter(|_| call.route == Route::Delete && !call.dry).cloned();
-        let before = call.candidates.snapshot().clone();
-        let answer = self.inner.call(call);
-        let Some(model) = model else { return answer };
-        let (desired, cluster) = (self.desired.clone(), self.cluster.clone());
-        Box::pin(async move {
-            let answer = answer.await;
-            // Also where one of the servers could not do it: who asked for that does not want the others to make it again.
-            let is_deleted = answer.as_ref().is_ok_and(|reply| reply.status.is_success());
-            if is_deleted || count(&cluster.snapshot(), &model) < count(&before, &model) {
-                desired.deleted(model.as_str()).await;
+        cluster.refresh(Duration::ZERO).await;
+        let folder = tempfile::tempdir().unwrap();
+        let running = Running::new(crate::config::Config::default());
+        let desired = Desired::open(running.clone(), Some(folder.path().join("pins.toml")), false).unwrap();
+        let begun: Arc<Mutex<Vec<String>>> = Arc::default();
+        let seen = begun.clone();
+        let bring: Bring = Arc::new(move |_, server| {
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(server.id.to_string());
+            Box::pin(std::future::pending())
+        });
+        let service = tower::service_fn(|_: Call| std::future::ready(Err::<Reply, _>(Error::busy())));
+        let waker = Waker::new(running, cluster.clone());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Driver::new(desired.clone(), cluster, waker, bring, service).run());
+        for (server, wanted) in [("a", &["a"][..]), ("b", &["a", "b"])] {
+            desired.pin(pin(&format!("name = \"tiny\"\nservers = [\"{server}\"]"))).await.unwrap();
+            let asked = Instant::now();
+            while *begun.lock().unwrap() != wanted {
+                assert!(asked.elapsed() < Duration::from_secs(5), "what was ended counts as failed: {begun:?}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            answer
-        })
+        }
     }
 }

@@ -6,7 +6,6 @@
 //! Proxies that share a store share their pins (`shared`). The file then also knows what the store is not told yet.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,6 +14,7 @@ use olol_middleware::ModelName;
 use serde::{Deserialize, Serialize};
 
 use super::{MOST, Wanted};
+use crate::files;
 
 /// The longest file that is read, bytes.
 const LONGEST: u64 = 16 << 20;
@@ -36,6 +36,9 @@ pub enum PinError {
         /// Why.
         what: String,
     },
+    /// Whoever wrote it fell over.
+    #[error("the pins could not be written: {0}")]
+    Broken(String),
 }
 
 /// The pins, by model.
@@ -203,25 +206,13 @@ fn put(path: &Path, pins: &Pins, line: &Line) -> Result<(), PinError> {
     write(path, pins, line).map_err(|error| PinError::File { path: path.to_owned(), what: error.to_string() })
 }
 
-/// Puts a whole new file in the place of the old one: a kill at any moment leaves either.
+/// Puts a whole new file in the place of the old one.
 fn write(path: &Path, pins: &Pins, line: &Line) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut builder = std::fs::DirBuilder::new();
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.recursive(true).create(folder)?;
     let unsaid = line.unsaid.iter().map(ToString::to_string).collect();
     let book = Book { shared: line.is_in_line, unsaid, models: pins.values().cloned().collect() };
     let text = toml::to_string(&book).map_err(std::io::Error::other)?;
     let head = "# Written by `olol models pin` and `unpin`, for the proxy that reads it when it starts.\n\n";
-    let mut file = tempfile::Builder::new().prefix(".models-").suffix(".toml").tempfile_in(folder)?;
-    file.write_all(head.as_bytes())?;
-    file.write_all(text.as_bytes())?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    #[cfg(unix)]
-    std::fs::File::open(folder)?.sync_all()?;
-    Ok(())
+    files::replace(path, &format!("{head}{text}"))
 }
 
 #[cfg(test)]
