@@ -33,7 +33,7 @@ const SECRET: usize = 20;
 /// What a new file begins with.
 const HEADER: &str = "\
 # Keys of OLOL: what each client may do. Made by `olol keys add`, and yours to edit: a running proxy takes every change at
-# once. The keys themselves are not here, only their SHA-256. README.md tells what else a key can have.
+# once. The keys themselves are not here, only their SHA-256. docs/keys.md tells what else a key can have.
 ";
 
 /// A file of keys that cannot be used.

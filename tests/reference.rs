@@ -1,4 +1,4 @@
-//! `REFERENCE.md` tells of every header, route, variable and metric that there is, and of no other.
+//! `docs/reference.md` tells of every header, route, variable and metric that there is, and of no other.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -16,7 +16,7 @@ fn root() -> &'static Path {
 }
 
 fn reference() -> String {
-    read(&root().join("REFERENCE.md"))
+    read(&root().join("docs/reference.md"))
 }
 
 /// The code of the program, tests left out.
@@ -52,8 +52,8 @@ fn all_words(texts: &[String], begin: &str, is_part: fn(char) -> bool) -> BTreeS
 
 fn same(told: &BTreeSet<String>, there: &BTreeSet<String>, what: &str) {
     let (lacks, invents): (Vec<_>, Vec<_>) = (there.difference(told).collect(), told.difference(there).collect());
-    assert!(lacks.is_empty(), "REFERENCE.md does not tell of these {what}: {lacks:?}");
-    assert!(invents.is_empty(), "REFERENCE.md tells of {what} that are not there: {invents:?}");
+    assert!(lacks.is_empty(), "docs/reference.md does not tell of these {what}: {lacks:?}");
+    assert!(invents.is_empty(), "docs/reference.md tells of {what} that are not there: {invents:?}");
 }
 
 #[test]
@@ -86,11 +86,11 @@ fn all_routes_are_told_of() {
     let route = read(&root().join("middleware/src/route.rs"));
     let table = route.split_once("pub enum Route").unwrap().1.split_once("\n}").unwrap().0;
     for route in table.lines().filter_map(|line| line.trim().strip_prefix("/// ")) {
-        assert!(reference.contains(route), "REFERENCE.md does not tell of {route}");
+        assert!(reference.contains(route), "docs/reference.md does not tell of {route}");
     }
     let own = read(&root().join("src/api/own.rs"));
     for (_, rest) in own.match_indices(".route(\"").map(|(at, begin)| own.split_at(at + begin.len())) {
         let path = rest.split('"').next().unwrap();
-        assert!(reference.contains(&format!("{path}`")), "REFERENCE.md does not tell of {path}");
+        assert!(reference.contains(&format!("{path}`")), "docs/reference.md does not tell of {path}");
     }
 }
