@@ -25,7 +25,8 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 /// Panels that cannot have data here, each with the reason.
-const WITHOUT_DATA: [(&str, &str); 7] = [
+const WITHOUT_DATA: [(&str, &str); 8] = [
+    ("olol/Certificates read again", "nothing is behind TLS here"),
     ("olol/Servers that were woken", "no server is asleep here"),
     ("olol/Agents that dial in", "no agent is here"),
     ("olol/Servers that come and go", "all are named from the beginning"),
