@@ -45,21 +45,6 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(600);
 /// Silence after which the kernel looks whether a client is still there, and again; Go's figure.
 const ALIVE: Duration = Duration::from_secs(15);
-/// How much one HTTP/2 connection may carry at the same time.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// Streams.
-    pub streams: u32,
-    /// Bytes of all of them together that were sent and not yet read.
-    pub unread: u32,
-}
-
-impl Bounds {
-    /// For a proxy of the cluster, whose streams must not wait for each other.
-    pub const CLUSTER: Self = Self { streams: 16_384, unread: CONNECTION_WINDOW };
-    /// For anybody: streams times the window of a stream would be gigabytes.
-    pub const ANYBODY: Self = Self { streams: 4096, unread: 64 << 20 };
-}
 /// Silence after which an HTTP/2 peer is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -74,6 +59,22 @@ pub struct Peer {
     pub is_machine: bool,
     /// Whether it has become known, by a certificate or by what it has said since. One who has not is not kept.
     pub is_known: Arc<AtomicBool>,
+}
+
+/// How much one HTTP/2 connection may carry at the same time.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Streams.
+    pub streams: u32,
+    /// Bytes of all of them together that were sent and not yet read.
+    pub unread: u32,
+}
+
+impl Bounds {
+    /// For a proxy of the cluster, whose streams must not wait for each other.
+    pub const CLUSTER: Self = Self { streams: 16_384, unread: CONNECTION_WINDOW };
+    /// For anybody: streams times the window of a stream would be gigabytes.
+    pub const ANYBODY: Self = Self { streams: 4096, unread: 64 << 20 };
 }
 
 /// A connection, with TLS or without.
