@@ -1,7 +1,7 @@
 //! Where logs go, and how many files may be open.
 
 use std::cell::RefCell;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::IsTerminal;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,14 +43,20 @@ where
             self.0.format_event(context, Writer::new(&mut line), event)?;
             return write_line(&mut out, &line);
         }
-        write_now(&mut out)?;
-        out.write_str("  INFO ")?;
-        out.write_str(ACCESS)?;
-        out.write_char(':')?;
-        let mut fields = Fields { out: &mut out, result: Ok(()) };
-        event.record(&mut fields);
-        fields.result?;
-        out.write_char('\n')
+        // Made as one text, and then handed on: `out` finds out anew for each piece where that goes.
+        thread_local! {
+            static LINE: RefCell<String> = const { RefCell::new(String::new()) };
+        }
+        LINE.with_borrow_mut(|line| {
+            line.clear();
+            push_now(line)?;
+            line.push_str("  INFO ");
+            line.push_str(ACCESS);
+            line.push(':');
+            event.record(&mut Fields(line));
+            line.push('\n');
+            out.write_str(line)
+        })
     }
 }
 
@@ -69,48 +75,41 @@ fn write_line(out: &mut Writer<'_>, line: &str) -> fmt::Result {
 }
 
 /// Writes fields as tracing-subscriber does.
-struct Fields<'a, 'b> {
-    out: &'a mut Writer<'b>,
-    result: fmt::Result,
-}
+struct Fields<'a>(&'a mut String);
 
-impl Fields<'_, '_> {
-    fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
-        let mut write = || {
-            self.out.write_char(' ')?;
-            self.out.write_str(field.name())?;
-            self.out.write_char('=')
-        };
-        let begun = write();
-        self.result = self.result.and(begun).and_then(|()| value(self.out));
+impl Fields<'_> {
+    fn begin(&mut self, field: &Field) -> &mut String {
+        self.0.push(' ');
+        self.0.push_str(field.name());
+        self.0.push('=');
+        self.0
     }
 }
 
-impl Visit for Fields<'_, '_> {
+impl Visit for Fields<'_> {
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.write(field, |out| out.write_str(itoa::Buffer::new().format(value)));
+        self.begin(field).push_str(itoa::Buffer::new().format(value));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.write(field, |out| {
-            // What a client wrote may hold anything; what needs no escape is written at once.
-            if value.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\') {
-                out.write_char('"')?;
-                out.write_str(value)?;
-                out.write_char('"')
-            } else {
-                write!(out, "{value:?}")
-            }
-        });
+        let line = self.begin(field);
+        // What a client wrote may hold anything; what needs no escape is written at once.
+        if value.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\') {
+            line.push('"');
+            line.push_str(value);
+            line.push('"');
+        } else {
+            let _ = write!(line, "{value:?}");
+        }
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.write(field, |out| write!(out, "{value:?}"));
+        let _ = write!(self.begin(field), "{value:?}");
     }
 }
 
 /// Writes the time as tracing-subscriber does: its calendar is asked once a second.
-fn write_now(out: &mut Writer<'_>) -> fmt::Result {
+fn push_now(line: &mut String) -> fmt::Result {
     thread_local! {
         static LAST: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
     }
@@ -125,12 +124,13 @@ fn write_now(out: &mut Writer<'_>) -> fmt::Result {
             // The text may be of the next second already: then once more.
             at = now();
         }
-        out.write_str(text)?;
-        let digit =
-            |place: u32| char::from(b'0' + u8::try_from(at.subsec_micros() / 10_u32.pow(5 - place) % 10).unwrap_or(0));
-        out.write_char('.')?;
-        (0..6).try_for_each(|place| out.write_char(digit(place)))?;
-        out.write_char('Z')
+        line.push_str(text);
+        line.push('.');
+        // Six digits, whatever they are: behind a million.
+        let digits = 1_000_000 + at.subsec_micros();
+        line.push_str(itoa::Buffer::new().format(digits).get(1..).unwrap_or_default());
+        line.push('Z');
+        Ok(())
     })
 }
 
@@ -163,6 +163,18 @@ pub fn raise_open_files() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_has_six_digits_behind_its_seconds() {
+        for _ in 0..1000 {
+            let mut line = String::new();
+            push_now(&mut line).unwrap();
+            assert!(
+                line.parse::<jiff::Timestamp>().is_ok() && line.len() == "2026-11-24T21:14:05.012345Z".len(),
+                "{line}"
+            );
+        }
+    }
 
     #[test]
     fn nobody_writes_a_line_of_his_own_into_the_log() {

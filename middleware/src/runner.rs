@@ -27,6 +27,8 @@ pub(crate) const GUESS: u32 = 4;
 const MOST: u32 = 1024;
 /// Answers that learning looks at.
 const WINDOW: usize = 64;
+/// Answers after which a number of slots that is known is looked at again.
+const LOOK_EVERY: usize = 8;
 /// Answers that must have waited before a number of slots is believed.
 const WAITED_ENOUGH: usize = 4;
 /// A wait shorter than this shows nothing.
@@ -368,7 +370,9 @@ impl Runner {
             book.samples[next] = sample;
         }
         book.next = (book.next + 1) % WINDOW;
-        let slots = match learn(&book.samples) {
+        // What is known is looked at now and then: it takes as long as a good part of a short call.
+        let looks = book.known_since.is_none() || book.samples.len() < WINDOW || book.next.is_multiple_of(LOOK_EVERY);
+        let slots = match looks.then(|| learn(&book.samples)).flatten() {
             Some(slots) => {
                 book.known_since.get_or_insert_with(Instant::now);
                 slots
