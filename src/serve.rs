@@ -28,6 +28,7 @@ use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use crate::pool::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::security::Seldom;
 use crate::security::tls::{Accepted, Acceptor};
 use paced::Paced;
 use preamble::Preamble;
@@ -133,7 +134,7 @@ pub async fn serve<A: Answers>(
 ) -> bool {
     let (open, closing) = (TaskTracker::new(), Closing::default());
     let strangers = Strangers::default();
-    let mut warned: Option<tokio::time::Instant> = None;
+    let warned = Seldom::every(WARN_EVERY);
     loop {
         let (stream, client) = tokio::select! {
             () = stop.cancelled() => break,
@@ -141,8 +142,7 @@ pub async fn serve<A: Answers>(
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Too many open files, mostly: connections that end make room.
-                    if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
-                        warned = Some(tokio::time::Instant::now());
+                    if warned.may_speak() {
                         tracing::warn!(%error, "a connection could not be taken");
                     }
                     tokio::time::sleep(Duration::from_millis(50)).await;

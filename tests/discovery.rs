@@ -154,21 +154,35 @@ async fn two_of_one_name_are_two_servers() {
     assert!(servers[0].starts_with("127.0.0.1:") && servers[1].starts_with("gpu "), "{servers:?}");
 }
 
+/// An agent called `gpu1` beside the first server, in a process of its own, that announces itself at this port of mDNS.
+async fn announcing(cluster: &Cluster, port: u16) -> Process {
+    let (ollama, mdns) = (format!("http://{}", cluster.server(0).address()), port.to_string());
+    Process::start(&[
+        "server",
+        "--port",
+        "0",
+        "--ollama-host",
+        &ollama,
+        "--discovery",
+        "--mdns-port",
+        &mdns,
+        "--name",
+        "gpu1",
+    ])
+    .await
+}
+
 #[tokio::test]
 async fn one_that_vanishes_without_a_word_leaves() {
     let cluster = Cluster::of(1).await.all_have_loaded("tiny");
     let port = mdns_port();
-    let ollama = format!("http://{}", cluster.server(0).address());
-    let mdns = port.to_string();
-    let arguments =
-        ["server", "--port", "0", "--ollama-host", &ollama, "--discovery", "--mdns-port", &mdns, "--name", "gpu1"];
-    let mut agent = Process::start(&arguments).await;
+    let mut agent = announcing(&cluster, port).await;
     let olol = listening(port, Vec::new(), "").await;
     until_told(&olol, "it is found", |servers, _| servers == ["gpu1 up mdns"]).await;
     agent.kill().await;
     until_told(&olol, "it leaves", |servers, found| servers.is_empty() && found.is_empty()).await;
     // Another start, another port: it is there again.
-    let agent = Process::start(&arguments).await;
+    let agent = announcing(&cluster, port).await;
     until_told(&olol, "it is found again", |servers, _| servers == ["gpu1 up mdns"]).await;
     assert_eq!(olol.chat("tiny", "hi").await.server(), "gpu1");
     agent.terminate();
@@ -179,14 +193,10 @@ async fn one_that_vanishes_without_a_word_leaves() {
 async fn one_that_comes_back_elsewhere_before_it_is_missed_gets_its_name_back() {
     let cluster = Cluster::of(1).await.all_have_loaded("tiny");
     let port = mdns_port();
-    let ollama = format!("http://{}", cluster.server(0).address());
-    let mdns = port.to_string();
-    let arguments =
-        ["server", "--port", "0", "--ollama-host", &ollama, "--discovery", "--mdns-port", &mdns, "--name", "gpu1"];
-    let mut before = Process::start(&arguments).await;
+    let mut before = announcing(&cluster, port).await;
     let olol = listening(port, Vec::new(), "").await;
     until_told(&olol, "it is found", |servers, _| servers == ["gpu1 up mdns"]).await;
-    let _now = Process::start(&arguments).await;
+    let _now = announcing(&cluster, port).await;
     let (servers, _) = until_told(&olol, "both are there", |servers, _| {
         servers.len() == 2 && servers.iter().all(|one| one.contains(" up "))
     })

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Time between two words, however much there is to say.
+/// The usual time between two words, however much there is to say.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// Lets something be said once in a minute.
+/// Lets something be said once in a while: once in a minute, if not told otherwise.
 #[derive(Debug)]
 pub struct Seldom {
+    every: Duration,
     since: Instant,
     /// Milliseconds since then before which nothing is said.
     next: AtomicU64,
@@ -18,16 +19,21 @@ pub struct Seldom {
 
 impl Default for Seldom {
     fn default() -> Self {
-        Self { since: Instant::now(), next: AtomicU64::new(0) }
+        Self::every(EVERY)
     }
 }
 
 impl Seldom {
+    /// Once in this time.
+    pub fn every(every: Duration) -> Self {
+        Self { every, since: Instant::now(), next: AtomicU64::new(0) }
+    }
+
     /// Whether it may be said now; who is told so says it.
     pub fn may_speak(&self) -> bool {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let (now, next) = (millis(self.since.elapsed()), self.next.load(Ordering::Relaxed));
-        let later = now.saturating_add(millis(EVERY));
+        let later = now.saturating_add(millis(self.every));
         now >= next && self.next.compare_exchange(next, later, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
