@@ -79,7 +79,7 @@ enum Command {
 pub fn run() -> anyhow::Result<()> {
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    crate::telemetry::start(&cli.log_level)?;
+    let _log = crate::telemetry::start(&cli.log_level)?;
     // What each flag was set by.
     let given = matches.subcommand().map_or(&matches, |(_, given)| given);
     match cli.command {

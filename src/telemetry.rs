@@ -1,8 +1,10 @@
 //! Where logs go, and how many files may be open.
 
+mod batches;
+
 use std::cell::RefCell;
 use std::fmt::{self, Write as _};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Stderr, stderr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use olol_middleware::trace::ACCESS;
@@ -15,17 +17,23 @@ use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+/// What was started: keeps the log going, and writes the last lines when it is dropped.
+#[must_use]
+pub struct Log(#[expect(dead_code, reason = "is dropped")] batches::Flush<Stderr>);
+
 /// Starts to log to stderr. `level` is a word (`info`) or a filter (`olol=debug,olol::access=off`).
-pub fn start(level: &str) -> anyhow::Result<()> {
+pub fn start(level: &str) -> anyhow::Result<Log> {
+    let terminal = stderr().is_terminal();
+    let (batches, flush) = batches::Batches::new(stderr(), !terminal)?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter(level)?)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .map_event_format(|format| Lines(format.with_ansi(std::io::stderr().is_terminal())))
+        .with_writer(batches)
+        .with_ansi(terminal)
+        .map_event_format(|format| Lines(format.with_ansi(terminal)))
         .finish();
     // A test or an embedder may have set one before.
     let _ = tracing::subscriber::set_global_default(subscriber);
-    Ok(())
+    Ok(Log(flush))
 }
 
 /// Writes events as tracing-subscriber does. Lines of the access log, of which there is one for every request, are written

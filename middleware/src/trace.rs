@@ -125,13 +125,14 @@ struct Line {
 
 impl Line {
     fn over(&self, end: &'static str, outcome: &Outcome) {
+        let ms = u64::try_from(self.head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX);
         if self.wanted {
-            self.write(end, outcome);
+            self.write(end, ms, outcome);
         }
-        self.requests.remember(Record::new(&self.head, self.status, end, outcome));
+        self.requests.remember(|record| record.fill(&self.head, self.status, end, ms, outcome));
     }
 
-    fn write(&self, end: &str, outcome: &Outcome) {
+    fn write(&self, end: &str, ms: u64, outcome: &Outcome) {
         let head = &self.head;
         let counters = outcome.counters.unwrap_or_default();
         tracing::info!(
@@ -145,7 +146,7 @@ impl Line {
             status = self.status.as_u16(),
             server = outcome.servers.last().map(tracing::field::display),
             attempts = outcome.attempts,
-            ms = u64::try_from(head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ms,
             tokens = counters.output_tokens,
             end,
         );
@@ -158,7 +159,7 @@ const REMEMBERED: usize = 1024;
 const LONGEST: usize = 256;
 
 /// A request that is over: what it was, how it ended, and what was decided on the way.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Record {
     /// Its id.
     pub id: String,
@@ -195,27 +196,39 @@ pub struct Record {
 }
 
 impl Record {
-    fn new(head: &Head, status: StatusCode, end: &'static str, outcome: &Outcome) -> Self {
-        let ms = u64::try_from(head.arrived.elapsed().as_millis()).unwrap_or(u64::MAX);
+    /// Becomes that of this request. What it held is put to use again: for the allocator, a thousand records that are made and
+    /// freed one after another are a thousand cold places.
+    fn fill(&mut self, head: &Head, status: StatusCode, end: &'static str, ms: u64, outcome: &Outcome) {
         let counters = outcome.counters.unwrap_or_default();
-        Self {
-            id: head.id.as_str().to_owned(),
-            at_ms: unix_ms_now().saturating_sub(ms),
-            method: head.method.clone(),
-            path: begin_of(head.path.path()),
-            model: head.peek.model.as_deref().map(begin_of),
-            client: head.client,
-            key: head.key.get().map(|key| key.name.clone()),
-            status: status.as_u16(),
-            end,
-            servers: outcome.servers.clone(),
-            attempts: outcome.attempts,
-            ms,
-            prompt_tokens: counters.prompt_tokens,
-            output_tokens: counters.output_tokens,
-            trail: head.trail.take(),
+        refill(&mut self.id, head.id.as_str());
+        self.at_ms = unix_ms_now().saturating_sub(ms);
+        self.method.clone_from(&head.method);
+        refill(&mut self.path, head.path.path());
+        match &head.peek.model {
+            Some(model) => refill(self.model.get_or_insert_default(), model),
+            None => self.model = None,
         }
+        self.client = head.client;
+        self.key = head.key.get().map(|key| key.name.clone());
+        self.status = status.as_u16();
+        self.end = end;
+        self.servers.clone_from(&outcome.servers);
+        self.attempts = outcome.attempts;
+        self.ms = ms;
+        self.prompt_tokens = counters.prompt_tokens;
+        self.output_tokens = counters.output_tokens;
+        self.trail = head.trail.take();
     }
+}
+
+/// Makes a text one of another, as far as that is remembered.
+fn refill(text: &mut String, from: &str) {
+    let mut end = from.len().min(LONGEST);
+    while !from.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.clear();
+    text.push_str(&from[..end]);
 }
 
 fn as_text<S: Serializer>(method: &Method, serializer: S) -> Result<S::Ok, S::Error> {
@@ -226,18 +239,10 @@ fn as_names<S: Serializer>(servers: &[ServerId], serializer: S) -> Result<S::Ok,
     serializer.collect_seq(servers.iter().map(ServerId::as_str))
 }
 
-fn begin_of(text: &str) -> String {
-    if text.len() <= LONGEST {
-        return text.to_owned();
-    }
-    let end = text.char_indices().map(|(at, _)| at).chain([text.len()]).take_while(|at| *at <= LONGEST).last();
-    text[..end.unwrap_or_default()].to_owned()
-}
-
 /// The last requests. Who writes takes the next place, so that nobody waits for anybody else's; who reads looks through all.
 #[derive(Debug)]
 pub struct Ring {
-    places: Box<[Mutex<Option<Arc<Record>>>]>,
+    places: Box<[Mutex<Option<Record>>]>,
     next: AtomicUsize,
 }
 
@@ -248,19 +253,17 @@ impl Default for Ring {
 }
 
 impl Ring {
-    fn remember(&self, record: Record) {
+    fn remember(&self, fill: impl FnOnce(&mut Record)) {
         let next = self.next.fetch_add(1, Ordering::Relaxed);
-        let before = Self::lock(&self.places[next % self.places.len()]).replace(Arc::new(record));
-        // Not while the lock is held.
-        drop(before);
+        fill(Self::lock(&self.places[next % self.places.len()]).get_or_insert_default());
     }
 
     /// The request with this id, if it is over and not yet forgotten.
-    pub fn find(&self, id: &str) -> Option<Arc<Record>> {
-        self.places.iter().filter_map(|place| Self::lock(place).clone()).find(|record| record.id == id)
+    pub fn find(&self, id: &str) -> Option<Record> {
+        self.places.iter().find_map(|place| Self::lock(place).as_ref().filter(|record| record.id == id).cloned())
     }
 
-    fn lock(place: &Mutex<Option<Arc<Record>>>) -> MutexGuard<'_, Option<Arc<Record>>> {
+    fn lock(place: &Mutex<Option<Record>>) -> MutexGuard<'_, Option<Record>> {
         place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -340,11 +343,11 @@ mod tests {
         let ring = Ring::default();
         let head = Head::new(crate::Route::Chat, http::Method::POST, http::uri::PathAndQuery::from_static("/"));
         let first = head.id.to_string();
-        ring.remember(Record::new(&head, StatusCode::OK, "whole", &Outcome::default()));
+        ring.remember(|record| record.fill(&head, StatusCode::OK, "whole", 1, &Outcome::default()));
         assert!(ring.find(&first).is_some());
         let other = Head::new(crate::Route::Chat, http::Method::POST, http::uri::PathAndQuery::from_static("/"));
         for _ in 0..REMEMBERED {
-            ring.remember(Record::new(&other, StatusCode::OK, "whole", &Outcome::default()));
+            ring.remember(|record| record.fill(&other, StatusCode::OK, "whole", 1, &Outcome::default()));
         }
         assert!(ring.find(&first).is_none() && ring.find(other.id.as_str()).is_some());
     }

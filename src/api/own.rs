@@ -267,7 +267,7 @@ async fn request(State(known): State<Known>, Path(id): Path<String>) -> Response
         let error = format!("no request '{id}' is remembered: it is unknown, not over yet, or too long ago");
         return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
     };
-    axum::Json(&*record).into_response()
+    axum::Json(record).into_response()
 }
 
 /// Reads the configuration again.
