@@ -442,12 +442,20 @@ impl Index {
     }
 }
 
+/// The sessions of one key.
+#[derive(Debug, Default)]
+struct Owned {
+    /// In the order in which they leave.
+    order: BTreeSet<(u64, String)>,
+    bytes: u64,
+}
+
 /// What the writer knows of all sessions: what is on the disk, and what the transaction that it is at will make of it.
 #[derive(Debug, Default)]
 struct Book {
     sessions: HashMap<String, Arc<Session>>,
-    /// The same in the order in which they leave.
-    order: BTreeSet<(u64, String)>,
+    /// The same by whose they are.
+    owners: HashMap<String, Owned>,
     bytes: u64,
     ended: HashMap<String, Ended>,
 }
@@ -484,15 +492,33 @@ impl Book {
         let key = session.key();
         self.take(&key);
         self.bytes += session.bytes;
-        self.order.insert((session.last_active, key.clone()));
+        let owned = self.owners.entry(session.owner.clone()).or_default();
+        owned.bytes += session.bytes;
+        owned.order.insert((session.last_active, key.clone()));
         self.sessions.insert(key, session);
     }
 
     fn take(&mut self, key: &str) -> Option<Arc<Session>> {
         let session = self.sessions.remove(key)?;
         self.bytes -= session.bytes;
-        self.order.remove(&(session.last_active, key.to_owned()));
+        if let Some(owned) = self.owners.get_mut(&session.owner) {
+            owned.bytes -= session.bytes;
+            owned.order.remove(&(session.last_active, key.to_owned()));
+            if owned.order.is_empty() {
+                self.owners.remove(&session.owner);
+            }
+        }
         Some(session)
+    }
+
+    /// The session that makes room: of the key that has the most, the one that was idle for longest. So nobody's sessions leave
+    /// since somebody else makes many. `may`: whether one may leave at all.
+    fn leaves(&self, is_by_bytes: bool, may: impl Fn(&str) -> bool) -> Option<String> {
+        let most = |owned: &Owned| if is_by_bytes { owned.bytes } else { owned.order.len() as u64 };
+        let fullness = |owned: &&Owned| (most(owned), std::cmp::Reverse(owned.order.first().cloned()));
+        let fullest = self.owners.values().max_by_key(fullness);
+        let all = fullest.into_iter().chain(self.owners.values());
+        all.flat_map(|owned| owned.order.iter()).map(|(_, key)| key).find(|key| may(key)).cloned()
     }
 }
 
@@ -792,8 +818,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Removes the sessions that were idle for longest while there are too many: none that is in the midst of a turn, and
-    /// none of those that were just written.
+    /// Removes the sessions that were idle for longest while there are too many, of those who have the most: none that is in
+    /// the midst of a turn, and none of those that were just written.
     fn evict(&mut self, kept: &[String], tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
         loop {
             let why = match () {
@@ -801,9 +827,8 @@ impl Writer {
                 () if book.bytes > self.bounds.bytes => "bytes",
                 () => return Ok(()),
             };
-            let mut oldest = book.order.iter().map(|(_, key)| key);
-            let oldest = oldest.find(|key| !self.index.is_busy(key) && !kept.contains(*key)).cloned();
-            let Some(key) = oldest else { return Ok(()) };
+            let may = |key: &str| !self.index.is_busy(key) && !kept.iter().any(|kept| kept == key);
+            let Some(key) = book.leaves(why == "bytes", may) else { return Ok(()) };
             self.remove(&key, tables, book)?;
             instruments::session_evicted(why);
         }
