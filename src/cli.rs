@@ -28,7 +28,7 @@ use crate::discovery;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::proxy::Proxy;
 use crate::reload::Trigger;
-use crate::security::certs as made;
+use flags::TlsFlags;
 
 /// Many Ollama servers behind one address that behaves exactly like one.
 #[derive(Debug, Parser)]
@@ -224,16 +224,16 @@ fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Anno
 }
 
 /// An Ollama, or a proxy, at a host and a port; `https://` may stand before the host.
-fn ollama_at(host: &str, port: u16) -> anyhow::Result<Ollama> {
+fn ollama_at(host: &str, port: u16, tls: &TlsFlags) -> anyhow::Result<Ollama> {
     let is_bare_v6 = host.contains(':') && !host.starts_with('[') && !host.contains("://");
     let address = if is_bare_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-    reach(&address, Endpoint::parse(&address, port)?)
+    reach(&address, Endpoint::parse(&address, port)?, tls)
 }
 
-/// An Ollama, or a proxy. Over TLS its certificate may be of the CA in the user's folder, too: that of the cluster.
-fn reach(name: &str, endpoint: Endpoint) -> anyhow::Result<Ollama> {
-    let ca = made::folder().map(|folder| folder.join("ca.pem")).filter(|file| file.is_file());
-    Ok(Ollama::maybe_over_tls(ServerId::new(name), endpoint, ca.as_deref(), Duration::from_secs(5))?)
+/// An Ollama, or a proxy; over TLS as the flags say.
+fn reach(name: &str, endpoint: Endpoint, tls: &TlsFlags) -> anyhow::Result<Ollama> {
+    let connector = if endpoint.is_tls() { Some(tls.connector()?) } else { None };
+    Ok(Ollama::reached_by(ServerId::new(name), endpoint, connector, Duration::from_secs(5)))
 }
 
 /// Sends a call to it, which may be answered in whichever way.
