@@ -104,11 +104,11 @@ impl Store {
     /// Opens a file, or makes it with its folder.
     pub(super) fn open(path: &Path, bounds: Bounds) -> Result<Self, Error> {
         let path = path.to_owned();
-        Self::over(Box::new(move || open_file(&path)), bounds)
+        Self::over(Box::new(move || open_file(&path)), bounds, SWEEP)
     }
 
-    /// A store over whatever is opened so.
-    fn over(open: Open, bounds: Bounds) -> Result<Self, Error> {
+    /// A store over whatever is opened so, which looks so often for sessions whose time is over.
+    fn over(open: Open, bounds: Bounds, every: Duration) -> Result<Self, Error> {
         let clock = Arc::new(Clock::new());
         let file = Arc::new(Opened { database: RwLock::new(Some(open()?)), open });
         let mut book = file.with(Book::read).map_err(|error| broken(&error))?;
@@ -119,7 +119,7 @@ impl Store {
             Writer { file: file.clone(), index: index.clone(), bounds, clock: clock.clone(), changes: Vec::new() };
         let work = move || {
             writer.sweep(&mut book);
-            writer.write(&waiting, &mut book);
+            writer.write(&waiting, &mut book, every);
         };
         let named = std::thread::Builder::new().name("sessions".to_owned());
         let writer = named.spawn(work).map_err(|error| Error::Storage(error.to_string()))?;
@@ -566,20 +566,24 @@ impl<'t> Tables<'t> {
 }
 
 impl Writer {
-    fn write(&mut self, waiting: &Receiver<Order>, book: &mut Book) {
+    fn write(&mut self, waiting: &Receiver<Order>, book: &mut Book, every: Duration) {
+        let mut swept = self.clock.age();
         loop {
-            let first = match waiting.recv_timeout(SWEEP) {
-                Ok(order) => order,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.follow_clock(book);
-                    self.sweep(book);
-                    continue;
-                }
+            let first = match waiting.recv_timeout((swept + every).saturating_sub(self.clock.age())) {
+                Ok(order) => Some(order),
+                Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             self.follow_clock(book);
-            let orders: Vec<Order> = std::iter::once(first).chain(waiting.try_iter().take(TOGETHER - 1)).collect();
-            self.carry_out(orders, book);
+            if let Some(first) = first {
+                let orders: Vec<Order> = std::iter::once(first).chain(waiting.try_iter().take(TOGETHER - 1)).collect();
+                self.carry_out(orders, book);
+            }
+            // Also where orders never end.
+            if self.clock.age() >= swept + every {
+                self.sweep(book);
+                swept = self.clock.age();
+            }
         }
     }
 

@@ -281,9 +281,9 @@ mod tests {
 
     #[tokio::test]
     async fn messages_wait_until_those_before_them_are_heard() {
-        let flood = b"+hi\r\n".repeat(10_000);
+        let flood = std::io::Cursor::new(b"+hi\r\n".repeat(10_000));
         let heard = Arc::<Heard>::default();
-        let mut link = Bounded { stream: &flood[..], replies: Replies::default(), heard: Some(heard.clone()) };
+        let mut link = Bounded { stream: flood, replies: Replies::default(), heard: Some(heard.clone()) };
         let mut read = [0; 500];
         let mut come = 0;
         while let Ok(Ok(length)) = tokio::time::timeout(std::time::Duration::ZERO, link.read(&mut read)).await {
