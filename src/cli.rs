@@ -28,6 +28,7 @@ use crate::discovery;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::proxy::Proxy;
 use crate::reload::Trigger;
+use crate::security::tls;
 use flags::TlsFlags;
 
 /// Many Ollama servers behind one address that behaves exactly like one.
@@ -240,9 +241,20 @@ fn reach(name: &str, endpoint: Endpoint, tls: &TlsFlags) -> anyhow::Result<Ollam
 async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
     ollama.send(ask).await.map_err(|error| {
         let reason = match error {
-            olol_middleware::Error::Server { source, .. } => source.to_string(),
+            olol_middleware::Error::Server { source, .. } => tls::told(source.to_string(), source.source()),
             other => other.to_string(),
         };
-        anyhow::anyhow!("no Ollama answers at {}: {reason} (is it running? `olol up` starts one)", ollama.endpoint())
+        // Who wants a certificate and sees none says so and closes: what comes first here is chance.
+        let is_closed =
+            ["writing a body", "reset by peer", "roken pipe", "closed"].iter().any(|end| reason.contains(end));
+        let hint = if ollama.endpoint().is_tls() && is_closed && !reason.contains("--tls-cert") {
+            "; if it takes only those who show a certificate of its CA: name yours in --tls-cert"
+        } else {
+            ""
+        };
+        anyhow::anyhow!(
+            "no Ollama answers at {}: {reason}{hint} (is it running? `olol up` starts one)",
+            ollama.endpoint()
+        )
     })
 }
