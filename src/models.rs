@@ -299,6 +299,7 @@ impl Models {
             sources: given,
             bytes_per_second: self.config().rate().map_or(0, NonZeroU64::get),
             relays: true,
+            margin_bytes: self.config().margin(),
         };
         let (orders, requests) = mpsc::channel(RELAYED);
         let first = CopyModelRequest { order: Some(order), piece: None };

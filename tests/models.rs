@@ -2,10 +2,15 @@
 
 mod harness;
 
+use std::sync::Arc;
+
+use futures_util::stream::BoxStream;
 use harness::{Answer, Ending, Gate, Hub, Keeper, Olol, Request, patiently, until};
 use olol::agent::Agent;
 use olol::models::Brought;
-use olol_middleware::{ModelName, ServerId};
+use olol::models::registry::{Registry, Source};
+use olol::models::store::{Digest, Manifest};
+use olol_middleware::{BoxError, ModelName, ServerId};
 use olol_proto::v1::{CopyModelRequest, CopyOrder, CopyPiece, CopySource, ReadBlobRequest, ReadModelRequest};
 use serde_json::{Value, json};
 use tonic::Code;
@@ -308,18 +313,78 @@ async fn what_a_killed_agent_has_left_is_cleared_away() {
 }
 
 #[tokio::test]
-async fn what_is_left_of_a_copy_is_not_shown_also_while_it_cannot_be_cleared_away() {
+async fn a_copy_that_another_agent_is_making_is_not_shown_and_left_alone() {
     let keeper = Keeper::start();
     keeper.has("tiny", &[b"weights"]);
-    // Somebody else listens there now, so it looks as if its registry did.
-    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    keeper.has(&format!("{}/olol-copy-00/tiny:latest", other.local_addr().unwrap()), &[b"weights"]);
+    let manifest = format!(r#"{{"layers":[{{"digest":"{}","size":7}}]}}"#, Digest::of(b"weights"));
+    let registry = Registry::open(Manifest::parse(manifest.into()).unwrap(), Arc::new(Never), None).await.unwrap();
+    keeper.has(&registry.name("tiny"), &[b"weights"]);
+    let left = keeper.has("127.0.0.1:1/olol-copy-00/tiny:latest", &[b"weights"]);
     let agent = keeper.agent().await;
     let olol = Olol::at(vec![format!("a@{}", agent.address())], "").await;
     until("it is up", || olol.is_server_up(0)).await;
+    until("what is left of another is cleared away", || keeper.holds().len() == 2).await;
     let shown = olol.get("/api/tags").await.text();
     assert!(shown.contains("tiny:latest") && !shown.contains(ModelName::COPYING), "{shown}");
-    assert_eq!(keeper.holds().len(), 2);
+    assert!(keeper.holds().iter().all(|(_, digest)| *digest == left));
+    drop(registry);
+}
+
+/// A source that gives nothing.
+struct Never;
+
+impl Source for Never {
+    fn read(&self, _: &Digest, _: u64, _: u64) -> BoxStream<'static, Result<bytes::Bytes, BoxError>> {
+        Box::pin(futures_util::stream::pending())
+    }
+}
+
+#[tokio::test]
+async fn what_has_got_the_port_of_a_killed_agents_copy_does_not_keep_its_name() {
+    let keeper = Keeper::start();
+    keeper.has("tiny", &[b"weights"]);
+    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    keeper.has(&format!("{}/olol-copy-00/tiny:latest", other.local_addr().unwrap()), &[b"weights"]);
+    let agent = keeper.agent().await;
+    until("only the model itself is there", || keeper.holds().len() == 1).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_manifest_that_tells_of_more_than_the_disk_has_is_not_begun_with() {
+    let keeper = Keeper::start();
+    // So that it is known where its models are.
+    keeper.has("other", &[b"others"]);
+    let agent = keeper.agent().await;
+    let olol = Olol::at(vec![format!("a@{}", agent.address())], "").await;
+    until("the room is known", || olol.vitals(0).is_some_and(|vitals| vitals.disk_free.is_some())).await;
+    let mut taker = harness::grpc::client(agent.address()).await;
+    let (layer, small) = (Digest::of(b"weights"), Digest::of(b"{}"));
+    let manifest =
+        format!(r#"{{"config":{{"digest":"{small}","size":2}},"layers":[{{"digest":"{layer}","size":{}}}]}}"#, 1_u64 << 60);
+    let order = CopyOrder {
+        model: "tiny:latest".to_owned(),
+        digest: Digest::of(manifest.as_bytes()).hex().to_owned(),
+        relays: true,
+        ..CopyOrder::default()
+    };
+    let (tell, orders) = tokio::sync::mpsc::channel(8);
+    tell.send(CopyModelRequest { order: Some(order), piece: None }).await.unwrap();
+    let orders = futures_util::stream::unfold(orders, |mut orders| async move { Some((orders.recv().await?, orders)) });
+    let mut said = taker.copy_model(Box::pin(orders)).await.unwrap().into_inner();
+    let refused = loop {
+        match patiently("an answer", said.message()).await {
+            Ok(message) => {
+                let want = message.unwrap().want.unwrap();
+                assert_eq!(want.digest, "", "nothing but the manifest is asked for");
+                let piece = CopyPiece { id: want.id, data: manifest.clone().into(), error: String::new() };
+                tell.send(CopyModelRequest { order: None, piece: Some(piece) }).await.unwrap();
+            }
+            Err(status) => break status,
+        }
+    };
+    assert!(refused.message().starts_with("not enough space on the disk: by its manifest 1099511627777 MiB"), "{refused}");
+    assert_eq!((keeper.pulls(), keeper.holds().len(), keeper.blobs().len()), (0, 1, 1));
 }
 
 #[tokio::test]

@@ -70,7 +70,7 @@ impl Machine {
             memory_used,
             memory_total,
             gpus,
-            disk_free: models.and_then(free).unwrap_or(0),
+            disk_free: models.and_then(free).map_or(0, known),
         }
     }
 }
@@ -169,13 +169,18 @@ fn apple(system: &System) -> Gpu {
 
 /// Bytes that are free on the disk of a folder, for who is not its administrator.
 #[cfg(unix)]
-fn free(folder: &Path) -> Option<u64> {
+pub(super) fn free(folder: &Path) -> Option<u64> {
     let disk = rustix::fs::statvfs(folder).ok()?;
     Some(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
+/// Bytes that are known to be free, as they are told: none would be taken for what is not known.
+fn known(free: u64) -> u64 {
+    free.max(1)
+}
+
 #[cfg(not(unix))]
-fn free(_folder: &Path) -> Option<u64> {
+pub(super) fn free(_folder: &Path) -> Option<u64> {
     None
 }
 
@@ -235,5 +240,6 @@ mod tests {
         assert!(reading.cpu.is_some_and(|share| (0.0..=1.0).contains(&share)), "{reading:?}");
         assert!(reading.disk_free > 0, "{reading:?}");
         assert_eq!(machine.read(Some(Path::new("/nowhere"))).disk_free, 0);
+        assert_eq!((known(0), known(5)), (1, 5), "a full disk is not an unknown one");
     }
 }

@@ -25,8 +25,9 @@ use tokio::time::Instant;
 use super::calls::{Figures, Pulls, Running};
 use super::machine::{Machine, Reading};
 use super::processes::{self, Processes};
-use super::{folder, runners};
-use crate::models::copy::Following;
+use super::{folder, machine, runners};
+use crate::models::copy::{Disk, Following};
+use crate::models::store::Store;
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
 use crate::rpc::{Active, Callers, Told};
 
@@ -206,6 +207,12 @@ impl Watch {
     pub(super) fn folder(&self) -> Option<PathBuf> {
         let book = self.shared.book();
         book.folder.clone().filter(|_| book.is_certain)
+    }
+
+    /// The disk of the models, if it is on this machine. Waits for it.
+    pub(super) fn disk(&self) -> Option<Disk> {
+        let folder = self.shared.book().folder.clone()?;
+        Some(Disk { free: machine::free(&folder)?, store: Store::at(&folder) })
     }
 
     /// A model is about to come to the Ollama, as long as what this returns is kept; it is told how far it is.
