@@ -128,6 +128,16 @@ async fn a_pull_asks_the_registry_once_and_brings_the_same_model_everywhere() {
 }
 
 #[tokio::test]
+async fn a_wanted_model_that_nobody_has_is_asked_of_the_registry_once() {
+    let lab = Lab::of(3, 0, "desired.at-once = 8").await;
+    let pin = Request::new("PUT", &format!("/api/status/models/{}", lab.hub.name("tiny")));
+    let answer = lab.olol.ask(&pin.with_body(json!({"replicas": 3}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    until("all have it", || lab.having() == 3).await;
+    assert_eq!((lab.hub.gave(), lab.hub.was_asked()), (size(), 1));
+}
+
+#[tokio::test]
 async fn a_pull_without_stream_copies_as_well() {
     let lab = Lab::of(2, 0, "").await;
     let body = json!({"model": lab.hub.name("tiny"), "insecure": true, "stream": false});
