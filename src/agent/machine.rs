@@ -9,6 +9,8 @@ use olol_proto::v1::Gpu;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use tokio::time::{Duration, Instant};
 
+use crate::models::store::Store;
+
 /// Graphics processors that are told of; more are in no machine.
 const MOST_GPUS: usize = 64;
 /// Time between two tries to find NVIDIA's library, which may come with a driver after us.
@@ -27,6 +29,8 @@ pub(super) struct Reading {
     pub(super) gpus: Vec<Gpu>,
     /// Bytes free for models; 0: unknown.
     pub(super) disk_free: u64,
+    /// Bytes of models that have begun to come.
+    pub(super) disk_begun: u64,
 }
 
 /// What reads it.
@@ -71,6 +75,7 @@ impl Machine {
             memory_total,
             gpus,
             disk_free: models.and_then(free).map_or(0, known),
+            disk_begun: models.map_or(0, |models| Store::at(models).begun()),
         }
     }
 }

@@ -298,7 +298,7 @@ impl Shared {
             error: probe.error.clone(),
             consecutive_failures: probe.failures,
         };
-        let Reading { cpu, memory_used, memory_total, gpus, disk_free } = book.reading.clone();
+        let Reading { cpu, memory_used, memory_total, gpus, disk_free, disk_begun } = book.reading.clone();
         #[expect(clippy::cast_precision_loss, reason = "a share")]
         let share = if memory_total == 0 { -1.0 } else { memory_used as f32 / memory_total as f32 };
         ServerState {
@@ -309,6 +309,7 @@ impl Shared {
             memory_total_bytes: memory_total,
             gpus,
             disk_free_bytes: disk_free,
+            disk_begun_bytes: disk_begun,
             ollama_version: book.version.clone(),
             heartbeat_ms: unix_ms_now(),
             generation: book.generation,

@@ -226,6 +226,14 @@ impl Store {
         layers.iter().fold(0, |sum, layer| sum.saturating_add(left(layer)))
     }
 
+    /// Bytes that the blobs take which Ollama has begun with, and not ended.
+    pub fn begun(&self) -> u64 {
+        let Ok(files) = std::fs::read_dir(self.0.join("blobs")) else { return 0 };
+        let is_begun = |file: &std::fs::DirEntry| file.file_name().as_encoded_bytes().ends_with(b"-partial");
+        let files = files.flatten().filter(is_begun).filter_map(|file| file.metadata().ok());
+        files.fold(0, |sum, file| sum.saturating_add(allocated(&file)))
+    }
+
     /// Opens a file that is below one of the store's folders, wherever that is.
     fn open(&self, path: &Path, below: &str, what: &str) -> Result<File, StoreError> {
         let failed = |source: io::Error| match source.kind() {
@@ -310,6 +318,12 @@ mod tests {
         let begun = folder.path().join("blobs").join(format!("sha256-{}-partial", Digest::of(b"three").hex()));
         std::fs::File::create(begun).unwrap().set_len(1 << 30).unwrap();
         assert_eq!(store.lacks(&[layer("three", 1 << 30)]), 1 << 30, "it is only as long as it will be");
+        assert_eq!(store.begun(), 0);
+        let begun = folder.path().join("blobs").join(format!("sha256-{}-partial", Digest::of(b"four").hex()));
+        std::fs::write(begun, vec![7; 1 << 20]).unwrap();
+        assert_eq!(store.begun() + store.lacks(&[layer("four", 1 << 30)]), 1 << 30);
+        #[cfg(unix)]
+        assert!(store.begun() >= 1 << 20);
     }
 
     #[test]

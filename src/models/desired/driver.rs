@@ -143,19 +143,24 @@ where
         self.notice(&wanted, snapshot);
         let view = self.view(&wanted, snapshot);
         let Plan { actions, mut standings } = plan(&wanted, &view, config, running.config.pull.margin());
+        let mut has_begun = false;
         for action in actions {
             let waiting = match &action {
                 Action::Bring { name, .. } => Some(name.model().clone()),
                 _ => None,
             };
-            if !self.begin(action, snapshot, config)
+            let begins = self.begin(action, snapshot, config);
+            has_begun |= begins;
+            if !begins
                 && let Some(standing) = standings.iter_mut().find(|standing| Some(&standing.name) == waiting.as_ref())
             {
                 standing.why.get_or_insert_with(|| "it waits for its turn ([desired] at-once)".to_owned());
             }
         }
         self.desired.stand(standings);
-        self.last = Some(Last { due: self.due(&view, config), seen });
+        // What has begun is to be told, too.
+        let due = if has_begun { Instant::now() } else { self.due(&view, config) };
+        self.last = Some(Last { due, seen });
     }
 
     /// When it is to be planned anew though nothing has changed.
@@ -324,6 +329,7 @@ where
             is_known: server.state == State::Up || has_told,
             sleeps: self.waker.sleeps(server),
             disk_free: vitals.and_then(|vitals| vitals.disk_free),
+            disk_begun: vitals.map_or(0, |vitals| vitals.disk_begun),
             agent: match vitals {
                 None => Agent::None,
                 Some(vitals) if vitals.hides_models => Agent::Takes,

@@ -37,6 +37,8 @@ pub(super) struct Place {
     pub(super) sleeps: bool,
     /// Bytes free on the disk of its models, if it tells.
     pub(super) disk_free: Option<u64>,
+    /// Bytes there of models that have begun to come, of this one perhaps.
+    pub(super) disk_begun: u64,
     /// How it comes by models.
     pub(super) agent: Agent,
 }
@@ -417,7 +419,8 @@ impl Planner<'_> {
             return Some(why.clone());
         }
         let free = place.disk_free?.saturating_sub(self.promised[at]);
-        if free >= size.saturating_add(self.reserve) {
+        let begun = if self.promised[at] > 0 { 0 } else { place.disk_begun };
+        if free >= size.saturating_sub(begun).saturating_add(self.reserve) {
             return None;
         }
         let is_promised = if self.promised[at] > 0 { " behind what is on its way there" } else { "" };
@@ -519,6 +522,7 @@ mod tests {
             is_known: true,
             sleeps: false,
             disk_free: Some(100 * GIB),
+            disk_begun: 0,
             agent: Agent::Gives,
         }
     }
@@ -666,6 +670,8 @@ mod tests {
         assert!(why(&refused).contains(said), "{}", why(&refused));
         assert_eq!(refused.standings[0].refused.len(), 1);
         assert_eq!(targets(&planned(TWO, &view(vec![place("a"), small(2 * GIB)], &[0]))), ["b"]);
+        let begun = Place { disk_begun: 1, ..small(2 * GIB - 1) };
+        assert_eq!(targets(&planned(TWO, &view(vec![place("a"), begun], &[0]))), ["b"], "it may go on there");
         let silent = Place { disk_free: None, ..place("b") };
         assert_eq!(targets(&planned(TWO, &view(vec![place("a"), silent], &[0]))), ["b"], "who tells nothing is asked");
     }
