@@ -249,6 +249,19 @@ async fn a_full_disk_is_seen_before() {
 }
 
 #[tokio::test]
+async fn a_disk_without_room_for_a_name_leaves_nothing_under_it() {
+    let lab = Lab::of(2, 0, "").await;
+    let first = lab.pull().header("X-Olol-Servers", "0");
+    assert_eq!(last(&lab.olol.ask(&first).await)["status"], "success");
+    lab.keepers[1].is_full();
+    let pulled = lab.olol.ask(&lab.pull()).await;
+    let why = pulled.error();
+    assert!(why.contains("server 1: no room: copy_file_range: no space left on device"), "{why}");
+    assert!(!lab.keepers[1].has_file(&lab.hub.name("tiny")));
+    assert_eq!((lab.having(), lab.hub.gave()), (1, size()));
+}
+
+#[tokio::test]
 async fn names_of_copies_are_never_shown() {
     let lab = Lab::of(2, 0, "").await;
     let gate = Gate::closed();

@@ -80,6 +80,8 @@ pub enum CopyError {
 }
 
 const MIB: u64 = 1 << 20;
+/// Bytes that a copy takes beside its files: for its names, and for what disks give away in whole blocks only.
+const NAMES: u64 = 64 << 10;
 
 /// Copies models to one Ollama, one at a time.
 #[derive(Clone)]
@@ -200,7 +202,8 @@ impl Copier {
         let inner = self.0.clone();
         let weighing = tokio::task::spawn_blocking(move || {
             let Disk { store, free } = (inner.disk)()?;
-            Some((store.lacks(&layers), free))
+            let needed = store.lacks(&layers);
+            Some((if needed > 0 { needed.saturating_add(NAMES) } else { 0 }, free))
         });
         let weighed = weighing.await.map_err(|error| CopyError::Ollama(error.to_string()))?;
         match weighed {
@@ -303,12 +306,31 @@ async fn finish(copier: &Copier, pulled: &str, model: &str, wanted: &Digest) -> 
     }
     let old = find(&before, model).filter(|digest| digest != wanted.hex());
     // Under a second name what was there stays whole until the new one is.
-    let kept = old.map(|_| LeftOver::new(copier, format!("{pulled}-old")));
+    let kept = old.map(|_| LeftOver::new(copier, beside(pulled, "olol-old")));
     let kept_as = kept.as_ref().and_then(|kept| kept.name.clone());
     if let Some(name) = &kept_as {
         copy(ollama, model, name).await?;
+    } else {
+        // An Ollama that finds no room for a name leaves it there, empty, and can neither show nor delete it. So one that
+        // nobody will miss comes first, and makes room for the real one.
+        let name = beside(pulled, "olol-first");
+        let first = LeftOver::new(copier, name.clone());
+        copy(ollama, pulled, &name).await?;
+        first.clear().await;
     }
-    copy(ollama, pulled, model).await?;
+    if let Err(error) = copy(ollama, pulled, model).await {
+        if let Some(name) = &kept_as {
+            // What has come makes room for what was there.
+            let undone = match delete(ollama, pulled).await {
+                Ok(()) => copy(ollama, name, model).await,
+                failed => failed,
+            };
+            if let Err(error) = undone {
+                tracing::warn!(model, %error, "what was there before a copy could not be put back");
+            }
+        }
+        return Err(error);
+    }
     let found = find(&listed(ollama).await?, model).unwrap_or_default();
     let done = if found == wanted.hex() {
         Ok(())
@@ -326,6 +348,12 @@ async fn finish(copier: &Copier, pulled: &str, model: &str, wanted: &Digest) -> 
         kept.clear().await;
     }
     done
+}
+
+/// Another name for a while beside that of a copy. Its tag is our own: one that is long already could not be longer.
+fn beside(pulled: &str, tag: &str) -> String {
+    let (model, own) = pulled.rsplit_once(':').unwrap_or((pulled, ""));
+    if own == tag { format!("{model}:{tag}-") } else { format!("{model}:{tag}") }
 }
 
 /// Pulls from our registry, and passes on what Ollama says.
@@ -613,6 +641,12 @@ fn lock(waiting: &Waiting) -> MutexGuard<'_, HashMap<u32, Asked>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_beside_that_of_a_copy_is_another() {
+        assert_eq!(beside("127.0.0.1:4/olol-copy-0/m:latest", "olol-old"), "127.0.0.1:4/olol-copy-0/m:olol-old");
+        assert_eq!(beside("127.0.0.1:4/olol-copy-0/m:olol-old", "olol-old"), "127.0.0.1:4/olol-copy-0/m:olol-old-");
+    }
 
     /// A source that is never asked.
     struct Nothing;
