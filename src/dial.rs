@@ -1,0 +1,73 @@
+//! Dials over networks that lose packets.
+//!
+//! The kernel sends the first packet of a connection again only after a second, then after two more, then after four: on a
+//! network that loses one in ten, that alone takes longer than all the rest. A try that has not succeeded soon is therefore
+//! joined by another, and whichever comes to an end first counts.
+
+use std::io;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::net::{TcpStream, ToSocketAddrs};
+
+/// When another try begins beside those that wait: each some time after the one before.
+const AGAIN: [Duration; 2] = [Duration::from_millis(400), Duration::from_millis(1000)];
+
+/// A connection to the first of these addresses that takes one, on which nothing waits to be sent together.
+pub(crate) async fn connect(to: impl ToSocketAddrs + Copy) -> io::Result<TcpStream> {
+    let stream = soonest(|| TcpStream::connect(to), &AGAIN).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// How the first of several same tries ends. The next begins so long after the last one as `pauses` say.
+async fn soonest<T, F: Future<Output = T>>(begin: impl Fn() -> F, pauses: &[Duration]) -> T {
+    let mut tries = FuturesUnordered::from_iter([begin()]);
+    let mut pauses = pauses.iter();
+    loop {
+        let pause = async {
+            match pauses.next() {
+                Some(pause) => tokio::time::sleep(*pause).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(ended) = tries.next() => return ended,
+            () = pause => tries.push(begin()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_try_that_is_lost_is_overtaken_by_the_next() {
+        let begun = Cell::new(0);
+        let lost_at_first = || {
+            let number = begun.replace(begun.get() + 1);
+            let takes = if number == 0 { Duration::from_secs(60) } else { Duration::from_millis(50) };
+            async move {
+                tokio::time::sleep(takes).await;
+                number
+            }
+        };
+        let start = tokio::time::Instant::now();
+        assert_eq!(soonest(lost_at_first, &AGAIN).await, 1);
+        assert_eq!((start.elapsed(), begun.get()), (AGAIN[0] + Duration::from_millis(50), 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_is_an_answer() {
+        let begun = Cell::new(0);
+        let refused = || {
+            begun.set(begun.get() + 1);
+            std::future::ready(Err::<(), _>("no"))
+        };
+        assert_eq!((soonest(refused, &AGAIN).await, begun.get()), (Err("no"), 1));
+    }
+}
