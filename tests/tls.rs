@@ -142,6 +142,8 @@ async fn an_agent_whose_certificate_is_not_the_right_one_is_not_used() {
         let place = Place::with(ca.of(name, Clients::None)).await;
         let reason = place.is_given_up("", &format!("{}{SOON}", trusts.toml())).await;
         assert!(reason.contains("TLS: ") && reason.contains(says), "{name}: {reason}");
+        // What fails again says the same again.
+        assert!(!reason.contains("UNIX"), "{reason}");
     }
 }
 

@@ -597,7 +597,7 @@ impl Connector {
         let shaken = TlsConnector::from(side.config.clone()).connect(name, stream).await;
         shaken.map_err(|error| {
             let hint = self.to.hint(&error, host).map(|hint| format!(": {hint}")).unwrap_or_default();
-            io::Error::new(error.kind(), format!("TLS: {error}{hint}"))
+            io::Error::new(error.kind(), format!("TLS: {}{hint}", steady(&error)))
         })
     }
 }
@@ -629,7 +629,7 @@ impl To {
                 format!("its certificate is of a CA that is not trusted; {other_ca}")
             }
             rustls::Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => {
-                format!("its certificate has ended; {issue}")
+                format!("its certificate has ended, if the clock of this machine is right; {issue}")
             }
             rustls::Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => {
                 "its certificate has not begun: look at the clocks of both machines".to_owned()
@@ -663,6 +663,17 @@ fn of_alert(alert: AlertDescription) -> Option<&'static str> {
         AlertDescription::BadCertificate | AlertDescription::CertificateUnknown => "it does not take our certificate",
         _ => return None,
     })
+}
+
+/// What a failed handshake says, without the time of day: who fails again in the same way says the same.
+fn steady(error: &io::Error) -> String {
+    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let bare = match inner(error) {
+        Some(rustls::Error::InvalidCertificate(ExpiredContext { .. })) => Expired,
+        Some(rustls::Error::InvalidCertificate(NotValidYetContext { .. })) => NotValidYet,
+        _ => return error.to_string(),
+    };
+    rustls::Error::InvalidCertificate(bare).to_string()
 }
 
 /// What TLS says of a failed connection.
