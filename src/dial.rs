@@ -17,22 +17,31 @@ use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio::time::Instant;
 
 /// When another try begins beside those that wait: each some time after the one before.
-const AGAIN: [Duration; 2] = [Duration::from_millis(400), Duration::from_millis(1000)];
+const AGAIN: [Duration; 2] = [Duration::from_millis(400), Duration::from_secs(1)];
 /// A connection that took so long waited for something: the kernel asks again after a second, for an address as for a connection.
 const LATE: Duration = Duration::from_secs(1);
+/// So many times as quickly a fresh one must come that takes its place.
+const MUCH: u32 = 5;
 
 /// A connection to the first of these addresses that takes one, on which nothing waits to be sent together.
 pub(crate) async fn connect(to: impl ToSocketAddrs + Copy) -> io::Result<TcpStream> {
-    let begun = Instant::now();
-    let mut stream = soonest(|| TcpStream::connect(to), &AGAIN).await?;
-    let took = begun.elapsed();
-    if took >= LATE
-        && let Ok(Ok(fresh)) = tokio::time::timeout(took / 2, TcpStream::connect(to)).await
-    {
-        stream = fresh;
-    }
+    let stream = promptly(|| TcpStream::connect(to)).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+/// What the first of several same tries comes to, or, where that came late, another that does not.
+async fn promptly<T, E, F: Future<Output = Result<T, E>>>(begin: impl Fn() -> F) -> Result<T, E> {
+    let begun = Instant::now();
+    let first = soonest(&begin, &AGAIN).await?;
+    let took = begun.elapsed();
+    if took < LATE {
+        return Ok(first);
+    }
+    match tokio::time::timeout(took / MUCH, begin()).await {
+        Ok(Ok(fresh)) => Ok(fresh),
+        _ => Ok(first),
+    }
 }
 
 /// How the first of several same tries ends. The next begins so long after the last one as `pauses` say.
@@ -73,6 +82,25 @@ mod tests {
         let start = tokio::time::Instant::now();
         assert_eq!(soonest(lost_at_first, &AGAIN).await, 1);
         assert_eq!((start.elapsed(), begun.get()), (AGAIN[0] + Duration::from_millis(50), 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_came_late_gives_way_to_a_fresh_one_that_does_not() {
+        // Nothing gets through until then, and all that has waited does so at once; from then on it takes so long.
+        for (opens, takes, comes) in [(1200, 50, 1250), (100, 50, 0), (0, 1100, 0)] {
+            let (begun, start) = (Cell::new(0), Instant::now());
+            let (opens, takes) = (Duration::from_millis(opens), Duration::from_millis(takes));
+            let late = || {
+                let this = Instant::now();
+                begun.set(begun.get() + 1);
+                async move {
+                    tokio::time::sleep_until(start + opens).await;
+                    tokio::time::sleep(takes).await;
+                    Ok::<_, ()>(this)
+                }
+            };
+            assert_eq!(promptly(late).await, Ok(start + Duration::from_millis(comes)), "{opens:?} {takes:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
