@@ -129,8 +129,9 @@ impl Agent {
         let instance = description.instance_id.clone();
         let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
         let copier = {
-            let (watch, pulling) = (watch.clone(), watch.clone());
-            Copier::new(ollama.clone(), trust, CONNECT, move || watch.look(), move |model| pulling.pulling(model))
+            let (watch, pulling, disk) = (watch.clone(), watch.clone(), watch.clone());
+            let begins = move |model: &str| pulling.pulling(model);
+            Copier::new(ollama.clone(), trust, CONNECT, move || watch.look(), begins, move || disk.disk())
         };
         watching.spawn(copier.clone().keep_clean());
         let about = SelfDescription {

@@ -299,6 +299,7 @@ impl Models {
             sources: given,
             bytes_per_second: self.config().rate().map_or(0, NonZeroU64::get),
             relays: true,
+            margin_bytes: self.config().margin(),
         };
         let (orders, requests) = mpsc::channel(RELAYED);
         let first = CopyModelRequest { order: Some(order), piece: None };
@@ -378,9 +379,10 @@ impl Models {
         if is_done { Ok(()) } else { Err(BringError::Pull("it ended without success".to_owned())) }
     }
 
-    /// Whether so many bytes have room on a server's disk. Of a bare Ollama that is not known.
+    /// Whether a model of so many bytes has room on a server's disk. Of a bare Ollama that is not known; and what has begun to
+    /// come there may be of this one, which its agent finds out.
     fn room(&self, server: &Server, size: u64) -> Result<(), BringError> {
-        Room::of(server, self.config().margin()).takes(size)
+        Room::of(server, self.config().margin()).takes(size.saturating_sub(begun(server)))
     }
 
     /// A server has a model now: the next call may need it.
@@ -420,6 +422,12 @@ fn held_by(server: &Server, model: &ModelName) -> Option<Held> {
 /// Whether a server has an agent that gives models away, as far as one knows: one that has none yet does not know itself.
 fn shares(server: &Server) -> bool {
     server.vitals.load().as_ref().is_some_and(|vitals| !vitals.hides_models)
+}
+
+/// Bytes on a server's disk of models that have begun to come there, and do not come at the moment.
+fn begun(server: &Server) -> u64 {
+    let vitals = server.vitals.load();
+    vitals.as_ref().filter(|vitals| vitals.pending_pulls.is_empty()).map_or(0, |vitals| vitals.disk_begun)
 }
 
 /// The model that is meant by its name, and those of them who give it away.

@@ -2,10 +2,15 @@
 
 mod harness;
 
+use std::sync::Arc;
+
+use futures_util::stream::BoxStream;
 use harness::{Answer, Ending, Gate, Hub, Keeper, Olol, Request, patiently, until};
 use olol::agent::Agent;
 use olol::models::Brought;
-use olol_middleware::{ModelName, ServerId};
+use olol::models::registry::{Registry, Source};
+use olol::models::store::{Digest, Manifest};
+use olol_middleware::{BoxError, ModelName, ServerId};
 use olol_proto::v1::{CopyModelRequest, CopyOrder, CopyPiece, CopySource, ReadBlobRequest, ReadModelRequest};
 use serde_json::{Value, json};
 use tonic::Code;
@@ -123,6 +128,16 @@ async fn a_pull_asks_the_registry_once_and_brings_the_same_model_everywhere() {
 }
 
 #[tokio::test]
+async fn a_wanted_model_that_nobody_has_is_asked_of_the_registry_once() {
+    let lab = Lab::of(3, 0, "desired.at-once = 8").await;
+    let pin = Request::new("PUT", &format!("/api/status/models/{}", lab.hub.name("tiny")));
+    let answer = lab.olol.ask(&pin.with_body(json!({"replicas": 3}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    until("all have it", || lab.having() == 3).await;
+    assert_eq!((lab.hub.gave(), lab.hub.was_asked()), (size(), 1));
+}
+
+#[tokio::test]
 async fn a_pull_without_stream_copies_as_well() {
     let lab = Lab::of(2, 0, "").await;
     let body = json!({"model": lab.hub.name("tiny"), "insecure": true, "stream": false});
@@ -234,6 +249,19 @@ async fn a_full_disk_is_seen_before() {
 }
 
 #[tokio::test]
+async fn a_disk_without_room_for_a_name_leaves_nothing_under_it() {
+    let lab = Lab::of(2, 0, "").await;
+    let first = lab.pull().header("X-Olol-Servers", "0");
+    assert_eq!(last(&lab.olol.ask(&first).await)["status"], "success");
+    lab.keepers[1].is_full();
+    let pulled = lab.olol.ask(&lab.pull()).await;
+    let why = pulled.error();
+    assert!(why.contains("server 1: no room: copy_file_range: no space left on device"), "{why}");
+    assert!(!lab.keepers[1].has_file(&lab.hub.name("tiny")));
+    assert_eq!((lab.having(), lab.hub.gave()), (1, size()));
+}
+
+#[tokio::test]
 async fn names_of_copies_are_never_shown() {
     let lab = Lab::of(2, 0, "").await;
     let gate = Gate::closed();
@@ -308,18 +336,78 @@ async fn what_a_killed_agent_has_left_is_cleared_away() {
 }
 
 #[tokio::test]
-async fn what_is_left_of_a_copy_is_not_shown_also_while_it_cannot_be_cleared_away() {
+async fn a_copy_that_another_agent_is_making_is_not_shown_and_left_alone() {
     let keeper = Keeper::start();
     keeper.has("tiny", &[b"weights"]);
-    // Somebody else listens there now, so it looks as if its registry did.
-    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    keeper.has(&format!("{}/olol-copy-00/tiny:latest", other.local_addr().unwrap()), &[b"weights"]);
+    let manifest = format!(r#"{{"layers":[{{"digest":"{}","size":7}}]}}"#, Digest::of(b"weights"));
+    let registry = Registry::open(Manifest::parse(manifest.into()).unwrap(), Arc::new(Never), None).await.unwrap();
+    keeper.has(&registry.name("tiny"), &[b"weights"]);
+    let left = keeper.has("127.0.0.1:1/olol-copy-00/tiny:latest", &[b"weights"]);
     let agent = keeper.agent().await;
     let olol = Olol::at(vec![format!("a@{}", agent.address())], "").await;
     until("it is up", || olol.is_server_up(0)).await;
+    until("what is left of another is cleared away", || keeper.holds().len() == 2).await;
     let shown = olol.get("/api/tags").await.text();
     assert!(shown.contains("tiny:latest") && !shown.contains(ModelName::COPYING), "{shown}");
-    assert_eq!(keeper.holds().len(), 2);
+    assert!(keeper.holds().iter().all(|(_, digest)| *digest == left));
+    drop(registry);
+}
+
+/// A source that gives nothing.
+struct Never;
+
+impl Source for Never {
+    fn read(&self, _: &Digest, _: u64, _: u64) -> BoxStream<'static, Result<bytes::Bytes, BoxError>> {
+        Box::pin(futures_util::stream::pending())
+    }
+}
+
+#[tokio::test]
+async fn what_has_got_the_port_of_a_killed_agents_copy_does_not_keep_its_name() {
+    let keeper = Keeper::start();
+    keeper.has("tiny", &[b"weights"]);
+    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    keeper.has(&format!("{}/olol-copy-00/tiny:latest", other.local_addr().unwrap()), &[b"weights"]);
+    let agent = keeper.agent().await;
+    until("only the model itself is there", || keeper.holds().len() == 1).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_manifest_that_tells_of_more_than_the_disk_has_is_not_begun_with() {
+    let keeper = Keeper::start();
+    // So that it is known where its models are.
+    keeper.has("other", &[b"others"]);
+    let agent = keeper.agent().await;
+    let olol = Olol::at(vec![format!("a@{}", agent.address())], "").await;
+    until("the room is known", || olol.vitals(0).is_some_and(|vitals| vitals.disk_free.is_some())).await;
+    let mut taker = harness::grpc::client(agent.address()).await;
+    let (layer, small) = (Digest::of(b"weights"), Digest::of(b"{}"));
+    let manifest =
+        format!(r#"{{"config":{{"digest":"{small}","size":2}},"layers":[{{"digest":"{layer}","size":{}}}]}}"#, 1_u64 << 60);
+    let order = CopyOrder {
+        model: "tiny:latest".to_owned(),
+        digest: Digest::of(manifest.as_bytes()).hex().to_owned(),
+        relays: true,
+        ..CopyOrder::default()
+    };
+    let (tell, orders) = tokio::sync::mpsc::channel(8);
+    tell.send(CopyModelRequest { order: Some(order), piece: None }).await.unwrap();
+    let orders = futures_util::stream::unfold(orders, |mut orders| async move { Some((orders.recv().await?, orders)) });
+    let mut said = taker.copy_model(Box::pin(orders)).await.unwrap().into_inner();
+    let refused = loop {
+        match patiently("an answer", said.message()).await {
+            Ok(message) => {
+                let want = message.unwrap().want.unwrap();
+                assert_eq!(want.digest, "", "nothing but the manifest is asked for");
+                let piece = CopyPiece { id: want.id, data: manifest.clone().into(), error: String::new() };
+                tell.send(CopyModelRequest { order: None, piece: Some(piece) }).await.unwrap();
+            }
+            Err(status) => break status,
+        }
+    };
+    assert!(refused.message().starts_with("not enough space on the disk: by its manifest 1099511627777 MiB"), "{refused}");
+    assert_eq!((keeper.pulls(), keeper.holds().len(), keeper.blobs().len()), (0, 1, 1));
 }
 
 #[tokio::test]

@@ -347,6 +347,11 @@ struct Change {
 }
 
 impl Change {
+    /// Whether a server tells what there is now.
+    fn is_told(&self, report: &Kept) -> bool {
+        report.models.iter().any(|held| held.is(&self.name)) == self.model.is_some()
+    }
+
     fn apply(&self, report: &mut Kept) {
         match &self.model {
             // What a server says of a model is better than what is guessed of it.
@@ -578,7 +583,8 @@ impl Cluster {
     pub fn keep_since(&self, index: usize, kept: &Arc<Kept>, since: Instant) {
         let mut book = self.book();
         let Some(entry) = book.member(index) else { return };
-        entry.changes.retain(|change| change.at >= since);
+        // Once it tells of a change itself it is believed again: what comes after that somebody has done there.
+        entry.changes.retain(|change| change.at >= since && !change.is_told(kept));
         let mut kept = kept.clone();
         for change in &entry.changes {
             change.apply(Arc::make_mut(&mut kept));

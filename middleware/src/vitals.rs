@@ -31,6 +31,8 @@ pub struct Vitals {
     pub gpus: Vec<Gpu>,
     /// Bytes free on the disk that holds the models; none: unknown.
     pub disk_free: Option<u64>,
+    /// Bytes on it of models that have begun to come and are not there yet: what comes next goes on from there.
+    pub disk_begun: u64,
     /// Calls that the agent is answering, for whomever.
     pub in_flight: u32,
     /// Calls that wait at the agent.

@@ -9,6 +9,8 @@ use olol_proto::v1::Gpu;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use tokio::time::{Duration, Instant};
 
+use crate::models::store::Store;
+
 /// Graphics processors that are told of; more are in no machine.
 const MOST_GPUS: usize = 64;
 /// Time between two tries to find NVIDIA's library, which may come with a driver after us.
@@ -27,6 +29,8 @@ pub(super) struct Reading {
     pub(super) gpus: Vec<Gpu>,
     /// Bytes free for models; 0: unknown.
     pub(super) disk_free: u64,
+    /// Bytes of models that have begun to come.
+    pub(super) disk_begun: u64,
 }
 
 /// What reads it.
@@ -70,7 +74,8 @@ impl Machine {
             memory_used,
             memory_total,
             gpus,
-            disk_free: models.and_then(free).unwrap_or(0),
+            disk_free: models.and_then(free).map_or(0, known),
+            disk_begun: models.map_or(0, |models| Store::at(models).begun()),
         }
     }
 }
@@ -169,13 +174,18 @@ fn apple(system: &System) -> Gpu {
 
 /// Bytes that are free on the disk of a folder, for who is not its administrator.
 #[cfg(unix)]
-fn free(folder: &Path) -> Option<u64> {
+pub(super) fn free(folder: &Path) -> Option<u64> {
     let disk = rustix::fs::statvfs(folder).ok()?;
     Some(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
+/// Bytes that are known to be free, as they are told: none would be taken for what is not known.
+fn known(free: u64) -> u64 {
+    free.max(1)
+}
+
 #[cfg(not(unix))]
-fn free(_folder: &Path) -> Option<u64> {
+pub(super) fn free(_folder: &Path) -> Option<u64> {
     None
 }
 
@@ -235,5 +245,6 @@ mod tests {
         assert!(reading.cpu.is_some_and(|share| (0.0..=1.0).contains(&share)), "{reading:?}");
         assert!(reading.disk_free > 0, "{reading:?}");
         assert_eq!(machine.read(Some(Path::new("/nowhere"))).disk_free, 0);
+        assert_eq!((known(0), known(5)), (1, 5), "a full disk is not an unknown one");
     }
 }

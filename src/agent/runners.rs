@@ -29,6 +29,8 @@ const TRIED: Duration = Duration::from_secs(1);
 pub(super) struct Runners {
     /// Digest of a model → name of the file with its weights.
     weights: HashMap<String, String>,
+    /// Digest of a model whose weights the Ollama did not name → when it was asked.
+    unnamed: HashMap<String, Instant>,
     running: HashMap<String, Runner>,
     looked: Option<Look>,
 }
@@ -48,7 +50,10 @@ impl Runners {
     /// machine may still come.
     pub(super) async fn amend(&mut self, ollama: &Ollama, loaded: &mut [Loaded]) -> bool {
         let models: Vec<_> = loaded.iter().map(|model| (model.digest.clone(), model.context_length)).collect();
-        self.weights.retain(|digest, _| models.iter().any(|(other, _)| other == digest));
+        let is_loaded = |digest: &String| models.iter().any(|(other, _)| other == digest);
+        self.weights.retain(|digest, _| is_loaded(digest));
+        // It may only have been busy: it is asked again.
+        self.unnamed.retain(|digest, asked| is_loaded(digest) && asked.elapsed() < BELIEVED);
         if loaded.is_empty() {
             self.looked = None;
             return true;
@@ -70,9 +75,11 @@ impl Runners {
             return true;
         }
         for model in &mut *loaded {
-            if !self.weights.contains_key(&model.digest) {
-                let file = weights(ollama, &model.name).await.unwrap_or_default();
-                self.weights.insert(model.digest.clone(), file);
+            if !self.weights.contains_key(&model.digest) && !self.unnamed.contains_key(&model.digest) {
+                match weights(ollama, &model.name).await {
+                    Some(file) => drop(self.weights.insert(model.digest.clone(), file)),
+                    None => drop(self.unnamed.insert(model.digest.clone(), Instant::now())),
+                }
             }
             if let Some(runner) = self.of(model) {
                 model.slots = runner.slots;
@@ -142,7 +149,11 @@ fn read(line: &[u8]) -> Option<(String, Runner)> {
 
 #[cfg(test)]
 mod tests {
+    use olol_middleware::ServerId;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+    use crate::ollama::Endpoint;
 
     /// The words as `/proc` has them, a NUL after each.
     fn line(words: &str) -> Vec<u8> {
@@ -159,6 +170,40 @@ mod tests {
         assert_eq!(read(&own), Some(("olol-tiny.gguf".to_owned(), Runner { slots: 1, context: 0, pid: 0 })));
         assert_eq!(read(&line("/usr/bin/vim --model x")), None);
         assert_eq!(read(b""), None);
+    }
+
+    #[tokio::test]
+    async fn an_ollama_that_did_not_name_the_weights_is_asked_again() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = Endpoint::parse(&listener.local_addr().unwrap().to_string(), 0).unwrap();
+        let connect = Duration::from_secs(3);
+        let ollama = Ollama::maybe_over_tls(ServerId::new("a"), endpoint, connect).unwrap();
+        let answers = tokio::spawn(async move {
+            let shown = r#"{"modelfile":"FROM /models/blobs/sha256-aa\n"}"#;
+            for (status, body) in [("503 Service Unavailable", r#"{"error":"busy"}"#), ("200 OK", shown)] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut asked = [0; 4096];
+                let _ = stream.read(&mut asked).await.unwrap();
+                let answer = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        let mut loaded = [Loaded { name: "tiny".to_owned(), digest: "d".to_owned(), ..Loaded::default() }];
+        let mut runners = Runners::default();
+        let mut slots = async |runners: &mut Runners| {
+            // A look at the processes of a moment ago.
+            let at = Instant::now();
+            runners.running = HashMap::from([("sha256-aa".to_owned(), Runner { slots: 4, context: 8, pid: 1 })]);
+            runners.looked = Some(Look { at, models: vec![("d".to_owned(), loaded[0].context_length)], since: at });
+            runners.amend(&ollama, &mut loaded).await;
+            loaded[0].slots
+        };
+        assert_eq!((slots(&mut runners).await, slots(&mut runners).await), (0, 0), "not at once");
+        tokio::time::pause();
+        tokio::time::advance(BELIEVED).await;
+        tokio::time::resume();
+        assert_eq!(slots(&mut runners).await, 4);
+        answers.await.unwrap();
     }
 
     #[test]

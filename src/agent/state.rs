@@ -25,8 +25,9 @@ use tokio::time::Instant;
 use super::calls::{Figures, Pulls, Running};
 use super::machine::{Machine, Reading};
 use super::processes::{self, Processes};
-use super::{folder, runners};
-use crate::models::copy::Following;
+use super::{folder, machine, runners};
+use crate::models::copy::{Disk, Following};
+use crate::models::store::Store;
 use crate::ollama::{self, Ask, HOP, IN_MEMORY, ON_DISK, Ollama, StateError};
 use crate::rpc::{Active, Callers, Told};
 
@@ -208,6 +209,12 @@ impl Watch {
         book.folder.clone().filter(|_| book.is_certain)
     }
 
+    /// The disk of the models, if it is on this machine. Waits for it.
+    pub(super) fn disk(&self) -> Option<Disk> {
+        let folder = self.shared.book().folder.clone()?;
+        Some(Disk { free: machine::free(&folder)?, store: Store::at(&folder) })
+    }
+
     /// A model is about to come to the Ollama, as long as what this returns is kept; it is told how far it is.
     pub(super) fn pulling(&self, model: &str) -> Following {
         let name = ModelName::parse(model).map_or_else(|| model.to_owned(), |name| name.to_string());
@@ -291,7 +298,7 @@ impl Shared {
             error: probe.error.clone(),
             consecutive_failures: probe.failures,
         };
-        let Reading { cpu, memory_used, memory_total, gpus, disk_free } = book.reading.clone();
+        let Reading { cpu, memory_used, memory_total, gpus, disk_free, disk_begun } = book.reading.clone();
         #[expect(clippy::cast_precision_loss, reason = "a share")]
         let share = if memory_total == 0 { -1.0 } else { memory_used as f32 / memory_total as f32 };
         ServerState {
@@ -302,6 +309,7 @@ impl Shared {
             memory_total_bytes: memory_total,
             gpus,
             disk_free_bytes: disk_free,
+            disk_begun_bytes: disk_begun,
             ollama_version: book.version.clone(),
             heartbeat_ms: unix_ms_now(),
             generation: book.generation,

@@ -13,7 +13,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
-use http::{Method, StatusCode};
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use olol_middleware::cluster::Model;
 use olol_middleware::{BoxError, ModelName, Reply};
 use olol_proto::v1::{
@@ -25,7 +28,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
 use super::registry::{Registry, Source};
-use super::store::{Digest, Manifest, StoreError};
+use super::store::{Digest, LONGEST_MANIFEST, Layer, Manifest, Store, StoreError};
 use super::{Line, RELAYED};
 use crate::discovery::networks;
 use crate::ollama::{Ask, ON_DISK, Ollama, every_on_disk};
@@ -65,10 +68,27 @@ pub enum CopyError {
     /// Nobody gives it.
     #[error("no server gives it: {0}")]
     Sources(String),
+    /// What its manifest tells of has no room here. In the words of a system, so that proxies know it for what it is.
+    #[error(
+        "not enough space on the disk: by its manifest {} MiB are to come, {} MiB are to stay free, and {} MiB are free",
+        needed.div_ceil(MIB), margin / MIB, free / MIB
+    )]
+    Full {
+        /// Bytes that are to come.
+        needed: u64,
+        /// Bytes that are to stay free.
+        margin: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// The Ollama did not take it.
     #[error("{0}")]
     Ollama(String),
 }
+
+const MIB: u64 = 1 << 20;
+/// Bytes that a copy takes beside its files: for its names, and for what disks give away in whole blocks only.
+const NAMES: u64 = 64 << 10;
 
 /// Copies models to one Ollama, one at a time.
 #[derive(Clone)]
@@ -86,6 +106,17 @@ struct Inner {
     changed: Box<dyn Fn() + Send + Sync>,
     /// Called when a copy begins.
     begins: Box<dyn Fn(&str) -> Following + Send + Sync>,
+    /// Where the models of the Ollama are, and what is free there; as far as it is known.
+    disk: Box<dyn Fn() -> Option<Disk> + Send + Sync>,
+}
+
+/// The disk that a copy comes to.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// The models on it.
+    pub store: Store,
+    /// Bytes that are free.
+    pub free: u64,
 }
 
 /// What follows a copy.
@@ -102,18 +133,19 @@ type Tell = mpsc::Sender<Result<CopyModelResponse, Status>>;
 
 impl Copier {
     /// Copies to this Ollama; other agents are shown `trust`, `changed` is called when names have changed, and what `begins`
-    /// returns follows a copy of a model.
+    /// returns follows a copy of a model. `disk` may wait for the disk.
     pub fn new(
         ollama: Ollama,
         trust: Trust,
         connect: Duration,
         changed: impl Fn() + Send + Sync + 'static,
         begins: impl Fn(&str) -> Following + Send + Sync + 'static,
+        disk: impl Fn() -> Option<Disk> + Send + Sync + 'static,
     ) -> Self {
         let turn = Arc::default();
-        let (changed, begins) = (Box::new(changed), Box::new(begins));
+        let (changed, begins, disk) = (Box::new(changed), Box::new(begins), Box::new(disk));
         let places = Arc::new(Semaphore::new(MOST_COPIES));
-        Self(Arc::new(Inner { ollama, trust, connect, turn, places, changed, begins }))
+        Self(Arc::new(Inner { ollama, trust, connect, turn, places, changed, begins, disk }))
     }
 
     /// Copies a model, and tells how far it is; ends when what it returns is dropped. `answers` are those to its wants.
@@ -152,6 +184,7 @@ impl Copier {
         let turn = self.0.turn.clone().lock_owned().await;
         let manifest = tokio::time::timeout(MANIFEST, sources.manifest(&wanted)).await;
         let manifest = manifest.map_err(|_| CopyError::Sources("they take too long for a word".to_owned()))??;
+        self.has_room(manifest.layers.clone(), order.margin_bytes).await?;
         let failed = |error: std::io::Error| CopyError::Ollama(format!("no registry can be opened: {error}"));
         let rate = NonZeroU64::new(order.bytes_per_second);
         let registry = Registry::open(manifest, sources, rate).await.map_err(failed)?;
@@ -175,6 +208,23 @@ impl Copier {
         finishing.await.map_err(|error| CopyError::Ollama(error.to_string()))??;
         tracing::info!(model = order.model, digest = order.digest, "a model was copied from another server");
         Ok(())
+    }
+
+    /// Whether what a manifest tells of has room: whoever has it may say less of its size than is true, and be mistaken.
+    async fn has_room(&self, layers: Vec<Layer>, margin: u64) -> Result<(), CopyError> {
+        let inner = self.0.clone();
+        let weighing = tokio::task::spawn_blocking(move || {
+            let Disk { store, free } = (inner.disk)()?;
+            let needed = store.lacks(&layers);
+            Some((if needed > 0 { needed.saturating_add(NAMES) } else { 0 }, free))
+        });
+        let weighed = weighing.await.map_err(|error| CopyError::Ollama(error.to_string()))?;
+        match weighed {
+            Some((needed, free)) if needed > 0 && needed.saturating_add(margin) > free => {
+                Err(CopyError::Full { needed, margin, free })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Removes the names that killed agents have left behind, again and again.
@@ -203,13 +253,29 @@ impl Copier {
     }
 }
 
-/// Whether the registry that a name leads to is still there: then somebody is at work.
+/// Whether the registry that a name leads to is still there: then somebody is at work. Another may have got its port.
 async fn is_alive(name: &str) -> bool {
     // Anybody can give a model such a name: nothing but a port of this machine is looked at, and nothing is looked up.
-    let address = name.split_once('/').and_then(|(address, _)| address.parse::<SocketAddrV4>().ok());
-    let Some(address) = address.filter(|address| address.ip().is_loopback()) else { return false };
-    let connecting = tokio::net::TcpStream::connect(address);
-    matches!(tokio::time::timeout(Duration::from_secs(1), connecting).await, Ok(Ok(_)))
+    let Some((address, path)) = name.split_once('/') else { return false };
+    let Some(address) = address.parse::<SocketAddrV4>().ok().filter(|address| address.ip().is_loopback()) else {
+        return false;
+    };
+    let asking = async {
+        let (model, tag) = path.rsplit_once(':')?;
+        let request = Request::get(format!("/v2/{model}/manifests/{tag}")).header(header::HOST, address.to_string());
+        let stream = tokio::net::TcpStream::connect(address).await.ok()?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.ok()?;
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let answer = sender.send_request(request.body(Empty::<Bytes>::new()).ok()?).await.ok()?;
+        if answer.status() != StatusCode::OK {
+            return None;
+        }
+        let limited = Limited::new(answer.into_body(), usize::try_from(LONGEST_MANIFEST).ok()?);
+        Manifest::parse(limited.collect().await.ok()?.to_bytes()).ok()
+    };
+    // Only who knows the secret in the name has a model under it.
+    let answer = tokio::time::timeout(Duration::from_secs(1), asking).await;
+    matches!(answer, Ok(Some(manifest)) if !manifest.layers.is_empty())
 }
 
 /// A name that must not stay.
@@ -253,12 +319,31 @@ async fn finish(copier: &Copier, pulled: &str, model: &str, wanted: &Digest) -> 
     }
     let old = find(&before, model).filter(|digest| digest != wanted.hex());
     // Under a second name what was there stays whole until the new one is.
-    let kept = old.map(|_| LeftOver::new(copier, format!("{pulled}-old")));
+    let kept = old.map(|_| LeftOver::new(copier, beside(pulled, "olol-old")));
     let kept_as = kept.as_ref().and_then(|kept| kept.name.clone());
     if let Some(name) = &kept_as {
         copy(ollama, model, name).await?;
+    } else {
+        // An Ollama that finds no room for a name leaves it there, empty, and can neither show nor delete it. So one that
+        // nobody will miss comes first, and makes room for the real one.
+        let name = beside(pulled, "olol-first");
+        let first = LeftOver::new(copier, name.clone());
+        copy(ollama, pulled, &name).await?;
+        first.clear().await;
     }
-    copy(ollama, pulled, model).await?;
+    if let Err(error) = copy(ollama, pulled, model).await {
+        if let Some(name) = &kept_as {
+            // What has come makes room for what was there.
+            let undone = match delete(ollama, pulled).await {
+                Ok(()) => copy(ollama, name, model).await,
+                failed => failed,
+            };
+            if let Err(error) = undone {
+                tracing::warn!(model, %error, "what was there before a copy could not be put back");
+            }
+        }
+        return Err(error);
+    }
     let found = find(&listed(ollama).await?, model).unwrap_or_default();
     let done = if found == wanted.hex() {
         Ok(())
@@ -276,6 +361,12 @@ async fn finish(copier: &Copier, pulled: &str, model: &str, wanted: &Digest) -> 
         kept.clear().await;
     }
     done
+}
+
+/// Another name for a while beside that of a copy. Its tag is our own: one that is long already could not be longer.
+fn beside(pulled: &str, tag: &str) -> String {
+    let (model, own) = pulled.rsplit_once(':').unwrap_or((pulled, ""));
+    if own == tag { format!("{model}:{tag}-") } else { format!("{model}:{tag}") }
 }
 
 /// Pulls from our registry, and passes on what Ollama says.
@@ -577,14 +668,47 @@ fn lock(waiting: &Waiting) -> MutexGuard<'_, HashMap<u32, Asked>> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_name_beside_that_of_a_copy_is_another() {
+        assert_eq!(beside("127.0.0.1:4/olol-copy-0/m:latest", "olol-old"), "127.0.0.1:4/olol-copy-0/m:olol-old");
+        assert_eq!(beside("127.0.0.1:4/olol-copy-0/m:olol-old", "olol-old"), "127.0.0.1:4/olol-copy-0/m:olol-old-");
+    }
+
+    /// A source that is never asked.
+    struct Nothing;
+
+    impl Source for Nothing {
+        fn read(&self, _: &Digest, _: u64, _: u64) -> BoxStream<'static, Result<Bytes, BoxError>> {
+            Box::pin(futures_util::stream::empty())
+        }
+    }
+
+    async fn registry() -> Registry {
+        let manifest = format!(r#"{{"layers":[{{"digest":"{}","size":7}}]}}"#, Digest::of(b"weights"));
+        Registry::open(Manifest::parse(manifest.into()).unwrap(), Arc::new(Nothing), None).await.unwrap()
+    }
+
     #[tokio::test]
     async fn a_name_leads_to_nothing_but_a_port_of_this_machine() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        assert!(is_alive(&format!("127.0.0.1:{port}/olol-copy-0/m:latest")).await);
+        let registry = registry().await;
+        let name = registry.name("m");
+        assert!(is_alive(&name).await);
+        let (address, rest) = name.split_once('/').unwrap();
+        let port = address.rsplit_once(':').unwrap().1;
         let others = ["localhost", "0.0.0.0", "192.0.2.1", "127.0.0.1:some.example", "[::1]"];
         for host in others {
-            assert!(!is_alive(&format!("{host}:{port}/olol-copy-0/m:latest")).await, "{host}");
+            assert!(!is_alive(&format!("{host}:{port}/{rest}")).await, "{host}");
         }
+    }
+
+    #[tokio::test]
+    async fn who_has_got_the_port_of_a_registry_is_not_taken_for_it() {
+        let name = registry().await.name("m");
+        let rest = name.split_once('/').unwrap().1;
+        let another = registry().await.name("m");
+        let port = another.split_once('/').unwrap().0;
+        assert!(!is_alive(&format!("{port}/{rest}")).await, "the registry of another copy");
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        assert!(!is_alive(&format!("{}/{rest}", silent.local_addr().unwrap())).await, "who says nothing");
     }
 }

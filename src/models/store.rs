@@ -211,6 +211,29 @@ impl Store {
         Ok((file, length))
     }
 
+    /// Bytes that are still to come of these files. What Ollama has begun with is as long as the whole from the beginning on,
+    /// so what counts of that is the room that it takes.
+    pub fn lacks(&self, layers: &[Layer]) -> u64 {
+        let blobs = self.0.join("blobs");
+        let left = |layer: &Layer| {
+            let name = format!("sha256-{}", layer.digest.hex());
+            if blobs.join(&name).metadata().is_ok_and(|there| there.len() == layer.size) {
+                return 0;
+            }
+            let begun = blobs.join(format!("{name}-partial")).metadata();
+            layer.size.saturating_sub(begun.map_or(0, |begun| allocated(&begun)))
+        };
+        layers.iter().fold(0, |sum, layer| sum.saturating_add(left(layer)))
+    }
+
+    /// Bytes that the blobs take which Ollama has begun with, and not ended.
+    pub fn begun(&self) -> u64 {
+        let Ok(files) = std::fs::read_dir(self.0.join("blobs")) else { return 0 };
+        let is_begun = |file: &std::fs::DirEntry| file.file_name().as_encoded_bytes().ends_with(b"-partial");
+        let files = files.flatten().filter(is_begun).filter_map(|file| file.metadata().ok());
+        files.fold(0, |sum, file| sum.saturating_add(allocated(&file)))
+    }
+
     /// Opens a file that is below one of the store's folders, wherever that is.
     fn open(&self, path: &Path, below: &str, what: &str) -> Result<File, StoreError> {
         let failed = |source: io::Error| match source.kind() {
@@ -224,6 +247,17 @@ impl Store {
         }
         File::open(real).map_err(failed)
     }
+}
+
+/// Bytes that a file takes on its disk.
+#[cfg(unix)]
+fn allocated(file: &std::fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(file).saturating_mul(512)
+}
+
+#[cfg(not(unix))]
+fn allocated(_file: &std::fs::Metadata) -> u64 {
+    0
 }
 
 #[cfg(test)]
@@ -272,6 +306,24 @@ mod tests {
         assert_eq!((rest.as_str(), length), ("hts", 7));
         assert!(store.blob(&Digest::of(b"weights"), 8).is_err());
         assert!(matches!(store.blob(&Digest::of(b"others"), 0), Err(StoreError::Missing(_))));
+    }
+
+    #[test]
+    fn what_is_still_to_come_is_what_is_not_there() {
+        let (folder, store, manifest) = store();
+        assert_eq!(store.lacks(&manifest.layers), 3, "the weights are there");
+        let layer = |digest: &str, size| Layer { digest: Digest::of(digest.as_bytes()), size };
+        assert_eq!(store.lacks(&[layer("weights", 8)]), 8, "a file of another length is another");
+        assert_eq!(store.lacks(&[layer("one", u64::MAX), layer("two", 5)]), u64::MAX);
+        let begun = folder.path().join("blobs").join(format!("sha256-{}-partial", Digest::of(b"three").hex()));
+        std::fs::File::create(begun).unwrap().set_len(1 << 30).unwrap();
+        assert_eq!(store.lacks(&[layer("three", 1 << 30)]), 1 << 30, "it is only as long as it will be");
+        assert_eq!(store.begun(), 0);
+        let begun = folder.path().join("blobs").join(format!("sha256-{}-partial", Digest::of(b"four").hex()));
+        std::fs::write(begun, vec![7; 1 << 20]).unwrap();
+        assert_eq!(store.begun() + store.lacks(&[layer("four", 1 << 30)]), 1 << 30);
+        #[cfg(unix)]
+        assert!(store.begun() >= 1 << 20);
     }
 
     #[test]

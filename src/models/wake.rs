@@ -135,6 +135,8 @@ struct Inner {
 #[derive(Clone, Debug)]
 struct Woken {
     at: Instant,
+    /// When it was woken for the first time since it went down, or since it was left alone for a while.
+    first: Instant,
     down_since: SystemTime,
     /// Why what wakes it could not be sent.
     failed: Option<String>,
@@ -158,9 +160,10 @@ impl Waker {
         let running = self.0.running.state();
         let (wait, pause) = (running.config.wake.wait_s.time(), running.config.wake.pause_s.time());
         let is_vain = |woken: &Woken| {
-            let since = woken.at.elapsed();
+            // Who is woken again and again and does not come must not hide others that would.
+            let since = woken.first.elapsed();
             let is_over = woken.down_since == server.since && since > wait && since < wait + VAIN;
-            is_over || (woken.failed.is_some() && since < pause)
+            is_over || (woken.failed.is_some() && woken.at.elapsed() < pause)
         };
         self.can_wake(server) && !self.woken().get(&server.id).is_some_and(is_vain)
     }
@@ -178,8 +181,11 @@ impl Waker {
             if let Some(woken) = woken.get(&server.id).filter(|woken| woken.at.elapsed() < config.pause_s.time()) {
                 return woken.failed.clone().map_or(Ok(()), Err);
             }
-            let now = Woken { at: Instant::now(), down_since: server.since, failed: None };
-            woken.insert(server.id.clone(), now);
+            let (at, down_since) = (Instant::now(), server.since);
+            let goes_on =
+                |woken: &&Woken| woken.down_since == down_since && woken.first.elapsed() < config.wait_s.time() + VAIN;
+            let first = woken.get(&server.id).filter(goes_on).map_or(at, |woken| woken.first);
+            woken.insert(server.id.clone(), Woken { at, first, down_since, failed: None });
         }
         tracing::info!(server = %server.id, "a server is woken");
         // It goes on when whoever wanted it leaves: others believe that it was done.
@@ -336,6 +342,10 @@ where
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
+    use olol_middleware::cluster::{Member, Report, Source};
+
     use super::*;
 
     #[test]
@@ -353,6 +363,33 @@ mod tests {
                 "{wrong}"
             );
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_is_woken_again_and_again_in_vain_is_left_alone_for_a_while() {
+        let id = ServerId::new("a");
+        let cluster = Cluster::new(vec![Member { id: id.clone(), weight: NonZeroU32::MIN, source: Source::Static }]);
+        cluster.report(0, Report::default());
+        cluster.check_failed(0, "no answer".into(), 1);
+        cluster.refresh(Duration::ZERO).await;
+        let mut config = crate::config::Config::default();
+        let way = Way { mac: Some(Mac([0; 6])), address: Some(Ipv4Addr::LOCALHOST.into()), ..Way::default() };
+        config.wake.servers.insert("a".to_owned(), way);
+        let (wait, pause) = (config.wake.wait_s.time(), config.wake.pause_s.time());
+        let waker = Waker::new(Running::new(config), cluster.clone());
+        let server = || cluster.snapshot().server(&id).cloned().unwrap();
+        let begun = Instant::now();
+        while begun.elapsed() <= wait {
+            assert!(waker.sleeps(&server()), "it may take its time");
+            waker.wake(&server()).await.unwrap();
+            tokio::time::advance(pause).await;
+        }
+        assert!(!waker.sleeps(&server()), "it does not come, however often it is woken");
+        tokio::time::advance(VAIN).await;
+        assert!(waker.sleeps(&server()), "it is tried again some day");
+        waker.wake(&server()).await.unwrap();
+        tokio::time::advance(pause).await;
+        assert!(waker.sleeps(&server()), "and waited for as at first");
     }
 
     #[test]

@@ -104,6 +104,7 @@ pub(super) fn vitals(about: Option<&DescribeResponse>, state: &ServerState) -> V
         memory: (memory.total > 0).then_some(memory),
         gpus: state.gpus.iter().take(MOST_GPUS).map(gpu).collect(),
         disk_free: (state.disk_free_bytes > 0).then_some(room(state.disk_free_bytes)),
+        disk_begun: room(state.disk_begun_bytes),
         in_flight: state.in_flight.min(MOST_CALLS),
         queued: state.queued.min(MOST_CALLS),
         others: state.others.min(MOST_CALLS),

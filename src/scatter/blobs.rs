@@ -21,7 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
 use super::{Config, NATIVE, Scatter, is_head, json_reply};
-use crate::files::make_private;
+use crate::files::{make_private, sync};
 
 /// Bytes read from the spool at a time.
 const READ: usize = 256 << 10;
@@ -158,10 +158,15 @@ impl Spool {
         if found != hex {
             return Ok(Written::Mismatch(found));
         }
+        // Nobody looks into it again: under its name it must be whole, also when the power went.
+        file.sync_all().await.map_err(storage)?;
         let name = format!("sha256-{hex}");
         tokio::fs::rename(&partial.path, self.dir.join(&name)).await.map_err(storage)?;
         partial.is_kept = true;
         self.uses(name);
+        let dir = self.dir.clone();
+        let syncing = tokio::task::spawn_blocking(move || sync(&dir));
+        syncing.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(storage)?;
         Ok(Written::New)
     }
 

@@ -92,34 +92,45 @@ struct Variant<'a> {
     name: &'a ModelName,
     digest: &'a str,
     count: usize,
+    /// When it was changed last, by those who have it.
+    changed: &'a str,
+}
+
+impl<'a> Variant<'a> {
+    /// What makes it the one that is meant by its name: the same as with [`Known::usual`](olol_middleware::cluster::Known), and
+    /// the same whoever tells of it first.
+    fn worth(&self) -> (bool, usize, &'a str, &'a str) {
+        (!self.digest.is_empty(), self.count, self.changed, self.digest)
+    }
 }
 
 impl<'a> Variants<'a> {
     fn count(&mut self, model: &'a Held) {
-        if let Some(at) = self.at(model) {
-            self.list[at].count += 1;
-            return;
-        }
-        let Some(name) = model.canonical() else { return };
-        let next = self.list.len();
-        let at = *self.places.entry((name, &model.digest)).or_insert(next);
-        if at == next {
-            self.list.push(Variant { name, digest: &model.digest, count: 0 });
-        }
-        self.list[at].count += 1;
-        self.seen.insert(&raw const **model, at);
+        let at = self.at(model).or_else(|| {
+            let name = model.canonical()?;
+            let next = self.list.len();
+            let at = *self.places.entry((name, &model.digest)).or_insert(next);
+            if at == next {
+                self.list.push(Variant { name, digest: &model.digest, count: 0, changed: "" });
+            }
+            self.seen.insert(&raw const **model, at);
+            Some(at)
+        });
+        let Some(variant) = at.and_then(|at| self.list.get_mut(at)) else { return };
+        variant.count += 1;
+        variant.changed = variant.changed.max(&*model.modified_at);
     }
 
     fn at(&self, model: &Held) -> Option<usize> {
         self.seen.get(&(&raw const **model)).copied()
     }
 
-    /// Of each name the one that most servers have; of equals the first.
+    /// Of each name the one that most servers have; of equals the newest.
     fn best(&self) -> RapidHashSet<usize> {
         let mut best: RapidHashMap<&ModelName, usize> = RapidHashMap::default();
         for (at, variant) in self.list.iter().enumerate() {
             let known = best.entry(variant.name).or_insert(at);
-            if variant.count > self.list[*known].count {
+            if variant.worth() > self.list[*known].worth() {
                 *known = at;
             }
         }
@@ -258,6 +269,18 @@ mod tests {
             [7, 100],
             "who has not spoken yet may have any"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_as_many_the_same_digest_is_meant_whoever_comes_first() {
+        for turned in [0, 1] {
+            let cluster = cluster(100, |at| vec![format!("a={}", (at + turned) % 2 + 1)]).await;
+            let snapshot = cluster.snapshot();
+            let (_, cover) = Needed::default().of(Route::Tags, &snapshot, &Bits::default());
+            let name = ModelName::parse("a").unwrap();
+            assert_eq!(cover.unwrap().digest(&name), Some("2"));
+            assert_eq!(snapshot.known(&name).and_then(|known| known.usual()).map(|usual| usual.digest()), Some("2"));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -272,6 +272,8 @@ struct State {
     pulls: AtomicU64,
     /// Counted by those that go on.
     pulling: Arc<()>,
+    /// Whether its disk has no room for names.
+    is_full: AtomicBool,
 }
 
 impl Keeper {
@@ -346,6 +348,16 @@ impl Keeper {
         *self.state.gate.lock().unwrap() = Some(gate.clone());
     }
 
+    /// Has no room for names any more: what it copies stays empty.
+    pub fn is_full(&self) {
+        self.state.is_full.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has anything under a name, and be it nothing whole.
+    pub fn has_file(&self, name: &str) -> bool {
+        self.files().manifest(name).exists()
+    }
+
     /// Whether it pulls.
     pub fn is_pulling(&self) -> bool {
         Arc::strong_count(&self.state.pulling) > 1
@@ -400,6 +412,10 @@ async fn keep(files: Files, state: Arc<State>, request: Request<Incoming>) -> Re
             };
             let path = files.manifest(&text("destination"));
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            if state.is_full.load(Ordering::Relaxed) {
+                std::fs::write(path, "").unwrap();
+                return object(500, &json!({"error": "copy_file_range: no space left on device"}));
+            }
             std::fs::write(path, bytes).unwrap();
             full(200, "")
         }

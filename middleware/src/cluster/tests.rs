@@ -36,6 +36,25 @@ async fn a_change_is_known_at_once_and_outlives_a_report_that_was_begun_before_i
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_server_that_has_told_of_a_change_is_believed_again() {
+    let cluster = testing::cluster(&[&["tiny"]]).await;
+    let (server, new) = (ServerId::new("0"), ModelName::parse("new").unwrap());
+    let told = |names: &[&str]| {
+        let model = |name: &&str| Model { name: (*name).to_owned(), ..Model::default() };
+        Report { models: names.iter().map(model).collect(), ..Report::default() }
+    };
+    let before = Instant::now();
+    tokio::time::advance(Duration::from_millis(1)).await;
+    cluster.note_installed(std::slice::from_ref(&server), &new, None);
+    // An agent's news may be older than the change by some seconds, as far as one knows.
+    for (models, is_there) in [(&["tiny"][..], true), (&["tiny", "new"], true), (&["tiny"], false)] {
+        cluster.report_since(0, told(models), before);
+        tokio::time::sleep(REBUILD_PAUSE).await;
+        assert_eq!(cluster.snapshot().known(&new).is_some(), is_there, "{models:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_is_down_after_checks_in_a_row() {
     let cluster = testing::cluster(&[&["tiny"]]).await;
     cluster.check_failed(0, "no answer".into(), 2);

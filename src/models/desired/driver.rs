@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use olol_middleware::cluster::{Known, Loaded, State};
+use olol_middleware::vitals::Vitals;
 use olol_middleware::{Call, Cluster, Error, ModelName, Reply, Server, ServerId, Snapshot, instruments};
 use serde_json::json;
 use tokio::task::{AbortHandle, Id, JoinSet};
@@ -13,9 +14,10 @@ use tower::Service;
 
 use super::load::{Bring, load};
 use super::pins::Pins;
-use super::plan::{Action, Deed, Held, Making, Place, Plan, Presence, View, plan};
+use super::plan::{Action, Agent, Deed, Held, Making, Place, Plan, Presence, View, plan};
 use super::wishes::{Desired, wanted};
 use super::{Config, KeepLoaded, Name, Wanted};
+use crate::models::shares;
 use crate::models::wake::Waker;
 use crate::reload::State as Configured;
 
@@ -141,19 +143,24 @@ where
         self.notice(&wanted, snapshot);
         let view = self.view(&wanted, snapshot);
         let Plan { actions, mut standings } = plan(&wanted, &view, config, running.config.pull.margin());
+        let mut has_begun = false;
         for action in actions {
             let waiting = match &action {
                 Action::Bring { name, .. } => Some(name.model().clone()),
                 _ => None,
             };
-            if !self.begin(action, snapshot, config)
+            let begins = self.begin(action, snapshot, config);
+            has_begun |= begins;
+            if !begins
                 && let Some(standing) = standings.iter_mut().find(|standing| Some(&standing.name) == waiting.as_ref())
             {
                 standing.why.get_or_insert_with(|| "it waits for its turn ([desired] at-once)".to_owned());
             }
         }
         self.desired.stand(standings);
-        self.last = Some(Last { due: self.due(&view, config), seen });
+        // What has begun is to be told, too.
+        let due = if has_begun { Instant::now() } else { self.due(&view, config) };
+        self.last = Some(Last { due, seen });
     }
 
     /// When it is to be planned anew though nothing has changed.
@@ -269,7 +276,7 @@ where
         for server in &snapshot.servers {
             position[server.index] = places.len();
             let vitals = server.vitals.load_full();
-            places.push(self.place(server, vitals.as_ref().and_then(|vitals| vitals.disk_free)));
+            places.push(self.place(server, vitals.as_deref()));
             let pulls = vitals.iter().flat_map(|vitals| &vitals.pending_pulls);
             for (name, done) in pulls.filter_map(|(name, done)| Some((ModelName::parse(name)?, *done))) {
                 let Some(size) = names.get(&name) else { continue };
@@ -277,7 +284,7 @@ where
                 making.entry(name).or_default().push(Making { server: server.id.clone(), left });
             }
         }
-        let mut loading = HashSet::new();
+        let (mut loading, mut waking) = (HashSet::new(), HashSet::new());
         for going in self.going.values() {
             match &going.action {
                 Action::Bring { name, server, size } => {
@@ -287,7 +294,12 @@ where
                     }
                 }
                 Action::Load { name, server, .. } => drop(loading.insert((name.model().clone(), server.clone()))),
-                Action::Wake { .. } => {}
+                Action::Wake { server } => drop(waking.insert(server.clone())),
+            }
+        }
+        for (deed, rest) in &self.rests {
+            if let (Deed::Wake(server), true) = (deed, rest.failures == 0 && rest.until > now) {
+                waking.insert(server.clone());
             }
         }
         let models = wanted.iter().filter_map(|(wanted, _)| {
@@ -298,10 +310,11 @@ where
             let seconds = (rest.until - now).as_secs() + 1;
             (deed.clone(), format!("{}; it is tried again in {seconds} s", rest.why))
         });
-        View { models: models.collect(), rests: rests.collect(), places, making, loading, gone: self.gone.clone() }
+        let (models, rests) = (models.collect(), rests.collect());
+        View { models, rests, places, making, loading, waking, gone: self.gone.clone() }
     }
 
-    fn place(&self, server: &Server, disk_free: Option<u64>) -> Place {
+    fn place(&self, server: &Server, vitals: Option<&Vitals>) -> Place {
         let presence = match server.state {
             State::Up if server.is_usable() => Presence::Here,
             State::Up => Presence::Draining,
@@ -315,7 +328,13 @@ where
             presence,
             is_known: server.state == State::Up || has_told,
             sleeps: self.waker.sleeps(server),
-            disk_free,
+            disk_free: vitals.and_then(|vitals| vitals.disk_free),
+            disk_begun: vitals.map_or(0, |vitals| vitals.disk_begun),
+            agent: match vitals {
+                None => Agent::None,
+                Some(vitals) if vitals.hides_models => Agent::Takes,
+                Some(_) => Agent::Gives,
+            },
         }
     }
 
@@ -456,8 +475,11 @@ fn held(known: &Known, wanted: &Wanted, snapshot: &Snapshot, position: &[usize])
     let usual = known.usual();
     let (differs, installed): (Vec<usize>, Vec<usize>) =
         known.installed.iter().partition(|index| known.differs(*index));
+    let (sources, fresh) = givers(known, snapshot);
     let mut held = Held {
         installed: installed.into_iter().filter_map(at).collect(),
+        sources: sources.into_iter().filter_map(at).collect(),
+        fresh: fresh.into_iter().filter_map(at).collect(),
         differs: differs.into_iter().filter_map(at).collect(),
         digest: usual.map(|usual| usual.digest().to_owned()).unwrap_or_default(),
         size: known.size,
@@ -480,6 +502,22 @@ fn held(known: &Known, wanted: &Wanted, snapshot: &Snapshot, position: &[usize])
         })
         .collect();
     held
+}
+
+/// The servers that a model can be copied from, and those that it can be copied from when they have told its digest: it has
+/// just come there.
+fn givers(known: &Known, snapshot: &Snapshot) -> (Vec<usize>, Vec<usize>) {
+    let usual = known.usual().map_or("", |usual| usual.digest());
+    let (mut sources, mut fresh) = (Vec::new(), Vec::new());
+    let servers = known.installed.iter().filter_map(|index| snapshot.servers.get(index));
+    for server in servers.filter(|server| server.is_reachable() && shares(server)) {
+        match server.report.models.iter().find(|held| held.canonical() == Some(&known.name)) {
+            Some(held) if held.digest.is_empty() && held.size == 0 => fresh.push(server.index),
+            Some(held) if !held.digest.is_empty() && held.digest == usual => sources.push(server.index),
+            _ => {}
+        }
+    }
+    (sources, fresh)
 }
 
 /// Whether a server has a model in memory, as far as is known.

@@ -4,6 +4,9 @@
 //! grace, and for as long as it only sleeps; then it counts as lost, and is made again elsewhere. Of the servers that fit, the
 //! first ones in an order that every proxy finds by itself are chosen. Nothing is ever taken away.
 //!
+//! A registry is asked once: while nobody has a model that others could copy, one server brings it, and the others that can
+//! copy wait for that one.
+//!
 //! What counts as a replica is decided by the digest: that which most servers have under the name, of equals the newest. A
 //! server that has another model under it holds no replica. It is told, and left alone: bringing the model there would take
 //! away what somebody has put there.
@@ -34,6 +37,21 @@ pub(super) struct Place {
     pub(super) sleeps: bool,
     /// Bytes free on the disk of its models, if it tells.
     pub(super) disk_free: Option<u64>,
+    /// Bytes there of models that have begun to come, of this one perhaps.
+    pub(super) disk_begun: u64,
+    /// How it comes by models.
+    pub(super) agent: Agent,
+}
+
+/// Whether a server has an agent, which copies from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Agent {
+    /// None: it can only ask the registry.
+    None,
+    /// It copies, and nobody can copy from it.
+    Takes,
+    /// It copies, and gives on what it has.
+    Gives,
 }
 
 /// Whether a server is there.
@@ -51,6 +69,10 @@ pub(super) enum Presence {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Held {
     pub(super) installed: Vec<usize>,
+    /// From whom it can be copied.
+    pub(super) sources: Vec<usize>,
+    /// From whom it can be copied in a moment: who has just got it has not told its digest yet.
+    pub(super) fresh: Vec<usize>,
     /// Who has another model under the name.
     pub(super) differs: Vec<usize>,
     /// The digest that is meant; empty: nobody has told one.
@@ -95,6 +117,8 @@ pub(super) struct View {
     pub(super) loading: HashSet<(ModelName, ServerId)>,
     /// What is left alone for a while, and why.
     pub(super) rests: HashMap<Deed, String>,
+    /// The servers that are being woken, or were a moment ago.
+    pub(super) waking: HashSet<ServerId>,
     /// The models that went from servers which stayed: somebody has deleted them.
     pub(super) gone: HashSet<ModelName>,
 }
@@ -234,9 +258,7 @@ impl Planner<'_> {
                 _ => {}
             }
         }
-        let making = self.view.making.get(wanted.name.model()).into_iter().flatten();
-        let making = making.filter_map(|making| self.places.get(&making.server).copied());
-        found.making = making.filter(|at| found.meant.contains(at) && !found.held.contains(at)).collect();
+        found.making = self.making(wanted).filter(|at| found.meant.contains(at) && !found.held.contains(at)).collect();
         found
     }
 
@@ -294,23 +316,24 @@ impl Planner<'_> {
                 && ![&found.held, &found.making, &found.differs].into_iter().any(|some| some.contains(at))
         };
         let candidates = self.in_order(wanted, found.meant.iter().copied().filter(is_candidate));
+        let mut chosen = Vec::new();
         for at in candidates {
             if missing == 0 {
-                return;
+                break;
             }
-            let server = self.view.places[at].id.clone();
             match self.refusal(wanted, held.size, at) {
                 Some(why) if standing.refused.len() < TOLD => {
-                    standing.refused.push(Refusal { server: server.to_string(), why });
+                    standing.refused.push(Refusal { server: self.view.places[at].id.to_string(), why });
                 }
                 Some(_) => {}
                 None => {
                     self.promised[at] = self.promised[at].saturating_add(held.size);
-                    self.plan.actions.push(Action::Bring { name: wanted.name.clone(), server, size: held.size });
+                    chosen.push(at);
                     missing -= 1;
                 }
             }
         }
+        self.bring(wanted, held, &chosen, standing);
         if missing == 0 {
             return;
         }
@@ -335,19 +358,57 @@ impl Planner<'_> {
         });
     }
 
-    /// Wakes some of those that sleep.
+    /// Brings it to these servers. While there is nobody to copy from, one of those who can give it on asks the registry, and
+    /// the others that can copy wait.
+    fn bring(&mut self, wanted: &Wanted, held: &Held, chosen: &[usize], standing: &mut Standing) {
+        let gives = |at: &usize| self.view.places[*at].agent == Agent::Gives;
+        let copies = |at: &usize| self.view.places[*at].agent != Agent::None;
+        let coming = self.making(wanted).find(gives).or_else(|| held.fresh.first().copied());
+        let first = coming.or_else(|| chosen.iter().copied().find(gives)).filter(|_| held.sources.is_empty());
+        for at in chosen {
+            match first {
+                Some(first) if first != *at && copies(at) => {
+                    let first = &self.view.places[first].id;
+                    standing.why.get_or_insert_with(|| format!("it comes to {first} first, and is copied from there"));
+                }
+                _ => {
+                    let server = self.view.places[*at].id.clone();
+                    self.plan.actions.push(Action::Bring { name: wanted.name.clone(), server, size: held.size });
+                }
+            }
+        }
+    }
+
+    /// The servers to which a model is on its way.
+    fn making(&self, wanted: &Wanted) -> impl Iterator<Item = usize> {
+        let making = self.view.making.get(wanted.name.model()).into_iter().flatten();
+        making.filter_map(|making| self.places.get(&making.server).copied())
+    }
+
+    /// Wakes some of those that sleep. One that was woken a moment ago may be about to come; one that could not be woken hides
+    /// no other.
     fn wake(&mut self, sleepers: &[usize], count: usize, standing: &mut Standing) {
-        for at in sleepers.iter().take(count) {
+        let mut left = count;
+        let mut why = None;
+        for at in sleepers {
+            if left == 0 {
+                break;
+            }
             let server = self.view.places[*at].id.clone();
-            if let Some(why) = self.view.rests.get(&Deed::Wake(server.clone())) {
-                standing.why = Some(format!("server {server} sleeps: {why}"));
+            let is_waking = self.view.waking.contains(&server);
+            if let (false, Some(failed)) = (is_waking, self.view.rests.get(&Deed::Wake(server.clone()))) {
+                why.get_or_insert_with(|| format!("server {server} sleeps: {failed}"));
                 continue;
             }
+            left -= 1;
             standing.why = Some(format!("server {server} sleeps, and is woken"));
             let action = Action::Wake { server };
-            if !self.plan.actions.contains(&action) {
+            if !is_waking && !self.plan.actions.contains(&action) {
                 self.plan.actions.push(action);
             }
+        }
+        if left > 0 && why.is_some() {
+            standing.why = why;
         }
     }
 
@@ -358,7 +419,8 @@ impl Planner<'_> {
             return Some(why.clone());
         }
         let free = place.disk_free?.saturating_sub(self.promised[at]);
-        if free >= size.saturating_add(self.reserve) {
+        let begun = if self.promised[at] > 0 { 0 } else { place.disk_begun };
+        if free >= size.saturating_sub(begun).saturating_add(self.reserve) {
             return None;
         }
         let is_promised = if self.promised[at] > 0 { " behind what is on its way there" } else { "" };
@@ -460,6 +522,8 @@ mod tests {
             is_known: true,
             sleeps: false,
             disk_free: Some(100 * GIB),
+            disk_begun: 0,
+            agent: Agent::Gives,
         }
     }
 
@@ -469,7 +533,8 @@ mod tests {
 
     /// `tiny`, of a gibibyte, on some of these.
     fn view(places: Vec<Place>, installed: &[usize]) -> View {
-        let held = Held { installed: installed.to_vec(), size: GIB, ..Held::default() };
+        let (installed, sources) = (installed.to_vec(), installed.to_vec());
+        let held = Held { installed, sources, size: GIB, ..Held::default() };
         View { places, models: HashMap::from([(model("tiny"), held)]), ..View::default() }
     }
 
@@ -515,8 +580,48 @@ mod tests {
         let forth = view(names.map(place).to_vec(), &[]);
         let mut back = names.map(place).to_vec();
         back.reverse();
-        let (one, other) = (targets(&planned(TWO, &forth)), targets(&planned(TWO, &view(back, &[]))));
+        let others = |view: &mut View| {
+            // Somebody has it who is not meant, so that there is somebody to copy from.
+            view.models.get_mut(&model("tiny")).unwrap().sources = vec![99];
+            targets(&planned(TWO, view))
+        };
+        let mut back = view(back, &[]);
+        let mut forth = forth;
+        let (one, other) = (others(&mut forth), others(&mut back));
         assert_eq!((one.len(), &one), (2, &other));
+    }
+
+    #[test]
+    fn a_registry_is_asked_by_one_and_the_others_wait_for_it() {
+        let mut view = view(["a", "b", "c"].map(place).to_vec(), &[]);
+        let all = "name = \"tiny\"\nreplicas = 3";
+        let first = targets(&planned(all, &view));
+        assert_eq!(first.len(), 1);
+        view.making.insert(model("tiny"), vec![Making { server: id(&first[0]), left: 0 }]);
+        let waits = planned(all, &view);
+        assert!(waits.actions.is_empty());
+        assert_eq!(why(&waits), format!("it comes to {} first, and is copied from there", first[0]));
+        view.making.clear();
+        let at = view.places.iter().position(|place| place.id == id(&first[0])).unwrap();
+        view.models.insert(model("tiny"), Held { installed: vec![at], fresh: vec![at], ..Held::default() });
+        assert!(planned(all, &view).actions.is_empty(), "it is about to tell what it has");
+        view.models.insert(model("tiny"), Held { installed: vec![at], sources: vec![at], ..Held::default() });
+        assert_eq!(targets(&planned(all, &view)).len(), 2);
+        assert_eq!(why(&planned(all, &view)), "");
+    }
+
+    #[test]
+    fn who_cannot_copy_does_not_wait_and_for_who_gives_nothing_nobody_does() {
+        let with = |agents: [Agent; 3]| {
+            let places = ["a", "b", "c"].into_iter().zip(agents);
+            let places = places.map(|(name, agent)| Place { agent, ..place(name) }).collect();
+            let mut targets = targets(&planned("name = \"tiny\"\nreplicas = 3", &view(places, &[])));
+            targets.sort();
+            targets
+        };
+        assert_eq!(with([Agent::None, Agent::Gives, Agent::None]), ["a", "b", "c"]);
+        assert_eq!(with([Agent::Takes, Agent::Gives, Agent::None]), ["b", "c"]);
+        assert_eq!(with([Agent::Takes, Agent::Takes, Agent::None]), ["a", "b", "c"]);
     }
 
     #[test]
@@ -565,6 +670,8 @@ mod tests {
         assert!(why(&refused).contains(said), "{}", why(&refused));
         assert_eq!(refused.standings[0].refused.len(), 1);
         assert_eq!(targets(&planned(TWO, &view(vec![place("a"), small(2 * GIB)], &[0]))), ["b"]);
+        let begun = Place { disk_begun: 1, ..small(2 * GIB - 1) };
+        assert_eq!(targets(&planned(TWO, &view(vec![place("a"), begun], &[0]))), ["b"], "it may go on there");
         let silent = Place { disk_free: None, ..place("b") };
         assert_eq!(targets(&planned(TWO, &view(vec![place("a"), silent], &[0]))), ["b"], "who tells nothing is asked");
     }
@@ -641,6 +748,25 @@ mod tests {
         let alone = planned(TWO, &view(vec![place("a"), sleeper("b")], &[0]));
         assert_eq!((targets(&alone), woken(&alone)), (vec![], vec!["b".to_owned()]));
         assert_eq!(why(&alone), "server b sleeps, and is woken");
+    }
+
+    #[test]
+    fn a_sleeper_that_cannot_be_woken_hides_no_other_and_one_that_is_about_to_come_is_waited_for() {
+        let sleeper = |name| Place { sleeps: true, ..away(name, 99_999) };
+        let mut view = view(vec![place("a"), sleeper("b"), sleeper("c")], &[0]);
+        let first = woken(&planned(TWO, &view)).remove(0);
+        view.waking.insert(id(&first));
+        view.rests.insert(Deed::Wake(id(&first)), "it was woken".to_owned());
+        let waits = planned(TWO, &view);
+        assert!(waits.actions.is_empty());
+        assert_eq!(why(&waits), format!("server {first} sleeps, and is woken"));
+        view.waking.clear();
+        view.rests.insert(Deed::Wake(id(&first)), "waking it failed: no such program".to_owned());
+        let second = woken(&planned(TWO, &view)).remove(0);
+        assert_ne!(first, second);
+        view.rests.insert(Deed::Wake(id(&second)), "waking it failed: no such program".to_owned());
+        let none = planned(TWO, &view);
+        assert!(none.actions.is_empty() && why(&none).contains("waking it failed"), "{}", why(&none));
     }
 
     /// What would be loaded, and what told to stay.
