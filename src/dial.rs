@@ -32,9 +32,9 @@ pub(crate) async fn connect(to: impl ToSocketAddrs + Copy) -> io::Result<TcpStre
 
 /// What the first of several same tries comes to, or, where that came late, another that does not.
 async fn promptly<T, E, F: Future<Output = Result<T, E>>>(begin: impl Fn() -> F) -> Result<T, E> {
-    let begun = Instant::now();
+    let start = Instant::now();
     let first = soonest(&begin, &AGAIN).await?;
-    let took = begun.elapsed();
+    let took = start.elapsed();
     if took < LATE {
         return Ok(first);
     }
