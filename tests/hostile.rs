@@ -554,6 +554,65 @@ async fn an_agent_that_lies_costs_no_more_than_its_lies() {
     assert_eq!(olol.chat("tiny", "hi").await.server(), "1");
 }
 
+/// What an agent may say to a call though none would.
+fn absurd_answers() -> Vec<(&'static str, liar::Relayed)> {
+    use olol_proto::v1::{Header, RelayResponse, RelayResponseHead};
+    let header = |name: &str, value: &'static [u8]| Header { name: name.to_owned(), value: Bytes::from_static(value) };
+    let head =
+        |status, headers| RelayResponse { head: Some(RelayResponseHead { status, headers }), ..Default::default() };
+    let good = || head(200, vec![header("Content-Type", b"application/x-ndjson")]);
+    let body = |bytes: Vec<u8>| RelayResponse { body: bytes.into(), ..Default::default() };
+    vec![
+        ("no head", vec![body(b"{}".to_vec())]),
+        ("a head that ends it", vec![head(200, Vec::new())]),
+        ("a second head", vec![good(), good(), good()]),
+        ("a status that is none", vec![head(99_999, Vec::new())]),
+        ("no status", vec![head(0, Vec::new())]),
+        ("a status that is no end", vec![head(101, vec![header("upgrade", b"x")]), body(b"x".to_vec())]),
+        (
+            "headers that break the line",
+            vec![head(200, vec![header("a", b"b\r\nX-Evil: 1"), header("c\r\nX-Evil", b"1")])],
+        ),
+        ("many headers", vec![head(200, (0..50_000).map(|at| header(&format!("h{at}"), b"b")).collect())]),
+        ("many headers of a name", vec![head(200, vec![header("a", b"b"); 50_000])]),
+        ("a length that is a lie", vec![head(200, vec![header("content-length", b"99999999")]), body(b"x".to_vec())]),
+        (
+            "two lengths",
+            vec![head(200, vec![header("content-length", b"1"), header("content-length", b"2")]), body(b"xx".to_vec())],
+        ),
+        ("headers of a proxy", vec![head(200, vec![header("x-olol-server", b"me"), header("x-olol-reason", b"me")])]),
+        ("a line of megabytes", vec![good(), body(vec![b'x'; 3 << 20]), body(vec![b'x'; 3 << 20])]),
+        ("a message that is too long", vec![good(), body(vec![b'x'; 5 << 20])]),
+        (
+            "no end",
+            vec![
+                good(),
+                body(br#"{"model":"tiny","message":{"role":"assistant","content":"a"},"done":false}"#.to_vec()),
+            ],
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn whatever_an_agent_answers_a_client_is_not_left_waiting() {
+    for (what, answer) in absurd_answers() {
+        let (address, _task) = liar::start_answering(answer).await;
+        let olol = Olol::at(vec![format!("liar@{address}")], "").await;
+        until("it is up", || olol.state_of("liar") == Some(State::Up)).await;
+        let mut connection = olol.begin(&chat("tiny", "hi")).await;
+        // Of what is no answer at all the connection may end.
+        let head = connection.try_head().await;
+        let (chunks, _) = connection.rest().await;
+        let text = format!("{head:?}").to_lowercase();
+        assert!(!text.contains("x-evil: 1\"") && !text.contains("(\"x-evil\""), "{what}: {text}");
+        assert!(!text.contains("\"me\""), "{what}: {text}");
+        assert!(chunks.iter().map(Vec::len).sum::<usize>() <= 8 << 20, "{what}");
+        for path in ["/healthz", "/api/status", "/metrics"] {
+            assert_eq!(olol.get(path).await.status, 200, "{what}: {path}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_page_of_ours_reads_no_long_body() {
     let cluster = Cluster::of(1).await.all_have("tiny");

@@ -148,6 +148,7 @@ async fn absurd_calls_take_little_and_are_remembered_not_at_all() {
         RelayHead { headers: vec![line("a\r\nX-Evil", b"1")], ..usual.clone() },
         RelayHead { headers: vec![line("content-length", b"18446744073709551615")], ..usual.clone() },
         RelayHead { headers: vec![line("a", b"b"); 100_000], ..usual.clone() },
+        RelayHead { headers: (0..100_000).map(|at| line(&format!("h{at}"), b"b")).collect(), ..usual.clone() },
         RelayHead {
             turn: Some(Turn { known: u64::MAX, goes_on: true, news: vec![u64::MAX; 100_000] }),
             ..usual.clone()

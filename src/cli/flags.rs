@@ -133,6 +133,7 @@ impl TokenFlag {
 
 /// The flags that say how a command meets a proxy over TLS.
 #[derive(Debug, Args)]
+#[expect(clippy::struct_field_names, reason = "they are called as the flags are")]
 pub(super) struct TlsFlags {
     /// Certificate to show to the proxy, if it wants one (`olol certs issue NAME --client` makes it)
     #[arg(long, env = "OLOL_TLS_CERT", value_name = "FILE", global = true)]

@@ -39,6 +39,10 @@ use crate::security::{Tokens, Trust, tls};
 
 /// The largest message that either side takes: a line of an answer, joined, and its head.
 pub const LARGEST_MESSAGE: usize = 4 << 20;
+/// Headers of one call: as many as are taken of a client.
+const MOST_HEADERS: usize = 24_000;
+/// Headers of an answer: no engine has so many.
+const MOST_ANSWERED: usize = 1000;
 /// The largest piece of a body in one message.
 pub const LARGEST_PIECE: usize = 1 << 20;
 /// Bytes of one stream that may be on the way unread: one stalled reader holds no more than this.
@@ -147,7 +151,8 @@ impl Agent {
         };
         match stream.message().await {
             Ok(Some(mut first @ RelayResponse { head: Some(_), .. })) => {
-                let head = first.head.take().unwrap_or_default();
+                let mut head = first.head.take().unwrap_or_default();
+                head.headers.truncate(MOST_ANSWERED);
                 let status = u16::try_from(head.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
                 let status = status
                     .ok_or_else(|| self.failed(Phase::Waiting, false, "the agent sent no valid status".into()))?;
@@ -334,10 +339,11 @@ pub fn to_wire(headers: &HeaderMap) -> Vec<Header> {
     headers.iter().map(header).collect()
 }
 
-/// Messages as headers; what is no header is left out.
+/// Messages as headers; what is no header is left out, and so is what no map of headers has room for.
 pub fn from_wire(headers: Vec<Header>) -> HeaderMap {
     headers
         .into_iter()
+        .take(MOST_HEADERS)
         .filter_map(|header| {
             Some((
                 HeaderName::from_bytes(header.name.as_bytes()).ok()?,
@@ -345,7 +351,7 @@ pub fn from_wire(headers: Vec<Header>) -> HeaderMap {
             ))
         })
         .fold(HeaderMap::new(), |mut headers, (name, value)| {
-            headers.append(name, value);
+            let _ = headers.try_append(name, value);
             headers
         })
 }

@@ -381,7 +381,7 @@ mod tests {
         moved(&one);
         moved(&other);
         assert_eq!((spool.sweep(), one.exists(), other.exists()), (8, true, true));
-        tokio::time::advance(config.ttl_s.time() - Duration::from_secs(1)).await;
+        tokio::time::advance(config.ttl_s.time().saturating_sub(Duration::from_secs(1))).await;
         // Somebody else has used one of them.
         set(&other, SystemTime::now() - year * 2);
         assert_eq!(spool.sweep(), 8);

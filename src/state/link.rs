@@ -173,7 +173,7 @@ impl Replies {
                 At::Line(kind, number) => {
                     let end = memchr::memchr(b'\n', bytes);
                     let line = &bytes[..end.unwrap_or(bytes.len())];
-                    let number = line.iter().filter(|byte| **byte != b'\r').fold(number, digit);
+                    let number = line.iter().copied().filter(|byte| *byte != b'\r').fold(number, digit);
                     bytes = &bytes[end.map_or(bytes.len(), |end| end + 1)..];
                     self.grows(line.len() as u64 + 1)?;
                     self.at = At::Line(kind, number);
@@ -230,7 +230,7 @@ impl Replies {
 }
 
 /// A number with one more digit.
-fn digit(number: Option<u64>, byte: &u8) -> Option<u64> {
+fn digit(number: Option<u64>, byte: u8) -> Option<u64> {
     let digit = byte.is_ascii_digit().then(|| u64::from(byte - b'0'))?;
     Some(number?.saturating_mul(10).saturating_add(digit))
 }

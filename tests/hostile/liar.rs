@@ -13,26 +13,42 @@ use olol::security::proof::{Purpose, Side, Transcript};
 use olol_proto::v1::membership_server::{Membership, MembershipServer};
 use olol_proto::v1::{
     DescribeRequest, DescribeResponse, Gpu, HelloRequest, HelloResponse, LoadedModel, Model, ProveRequest,
-    ProveResponse, ServerMetrics, ServerState, Turn, WatchRequest,
+    ProveResponse, RelayRequest, RelayResponse, ServerMetrics, ServerState, Turn, WatchRequest,
 };
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tonic::server::{Grpc, ServerStreamingService, UnaryService};
-use tonic::{Request, Response, Status};
+use tonic::server::{Grpc, ServerStreamingService, StreamingService, UnaryService};
+use tonic::{Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 use tower::Service;
 
 use super::harness::cluster::token;
 
+/// What it says to a call that is passed on.
+pub(super) type Relayed = Vec<RelayResponse>;
+
 /// Starts one.
 pub(super) async fn start() -> (SocketAddr, JoinSet<()>) {
+    start_with(lie(), Vec::new()).await
+}
+
+/// Starts one that has the model `tiny` and answers calls for it with this.
+pub(super) async fn start_answering(relayed: Relayed) -> (SocketAddr, JoinSet<()>) {
+    let tiny = Model { name: "tiny:latest".to_owned(), digest: "ab".repeat(32), size_bytes: 1000, ..Model::default() };
+    let state = ServerState { online: true, models: vec![tiny], generation: 1, ..ServerState::default() };
+    start_with(state, relayed).await
+}
+
+async fn start_with(state: ServerState, relayed: Relayed) -> (SocketAddr, JoinSet<()>) {
+    let lies = Lies { state, relayed };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let mut task = JoinSet::new();
     task.spawn(async move {
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
-            let service = hyper::service::service_fn(answer);
+            let lies = lies.clone();
+            let service = hyper::service::service_fn(move |request| answer(lies.clone(), request));
             let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
             connections.spawn(async move { drop(http.serve_connection(TokioIo::new(stream), service).await) });
         }
@@ -40,10 +56,16 @@ pub(super) async fn start() -> (SocketAddr, JoinSet<()>) {
     (address, task)
 }
 
-async fn answer(request: hyper::Request<Incoming>) -> Result<hyper::Response<tonic::body::Body>, Infallible> {
+async fn answer(
+    lies: Lies,
+    request: hyper::Request<Incoming>,
+) -> Result<hyper::Response<tonic::body::Body>, Infallible> {
     match request.uri().path() {
-        "/olol.v1.Server/Watch" => Ok(Grpc::new(ProstCodec::default()).server_streaming(Lies, request).await),
-        "/olol.v1.Server/Describe" => Ok(Grpc::new(ProstCodec::default()).unary(Lies, request).await),
+        "/olol.v1.Server/Watch" => Ok(Grpc::new(ProstCodec::default()).server_streaming(lies, request).await),
+        "/olol.v1.Server/Describe" => Ok(Grpc::new(ProstCodec::default()).unary(lies, request).await),
+        "/olol.v1.Server/Relay" if !lies.relayed.is_empty() => {
+            Ok(Grpc::new(ProstCodec::default()).streaming(lies, request).await)
+        }
         path if path.starts_with("/olol.v1.Membership/") => MembershipServer::new(Knows).call(request).await,
         _ => Ok(Status::unknown(long().chars().take(1000).collect::<String>()).into_http()),
     }
@@ -129,7 +151,22 @@ fn lie() -> ServerState {
 }
 
 /// What it is as a server.
-struct Lies;
+#[derive(Clone)]
+struct Lies {
+    state: ServerState,
+    relayed: Relayed,
+}
+
+impl StreamingService<RelayRequest> for Lies {
+    type Response = RelayResponse;
+    type ResponseStream = Pin<Box<dyn Stream<Item = Result<RelayResponse, Status>> + Send>>;
+    type Future = Ready<Result<Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, _: Request<Streaming<RelayRequest>>) -> Self::Future {
+        let said = std::mem::take(&mut self.relayed);
+        std::future::ready(Ok(Response::new(Box::pin(stream::iter(said.into_iter().map(Ok))))))
+    }
+}
 
 impl ServerStreamingService<WatchRequest> for Lies {
     type Response = ServerState;
@@ -137,7 +174,7 @@ impl ServerStreamingService<WatchRequest> for Lies {
     type Future = Ready<Result<Response<Self::ResponseStream>, Status>>;
 
     fn call(&mut self, _: Request<WatchRequest>) -> Self::Future {
-        let states = stream::iter([Ok(lie())]).chain(stream::pending());
+        let states = stream::iter([Ok(self.state.clone())]).chain(stream::pending());
         std::future::ready(Ok(Response::new(Box::pin(states))))
     }
 }
