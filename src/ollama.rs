@@ -12,7 +12,6 @@ mod lines;
 mod state;
 mod weights;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,16 +131,15 @@ impl Ollama {
         Self::with(id, endpoint, Means::default(), connect_timeout, Lore::default())
     }
 
-    /// The same, where `https://` may stand before its address: then it must have a certificate of a CA that the system trusts,
-    /// or of one in this file.
-    pub fn maybe_over_tls(
-        id: ServerId,
-        endpoint: Endpoint,
-        ca: Option<&Path>,
-        connect_timeout: Duration,
-    ) -> Result<Self, TlsError> {
-        let tls = if endpoint.is_tls() { Some(Connector::of_system(ca)?) } else { None };
-        Ok(Self::with(id, endpoint, Means { tls, shown: None }, connect_timeout, Lore::default()))
+    /// The same, where `https://` may stand before its address: then it must have a certificate of a CA that the system trusts.
+    pub fn maybe_over_tls(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Result<Self, TlsError> {
+        let tls = if endpoint.is_tls() { Some(Connector::of_system()?) } else { None };
+        Ok(Self::reached_by(id, endpoint, tls, connect_timeout))
+    }
+
+    /// The same, reached over TLS in this way, or without it.
+    pub fn reached_by(id: ServerId, endpoint: Endpoint, tls: Option<Connector>, connect_timeout: Duration) -> Self {
+        Self::with(id, endpoint, Means { tls, shown: None }, connect_timeout, Lore::default())
     }
 
     /// One of several, which share what they have learnt about models.

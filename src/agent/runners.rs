@@ -177,7 +177,7 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = Endpoint::parse(&listener.local_addr().unwrap().to_string(), 0).unwrap();
         let connect = Duration::from_secs(3);
-        let ollama = Ollama::maybe_over_tls(ServerId::new("a"), endpoint, None, connect).unwrap();
+        let ollama = Ollama::maybe_over_tls(ServerId::new("a"), endpoint, connect).unwrap();
         let answers = tokio::spawn(async move {
             let shown = r#"{"modelfile":"FROM /models/blobs/sha256-aa\n"}"#;
             for (status, body) in [("503 Service Unavailable", r#"{"error":"busy"}"#), ("200 OK", shown)] {
