@@ -125,6 +125,7 @@ impl Agent {
             let cluster = discovery::clusters(&tokens.all());
             Badge { cluster, ..badge.clone() }
         });
+        let tells = tells.watched_by(watch.callers().watchers());
         let instance = description.instance_id.clone();
         let keeper = Arc::new(Doorkeeper::new(options.tokens, instance.clone()));
         let copier = {

@@ -26,6 +26,7 @@ pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
+mod dial;
 pub mod discovery;
 #[cfg(feature = "engine")]
 pub mod engine;

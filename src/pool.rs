@@ -12,7 +12,7 @@ mod news;
 mod peers;
 mod told;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,7 +42,7 @@ use crate::security::proof::Refused;
 use crate::security::{Trust, Wire, token};
 
 pub use grpc::{CONNECTION_WINDOW, LARGEST_MESSAGE, LARGEST_PIECE, PHASE, STREAM_WINDOW, from_wire, to_wire};
-pub(crate) use grpc::{prove, told};
+pub(crate) use grpc::{Ready, prove, told};
 pub use linger::Linger;
 pub use lobby::{Arrival, Lobby, meet};
 pub use peers::Peer;
@@ -193,13 +193,14 @@ impl Backend {
         trust: &Trust,
         hop: &HeaderValue,
         lore: &Lore,
+        ready: Option<Ready>,
     ) -> Self {
         let id = spec.id.clone();
         match &spec.way {
             Way::Agent(endpoint) => {
                 let to = grpc::To::Dial(endpoint.clone());
                 let reach = grpc::Reach { to, timeout: connect, bound: source.is_discovered() };
-                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, &trust.over(spec.wire), hop)))
+                Self::Agent(Arc::new(grpc::Agent::new(id, &reach, &trust.over(spec.wire), hop).over(ready)))
             }
             Way::Joined(lobby) => {
                 let reach = grpc::Reach { to: grpc::To::Take(lobby.clone()), timeout: connect, bound: false };
@@ -386,6 +387,11 @@ impl Pool {
     /// From now on these are the servers of one source. Those who are new join; those who are not among them leave, and
     /// finish what they have. Who is there by an earlier source (in the order of [`Source`]) stays as that has it.
     pub fn set(&self, source: Source, servers: &[ServerSpec]) {
+        self.set_ready(source, servers, HashMap::new());
+    }
+
+    /// The same where there are connections to some of them, by their names.
+    pub(crate) fn set_ready(&self, source: Source, servers: &[ServerSpec], mut ready: HashMap<ServerId, Ready>) {
         let mut members = self.members();
         let is_twin = |member: &Joined, spec: &ServerSpec| member.spec.id == spec.id || member.spec.way == spec.way;
         let mut news: Vec<&ServerSpec> = Vec::new();
@@ -410,7 +416,7 @@ impl Pool {
         members.list = stay;
         self.remove(leave);
         let watches = members.watches;
-        members.list.extend(self.add(&news, source, watches));
+        members.list.extend(self.add(&news, source, watches, &mut ready));
     }
 
     /// Servers of a source join those who are there. Returns those that did: a name, or a way, that is another's is not taken.
@@ -421,7 +427,7 @@ impl Pool {
         };
         let news: Vec<&ServerSpec> = servers.iter().filter(is_new).collect();
         let watches = members.watches;
-        let added = self.add(&news, source, watches);
+        let added = self.add(&news, source, watches, &mut HashMap::new());
         let joined = added.iter().map(|member| member.spec.id.clone()).collect();
         members.list.extend(added);
         joined
@@ -436,6 +442,15 @@ impl Pool {
         self.remove(leave);
     }
 
+    /// Whether an agent that is a member still answers us within this time; `None` if it is no member.
+    pub(crate) async fn is_there(&self, server: &ServerId, limit: Duration) -> Option<bool> {
+        let index = self.members().list.iter().find(|member| member.spec.id == *server)?.index;
+        match &*self.0.backend(index)? {
+            Backend::Agent(agent) => Some(agent.is_there(limit).await),
+            Backend::Ollama(_) | Backend::Stranger(_) => None,
+        }
+    }
+
     /// The servers that are there by this source.
     pub fn of(&self, source: Source) -> HashSet<ServerId> {
         let members = self.members();
@@ -443,7 +458,13 @@ impl Pool {
         of_it.map(|member| member.spec.id.clone()).collect()
     }
 
-    fn add(&self, servers: &[&ServerSpec], source: Source, watches: bool) -> Vec<Joined> {
+    fn add(
+        &self,
+        servers: &[&ServerSpec],
+        source: Source,
+        watches: bool,
+        ready: &mut HashMap<ServerId, Ready>,
+    ) -> Vec<Joined> {
         let connect = self.0.config.connect_timeout_ms.time();
         let member = |spec: &&ServerSpec| Member { id: spec.id.clone(), weight: spec.weight, source };
         let places = self.0.cluster.join(servers.iter().map(member).collect());
@@ -461,7 +482,8 @@ impl Pool {
             }
             instruments::member_changed(source, true);
             let inner = &self.0;
-            let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore);
+            let ready = ready.remove(&spec.id);
+            let backend = Backend::new(spec, source, connect, &inner.trust, &inner.hop, &inner.lore, ready);
             self.put(index, Some(&Arc::new(backend)));
             let watching = watches.then(|| self.keep_true(index));
             joined.push(Joined { spec: ServerSpec::clone(spec), source, index, watching });

@@ -343,6 +343,22 @@ async fn a_cable_that_is_cut_is_noticed_on_both_ends() {
     assert_eq!(olol.chat("tiny", "hi").await.status, 200);
 }
 
+#[tokio::test]
+async fn a_machine_that_lost_its_power_is_back_under_its_name_before_it_is_missed() {
+    let cluster = Cluster::of(2).await.all_have("tiny");
+    cluster.server(1).has("since");
+    let olol = proxy("").await;
+    let relay = Relay::to(olol.address()).await;
+    let _before = agent(&cluster, 0, "gpu1", &[relay.address]).await;
+    is(&olol, "gpu1", State::Up).await;
+    // Nothing comes from it any more, and nobody has closed anything.
+    relay.flows.send_replace(false);
+    let _back = agent(&cluster, 1, "gpu1", &[olol.address()]).await;
+    until("the one that is back serves", || olol.names().len() == 2 || olol.knows_of(0, "since").0).await;
+    assert_eq!((olol.names(), olol.state_of("gpu1")), (vec!["gpu1".to_owned()], Some(State::Up)));
+    assert_eq!(olol.chat("since", "hi").await.status, 200);
+}
+
 fn found(address: SocketAddr) -> ServerSpec {
     ServerSpec::parse(&format!("found@{address}")).unwrap()
 }

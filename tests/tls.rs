@@ -112,13 +112,15 @@ async fn a_machine_with_a_certificate_of_the_cluster_needs_no_token() {
 async fn an_agent_that_requires_certificates_takes_no_others() {
     let (ca, other) = (Ca::with("gpu1"), Ca::with("proxy"));
     ca.issue_ended("old");
+    ca.issue_early("early");
     let place = Place::with(ca.of("gpu1", Clients::Required)).await;
     let mixed =
         other.showing("proxy").replace(other.file("ca.pem").to_str().unwrap(), ca.file("ca.pem").to_str().unwrap());
     for (toml, says) in [
         (ca.toml(), "name ours in `client-cert`"),
         (mixed, "not of its CA"),
-        (ca.showing("old"), "our certificate has ended"),
+        (ca.showing("old"), "by its clock our certificate has ended or not begun: look at the clocks"),
+        (ca.showing("early"), "by its clock our certificate has ended or not begun: look at the clocks"),
     ] {
         let reason = place.is_given_up("", &format!("{toml}{SOON}")).await;
         assert!(reason.contains(says), "{toml}: {reason}");
@@ -130,14 +132,18 @@ async fn an_agent_whose_certificate_is_not_the_right_one_is_not_used() {
     let (ca, other) = (Ca::with("gpu1"), Ca::new());
     ca.issue("elsewhere", &["gpu1"], false);
     ca.issue_ended("old");
+    ca.issue_early("early");
     for (name, trusts, says) in [
         ("gpu1", &other, "of a CA that is not trusted"),
         ("elsewhere", &ca, "issue one with --host 127.0.0.1"),
         ("old", &ca, "has ended"),
+        ("early", &ca, "its certificate has not begun: look at the clocks of both machines"),
     ] {
         let place = Place::with(ca.of(name, Clients::None)).await;
         let reason = place.is_given_up("", &format!("{}{SOON}", trusts.toml())).await;
         assert!(reason.contains("TLS: ") && reason.contains(says), "{name}: {reason}");
+        // What fails again says the same again.
+        assert!(!reason.contains("UNIX"), "{reason}");
     }
 }
 

@@ -15,13 +15,13 @@ use hyper::client::conn::http1;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use olol_middleware::BoxError;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 
 use super::door::Door;
 use super::{Grpc, INTRODUCTION, Visit};
+use crate::dial;
 use crate::discovery::join::{INSTANCE, NAME, PATH, PROTOCOL};
 use crate::ollama::Endpoint;
 use crate::security::proof::Purpose;
@@ -198,8 +198,7 @@ impl Joining {
 
     /// Asks a proxy to turn a connection round.
     async fn dial(&self, proxy: &ProxyAddress) -> Result<(Upgraded, Peer), Failure> {
-        let stream = TcpStream::connect((proxy.host.as_str(), proxy.port)).await?;
-        stream.set_nodelay(true)?;
+        let stream = dial::connect((proxy.host.as_str(), proxy.port)).await?;
         let (address, here) = (stream.peer_addr()?, stream.local_addr().ok());
         let stream = match &self.tls {
             _ if !proxy.is_tls => Either::Left(stream),

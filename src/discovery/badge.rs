@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use http::HeaderValue;
 use ring::hmac;
+use tokio::sync::watch;
 
 use crate::security::Token;
 
@@ -35,17 +36,32 @@ pub struct Badge {
 
 /// Tells what an agent says of itself now: its token may change.
 #[derive(Clone)]
-pub struct Tells(Arc<dyn Fn() -> Badge + Send + Sync>);
+pub struct Tells {
+    tell: Arc<dyn Fn() -> Badge + Send + Sync>,
+    /// How many proxies watch the agent, if that is known.
+    watchers: Option<watch::Receiver<usize>>,
+}
 
 impl Tells {
     /// Asks this whenever somebody wants to know.
     pub fn new(tell: impl Fn() -> Badge + Send + Sync + 'static) -> Self {
-        Self(Arc::new(tell))
+        Self { tell: Arc::new(tell), watchers: None }
+    }
+
+    /// The same of an agent that so many watch.
+    #[must_use]
+    pub fn watched_by(self, watchers: watch::Receiver<usize>) -> Self {
+        Self { watchers: Some(watchers), ..self }
+    }
+
+    /// Whether it is known that no proxy watches the agent.
+    pub(super) fn is_unheard(&self) -> bool {
+        self.watchers.as_ref().is_some_and(|watchers| *watchers.borrow() == 0)
     }
 
     /// What it says now.
     pub fn now(&self) -> Badge {
-        (self.0)()
+        (self.tell)()
     }
 }
 

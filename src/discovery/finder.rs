@@ -10,6 +10,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use olol_middleware::cluster::{Source, State};
 use olol_middleware::instruments;
 use olol_middleware::vitals::Vitals;
@@ -25,7 +27,7 @@ use super::networks::Networks;
 use super::scan;
 use super::{Config, Scan};
 use crate::ollama::Endpoint;
-use crate::pool::{AGENT_PORT, Pool, ServerSpec, Way, prove};
+use crate::pool::{AGENT_PORT, Pool, Ready, ServerSpec, Way, prove};
 use crate::security::{Trust, Wire};
 
 /// The most that is remembered of what was found; nobody fills our memory by telling of ever more agents.
@@ -36,8 +38,12 @@ const MOST_PROVING: usize = 64;
 const SILENT: Duration = Duration::from_secs(5);
 /// How often it is looked how those are who were found.
 const LOOK: Duration = Duration::from_secs(1);
-/// The time within which an agent must have proved itself at one of its addresses.
-const PROOF: Duration = Duration::from_secs(3);
+/// The time within which an agent must have proved itself at one of its addresses: that takes three times as long as it takes
+/// to go there and back, and longer where packets are lost.
+const PROOF: Duration = Duration::from_secs(5);
+/// An address that does not answer within this time is waited for beside the next; and the most that are waited for.
+const NEXT_HOST: Duration = Duration::from_millis(500);
+const MOST_HOSTS: usize = 4;
 /// The shortest and the longest time until one is asked again that was not reached, or did not prove itself.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 /// How long one that had proved itself, and is not heard any more, is still dialled now and then: networks fail and come back
@@ -125,6 +131,8 @@ fn cluster_of(trust: &Trust) -> Vec<String> {
 
 /// The host at which an agent has proved itself, and as which process.
 type Proof = (String, String);
+/// What became of asking for proof, and the connection over which it was given, if there is one.
+type Proved = Result<(Proof, Option<Ready>), String>;
 
 /// Something that was found.
 #[derive(Debug)]
@@ -138,6 +146,8 @@ struct Sighting {
     /// It has taken its word back, or was not heard any more.
     is_gone: bool,
     proof: Option<Proof>,
+    /// The connection over which it has just proved itself.
+    ready: Option<Ready>,
     /// It is being asked for proof.
     is_asked: bool,
     /// It has proved itself, and does not answer now.
@@ -164,6 +174,7 @@ impl Sighting {
             last: now,
             is_gone: false,
             proof: None,
+            ready: None,
             is_asked: false,
             is_down: false,
             again: now,
@@ -215,7 +226,7 @@ struct Keeper {
     config: Config,
     networks: Networks,
     book: Vec<Sighting>,
-    proving: JoinSet<(String, Source, Result<Proof, String>)>,
+    proving: JoinSet<(String, Source, Proved)>,
     /// The servers of each source, as the pool has them.
     used: HashMap<Source, Vec<ServerSpec>>,
     /// What servers that were not found here told last, and when that was noticed.
@@ -232,7 +243,7 @@ type Place = (bool, Endpoint);
 enum Event {
     Heard(Option<Heard>),
     Scanned(Option<Seen>),
-    Proved(String, Source, Result<Proof, String>),
+    Proved(String, Source, Proved),
     Look,
     Anew,
     Due,
@@ -335,7 +346,8 @@ impl Keeper {
             if known.seen != seen {
                 let is_there = known.proof.as_ref().is_some_and(|(host, _)| seen.hosts.contains(host));
                 if !is_there || seen.port != known.seen.port || seen.badge != known.seen.badge {
-                    (known.proof, known.again, known.failures) = (None, Instant::now(), 0);
+                    (known.proof, known.ready) = (None, None);
+                    (known.again, known.failures) = (Instant::now(), 0);
                 }
                 known.seen = seen;
             }
@@ -354,7 +366,7 @@ impl Keeper {
         }
     }
 
-    fn proved(&mut self, key: &str, source: Source, result: Result<Proof, String>) {
+    fn proved(&mut self, key: &str, source: Source, result: Proved) {
         let Some(one) = self.book.iter_mut().find(|one| one.source == source && one.seen.key == key) else { return };
         if source == Source::Local {
             self.settled.send_replace(true);
@@ -371,7 +383,10 @@ impl Keeper {
         one.is_asked = false;
         one.again = Instant::now() + pause.mul_f64(0.9 + 0.2 * fastrand::f64());
         match result {
-            Ok(proof) => (one.proof, one.failures, one.last) = (Some(proof), 0, Instant::now()),
+            Ok((proof, ready)) => {
+                (one.proof, one.ready) = (Some(proof), ready);
+                (one.failures, one.last) = (0, Instant::now());
+            }
             Err(why) => (one.why, one.failures) = (why, one.failures.saturating_add(1)),
         }
     }
@@ -413,12 +428,16 @@ impl Keeper {
         }
         for source in [Source::Mdns, Source::Scan, Source::ScannedOllama, Source::Local] {
             let now = servers.remove(&source).unwrap_or_default();
+            let of_it = self.book.iter_mut().filter(|one| one.source == source && one.is_used);
+            let ready = of_it.filter_map(|one| one.id.clone().zip(one.ready.take())).collect();
             let before = self.used.entry(source).or_default();
             if *before != now {
-                self.pool.set(source, &now);
+                self.pool.set_ready(source, &now, ready);
                 *before = now;
             }
         }
+        // Over those of all others nobody will call.
+        self.book.iter_mut().for_each(|one| one.ready = None);
         self.pool.show(strangers);
     }
 
@@ -494,14 +513,15 @@ impl Keeper {
                 let result = if source == Source::Local {
                     // It is as good as named: one that proves nothing is a server all the same, and says why it is none.
                     match proof(&hosts, port, &trust).await {
-                        Ok(proof) => Ok(proof),
-                        Err(_) => reached("localhost", port).await,
+                        Ok(proved) => Ok(proved),
+                        Err(_) => reached("localhost", port).await.map(|proof| (proof, None)),
                     }
                 } else if is_agent {
                     proof(&hosts, port, &trust).await
                 } else {
                     // It has answered as an Ollama a moment ago, and there is nothing that it could prove.
-                    hosts.first().map(|host| (host.clone(), String::new())).ok_or_else(String::new)
+                    let first = hosts.first().ok_or_else(String::new);
+                    first.map(|host| ((host.clone(), String::new()), None))
                 };
                 (key, source, result)
             });
@@ -680,18 +700,28 @@ async fn hear(ear: Option<&Ear>) -> Option<Heard> {
     }
 }
 
-/// The first of the hosts at which an agent proves itself, and who it is.
-async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Result<Proof, String> {
+/// The first of the hosts at which an agent proves itself, and who it is. One that does not answer soon is waited for beside
+/// the next: it may have gone, or its network be slow.
+async fn proof(hosts: &[String], port: u16, trust: &Trust) -> Proved {
     let mut errors: Vec<String> = Vec::new();
-    for host in hosts {
-        let endpoint = Endpoint::Tcp { host: host.clone(), port };
-        match prove(endpoint.clone(), PROOF, trust).await {
-            Ok(instance) => return Ok((host.clone(), instance)),
-            Err(error) if hosts.len() == 1 => errors.push(error.to_string()),
-            Err(error) => errors.push(format!("{endpoint}: {error}")),
+    let mut rest = hosts.iter();
+    let mut asked = FuturesUnordered::new();
+    loop {
+        if let Some(host) = if asked.len() < MOST_HOSTS { rest.next() } else { None } {
+            let endpoint = Endpoint::Tcp { host: host.clone(), port };
+            asked.push(async move { (host, prove(endpoint.clone(), PROOF, trust).await, endpoint) });
+        }
+        let is_there_another = rest.len() > 0 && asked.len() < MOST_HOSTS;
+        tokio::select! {
+            answer = asked.next() => match answer {
+                Some((host, Ok((instance, ready)), _)) => return Ok(((host.clone(), instance), Some(ready))),
+                Some((_, Err(error), _)) if hosts.len() == 1 => errors.push(error.to_string()),
+                Some((_, Err(error), endpoint)) => errors.push(format!("{endpoint}: {error}")),
+                None => return Err(errors.join("; ")),
+            },
+            () = tokio::time::sleep(NEXT_HOST), if is_there_another => {}
         }
     }
-    Err(errors.join("; "))
 }
 
 /// Whether anybody takes connections there.
@@ -737,7 +767,7 @@ mod tests {
     }
 
     fn proves(keeper: &mut Keeper, key: &str, host: &str, instance: &str) {
-        keeper.proved(key, Source::Mdns, Ok((host.to_owned(), instance.to_owned())));
+        keeper.proved(key, Source::Mdns, Ok(((host.to_owned(), instance.to_owned()), None)));
         keeper.settle(None);
     }
 

@@ -4,6 +4,10 @@
 //! and the agent answers, as if the proxy had dialled. Both prove first that they know the token of the cluster. An agent
 //! keeps one connection more than is in use, so that there is always one to take. It is known by its name; one that comes
 //! back is the same server as before, and one that has gone is down at once and leaves some time later.
+//!
+//! Where a name is taken, whoever has it is asked first whether he is there: a machine that lost its power has said goodbye to
+//! nobody, and is back before it is missed. If he answers, the other is told apart by a number; if he does not, the other has
+//! the place. So no agent takes the name of one that lives, whatever it knows.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -20,6 +24,7 @@ use olol_middleware::cluster::{MOST_SERVERS, Source, State};
 use olol_middleware::instruments::{self, Joining};
 use olol_middleware::{BoxError, ServerId, Snapshot};
 use tokio::sync::Notify;
+use tokio::task::{self, AbortHandle};
 use tokio::time::Instant;
 
 use super::Config;
@@ -42,6 +47,8 @@ const INTRODUCTION: Duration = Duration::from_secs(5);
 const MOST_AT_ONCE: (usize, usize) = (256, 32);
 /// Connections of one agent: for calls, for bodies, one ready, and some that are being exchanged.
 const MOST_CONNECTIONS: usize = 6;
+/// An agent whose name another gives must answer within this time, or has gone: there and back twice on the slowest network.
+const ANSWERS: Duration = Duration::from_millis(1500);
 /// Agents of one name that are told apart.
 const MOST_NAMESAKES: u32 = 1000;
 /// Agents that were refused, and are remembered.
@@ -97,7 +104,8 @@ struct Book {
 struct Guest {
     instance: String,
     lobby: Lobby,
-    connections: usize,
+    /// What ends its connections.
+    connections: HashMap<task::Id, AbortHandle>,
     /// Since when it has none.
     gone: Option<Instant>,
 }
@@ -282,12 +290,14 @@ async fn receive(inner: Weak<Inner>, upgrade: OnUpgrade, visitor: Visitor, place
         Err(error) if error.is::<Refused>() => strong.refuse(&visitor, error.to_string()),
         Err(error) => strong.refuse(&visitor, Refused::Unproved(error.to_string()).to_string()),
         Ok(arrival) => {
+            strong.clear_the_way(&visitor, &arrival.known.instance).await;
             let Some((id, ends)) = strong.welcome(&visitor, arrival) else { return };
             drop(strong);
+            let connection = ends.id();
             // An end is an end, whatever it came to.
             let _ = ends.await;
             if let Some(inner) = inner.upgrade() {
-                inner.lose(&id);
+                inner.lose(&id, connection);
             }
         }
     }
@@ -314,21 +324,48 @@ impl Inner {
         book.refused.push_back(Refusal { name: visitor.name.clone(), address, reason, at: SystemTime::now(), times });
     }
 
+    /// Lets go of an agent that has the name of a visitor and does not answer any more: it is mostly the same one, started anew
+    /// on a machine that had no time to close what was open.
+    async fn clear_the_way(&self, visitor: &Visitor, instance: &str) {
+        let id = ServerId::new(&visitor.name);
+        let holder = {
+            let book = self.book();
+            if book.guests.values().any(|guest| guest.instance == instance) {
+                return;
+            }
+            let holder = book.guests.get(&id).filter(|guest| !guest.connections.is_empty());
+            let Some(holder) = holder else { return };
+            holder.instance.clone()
+        };
+        // One that is no member yet has come a moment ago.
+        if self.pool.is_there(&id, ANSWERS).await != Some(false) {
+            return;
+        }
+        let mut book = self.book();
+        let Some(guest) = book.guests.get_mut(&id).filter(|guest| guest.instance == holder) else { return };
+        tracing::info!(server = %id, "an agent came back before it was missed, or another takes the place of one that does not answer");
+        guest.lobby.close();
+        for (_, connection) in guest.connections.drain() {
+            connection.abort();
+        }
+        guest.gone = Some(Instant::now());
+    }
+
     /// Takes in a connection of an agent that has proved itself.
     fn welcome(&self, visitor: &Visitor, arrival: Arrival) -> Option<(ServerId, tokio::task::JoinHandle<()>)> {
         let instance = arrival.known.instance.clone();
         let mut book = self.book();
         let id = self.place(&mut book, visitor, &instance)?;
         let guest = book.guests.get_mut(&id)?;
-        if guest.connections >= MOST_CONNECTIONS {
+        if guest.connections.len() >= MOST_CONNECTIONS {
             instruments::dialled_in(Joining::Full);
             return None;
         }
         instruments::dialled_in(Joining::Taken);
         guest.instance = instance;
-        guest.connections += 1;
         let is_back = guest.gone.take().is_some();
         let ends = guest.lobby.put(arrival, visitor.address);
+        guest.connections.insert(ends.id(), ends.abort_handle());
         let address = visitor.address.ip();
         book.refused.retain(|refusal| refusal.name != visitor.name || refusal.address != address);
         drop(book);
@@ -349,7 +386,7 @@ impl Inner {
             let name = if number == 1 { visitor.name.clone() } else { format!("{}-{number}", visitor.name) };
             let id = ServerId::new(&name);
             match book.guests.get(&id) {
-                Some(guest) if guest.connections > 0 => continue,
+                Some(guest) if !guest.connections.is_empty() => continue,
                 Some(_) => return Some(id),
                 // That of a server that has not dialled in.
                 None if snapshot.server(&id).is_some_and(|server| server.source != Source::Joined) => continue,
@@ -368,7 +405,7 @@ impl Inner {
             let lobby = Lobby::new(visitor.address);
             let way = Way::Joined(lobby.clone());
             book.coming.push(ServerSpec { id: id.clone(), way, wire: Wire::Usual, weight: NonZeroU32::MIN });
-            let guest = Guest { instance: instance.to_owned(), lobby, connections: 0, gone: None };
+            let guest = Guest { instance: instance.to_owned(), lobby, connections: HashMap::new(), gone: None };
             book.guests.insert(id.clone(), guest);
             self.stirs.notify_one();
             return Some(id);
@@ -378,11 +415,11 @@ impl Inner {
     }
 
     /// A connection of an agent has ended.
-    fn lose(&self, id: &ServerId) {
+    fn lose(&self, id: &ServerId, connection: task::Id) {
         let mut book = self.book();
         let Some(guest) = book.guests.get_mut(id) else { return };
-        guest.connections = guest.connections.saturating_sub(1);
-        if guest.connections == 0 {
+        // Not if another has the place since.
+        if guest.connections.remove(&connection).is_some() && guest.connections.is_empty() {
             guest.gone = Some(Instant::now());
             self.stirs.notify_one();
         }

@@ -21,6 +21,9 @@ use super::networks::{self, Networks};
 const SERVICE: &str = "_olol._tcp.local.";
 /// The port of mDNS.
 pub const PORT: u16 = 5353;
+/// An agent says that it is there twice, a second apart; where packets are lost, both may be. If no proxy has come so long after
+/// that, it says it once more.
+const UNHEARD: [Duration; 2] = [Duration::from_millis(2500), Duration::from_secs(5)];
 /// How often it is looked whether an agent has something else to say of itself.
 const RENEW: Duration = Duration::from_secs(30);
 /// How long we wait until a last word is said.
@@ -86,8 +89,16 @@ fn service(badge: &Badge, listens: SocketAddr) -> mdns_sd::Result<ServiceInfo> {
     Ok(service)
 }
 
-/// Says it anew when it has changed.
+/// Says it anew when nobody seems to have heard it, and when it has changed.
 async fn keep(daemon: ServiceDaemon, tells: Tells, mut said: Badge, listens: SocketAddr) {
+    for pause in UNHEARD {
+        tokio::time::sleep(pause).await;
+        if tells.is_unheard()
+            && let Ok(service) = service(&said, listens)
+        {
+            let _ = daemon.register(service);
+        }
+    }
     loop {
         tokio::time::sleep(RENEW).await;
         let now = tells.now();

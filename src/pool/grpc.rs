@@ -23,14 +23,15 @@ use olol_proto::v1::{
 };
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::either::Either;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Request, Status, Streaming};
 
 use super::lobby::Lobby;
+use crate::dial;
 use crate::ollama::{Ask, Endpoint};
 use crate::rpc;
 use crate::security::proof::{self, Dialled, Known, Purpose, Refused};
@@ -50,6 +51,8 @@ pub const PHASE: &str = "olol-phase";
 const ORIGIN: &str = "http://olol";
 /// Silence after which a connection is probed, and after which a probe counts as lost.
 const PROBE: Duration = Duration::from_secs(3);
+/// How long a call that found no connection any more waits to hear why.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// What an agent waits beyond a deadline: who asked it ends the call there, and the agent only where nobody does.
 const DEADLINE_GRACE: Duration = Duration::from_secs(1);
@@ -95,6 +98,12 @@ impl Agent {
     pub(super) fn new(id: ServerId, reach: &Reach, trust: &Trust, hop: &HeaderValue) -> Self {
         let line = || Line::new(reach.clone(), trust.clone());
         Self { id, calls: line(), bulk: line(), caller: hop.to_str().unwrap_or_default().to_owned() }
+    }
+
+    /// The same over a connection that there is already, for calls.
+    pub(super) fn over(self, ready: Option<Ready>) -> Self {
+        self.calls.current.store(ready.map(|Ready(channel)| Arc::new(channel)));
+        self
     }
 
     pub(super) fn id(&self) -> &ServerId {
@@ -153,34 +162,43 @@ impl Agent {
         }
     }
 
-    /// The agent's state, whenever it changes.
-    pub(super) async fn watch(&self, limit: Duration) -> Result<Streaming<ServerState>, BoxError> {
+    /// The agent's state, whenever it changes, and what it says of itself, if that is asked for: both at once, since an answer
+    /// may be long on its way. There must be one within this time after there is a connection.
+    pub(super) async fn watch(
+        &self,
+        limit: Duration,
+        describes: bool,
+    ) -> Result<(Streaming<ServerState>, Option<Describing>), BoxError> {
+        let (channel, _) = self.calls.get(false, None).await?;
+        let describing = describes.then(|| AbortOnDropHandle::new(tokio::spawn(describe(channel.clone(), limit))));
         let watching = async {
-            let (channel, _) = self.calls.get(false, None).await?;
             let request = WatchRequest { interval_ms: 1000, deltas: true, caller: self.caller.clone(), turns: true };
             let states = client(channel).watch(request).await;
-            states.map(tonic::Response::into_inner).map_err(|status| match status.code() {
-                Code::Unauthenticated => Refused::Stranger(status.message().to_owned()).into(),
-                _ => told(&status).into(),
+            states.map(tonic::Response::into_inner).map_err(|status| -> BoxError {
+                match status.code() {
+                    Code::Unauthenticated => Refused::Stranger(status.message().to_owned()).into(),
+                    _ => told(&status).into(),
+                }
             })
         };
-        tokio::time::timeout(limit, watching).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
+        let watching = tokio::time::timeout(limit, watching).await;
+        let states = watching.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??;
+        Ok((states, describing))
+    }
+
+    /// Whether it still answers on the connection that is used for calls, or on another that it has made.
+    pub(super) async fn is_there(&self, limit: Duration) -> bool {
+        let asking = async {
+            let (channel, _) = self.calls.get(false, None).await.ok()?;
+            describe(channel, limit).await
+        };
+        tokio::time::timeout(limit, asking).await.is_ok_and(|description| description.is_some())
     }
 
     /// Tells the agent of turns, for the other proxies.
     pub(super) async fn tell_turns(&self, turns: Vec<Turn>) -> Result<(), Status> {
         let channel = self.calls.get(false, None).await.map_err(|error| Status::unavailable(error.to_string()))?.0;
         client(channel).tell_turns(TellTurnsRequest { caller: self.caller.clone(), turns }).await.map(drop)
-    }
-
-    /// What the agent says of itself that does not change.
-    pub(super) async fn describe(&self, limit: Duration) -> Result<DescribeResponse, BoxError> {
-        let asking = async {
-            let (channel, _) = self.calls.get(false, None).await?;
-            let answer = client(channel).describe(DescribeRequest {}).await;
-            answer.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned().into())
-        };
-        tokio::time::timeout(limit, asking).await.map_err(|_| format!("no answer after {} ms", limit.as_millis()))?
     }
 
     /// A client over the connection for what is large.
@@ -212,6 +230,15 @@ impl Agent {
             source,
         }
     }
+}
+
+/// An agent is asked what it says of itself, until this is dropped.
+pub(super) type Describing = AbortOnDropHandle<Option<DescribeResponse>>;
+
+/// What an agent says of itself that does not change, if it says so in time.
+async fn describe(channel: Channel, limit: Duration) -> Option<DescribeResponse> {
+    let answer = tokio::time::timeout(limit, client(channel).describe(DescribeRequest {})).await;
+    Some(answer.ok()?.ok()?.into_inner())
 }
 
 /// What a status says, with what it comes from where the connection has failed: a handshake is often refused only when the
@@ -368,11 +395,9 @@ fn chunk(message: RelayResponse) -> Chunk {
 struct Line {
     reach: Reach,
     trust: Trust,
-    current: ArcSwapOption<Sender>,
+    current: ArcSwapOption<Channel>,
     connecting: Mutex<()>,
 }
-
-pub(super) type Sender = http2::SendRequest<tonic::body::Body>;
 
 impl Line {
     fn new(reach: Reach, trust: Trust) -> Self {
@@ -398,30 +423,29 @@ impl Line {
         if let Some(channel) = self.ready(fresh) {
             return Ok((channel, true));
         }
-        let sender = self.connect().await?;
-        self.current.store(Some(Arc::new(sender.clone())));
-        Ok((Channel { sender }, false))
+        let channel = self.connect().await?;
+        self.current.store(Some(Arc::new(channel.clone())));
+        Ok((channel, false))
     }
 
     fn ready(&self, fresh: bool) -> Option<Channel> {
         let current = self.current.load();
-        let sender = current.as_ref().filter(|sender| !fresh && !sender.is_closed())?;
-        Some(Channel { sender: Sender::clone(sender) })
+        let channel = current.as_ref().filter(|channel| !fresh && !channel.is_closed())?;
+        Some(Channel::clone(channel))
     }
 
-    async fn connect(&self) -> Result<Sender, BoxError> {
+    async fn connect(&self) -> Result<Channel, BoxError> {
         Ok(self.meet().await?.0)
     }
 
     /// A connection to an agent that has proved itself, and knows us; one that dialled in has done so before.
-    async fn meet(&self) -> Result<(Sender, Option<Known>), BoxError> {
+    async fn meet(&self) -> Result<(Channel, Option<Known>), BoxError> {
         let (host, port) = match &self.reach.to {
             To::Take(lobby) => return Ok((lobby.take().await, None)),
             To::Dial(Endpoint::Tcp { host, port }) => (host, port),
             To::Dial(Endpoint::Unix(_) | Endpoint::Tls { .. }) => return Err("an agent is at HOST:PORT".into()),
         };
-        let stream = TcpStream::connect((host.as_str(), *port)).await?;
-        stream.set_nodelay(true)?;
+        let stream = dial::connect((host.as_str(), *port)).await?;
         let address = stream.peer_addr()?;
         let stream = match &self.trust.tls {
             None if self.trust.insists => {
@@ -431,24 +455,35 @@ impl Line {
             Some(tls) => Either::Right(tls.connect(host, stream).await?),
         };
         let is_certified = matches!(stream, Either::Right(_));
-        let (sender, _) = shake(stream, PROBE).await?;
+        let (channel, _) = shake(stream, PROBE).await?;
         let dialled = Dialled { purpose: Purpose::Call, address, bound: self.reach.bound, is_certified };
-        let known = introduce(&sender, dialled, self.trust.tokens.as_ref()).await?;
-        Ok((sender, Some(known)))
+        let known = introduce(&channel, dialled, self.trust.tokens.as_ref()).await?;
+        Ok((channel, Some(known)))
     }
 }
 
-/// Has an agent that nobody has named prove itself, before it is one of the servers. Returns the id of its process.
-pub(crate) async fn prove(endpoint: Endpoint, limit: Duration, trust: &Trust) -> Result<String, BoxError> {
+/// A connection to an agent that has proved itself, and is about to be one of the servers: another would take three times as
+/// long as it takes to go there and back.
+pub(crate) struct Ready(Channel);
+
+impl std::fmt::Debug for Ready {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Ready")
+    }
+}
+
+/// Has an agent that nobody has named prove itself, before it is one of the servers. Returns the id of its process, and the
+/// connection.
+pub(crate) async fn prove(endpoint: Endpoint, limit: Duration, trust: &Trust) -> Result<(String, Ready), BoxError> {
     let line = Line::new(Reach { to: To::Dial(endpoint), timeout: limit, bound: true }, trust.clone());
     let met = tokio::time::timeout(limit, line.meet()).await;
-    let (_, known) = met.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??;
-    Ok(known.map(|known| known.instance).unwrap_or_default())
+    let (channel, known) = met.map_err(|_| format!("no answer after {} ms", limit.as_millis()))??;
+    Ok((known.map(|known| known.instance).unwrap_or_default(), Ready(channel)))
 }
 
 /// Proves ourselves on a new connection to an agent that has proved itself.
-pub(super) async fn introduce(sender: &Sender, dialled: Dialled, tokens: Option<&Tokens>) -> Result<Known, BoxError> {
-    let client = MembershipClient::with_origin(Channel { sender: sender.clone() }, Uri::from_static(ORIGIN));
+pub(super) async fn introduce(channel: &Channel, dialled: Dialled, tokens: Option<&Tokens>) -> Result<Known, BoxError> {
+    let client = MembershipClient::with_origin(channel.clone(), Uri::from_static(ORIGIN));
     proof::introduce(client, dialled, tokens).await
 }
 
@@ -456,7 +491,7 @@ pub(super) async fn introduce(sender: &Sender, dialled: Dialled, tokens: Option<
 pub(super) async fn shake<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     stream: S,
     probe: Duration,
-) -> Result<(Sender, JoinHandle<()>), BoxError> {
+) -> Result<(Channel, JoinHandle<()>), BoxError> {
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
@@ -468,12 +503,15 @@ pub(super) async fn shake<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         .handshake(TokioIo::new(stream))
         .await?;
     // Ends with the last handle to the connection.
+    let (tell, ended) = watch::channel(None);
     let ends = tokio::spawn(async move {
         if let Err(error) = connection.await {
-            tracing::debug!(%error, "connection to an agent ended");
+            let why = tls::told(error.to_string(), std::error::Error::source(&error));
+            tracing::debug!(error = why, "connection to an agent ended");
+            tell.send_replace(Some(why.into()));
         }
     });
-    Ok((sender, ends))
+    Ok((Channel { sender, ended }, ends))
 }
 
 impl std::fmt::Debug for Line {
@@ -485,19 +523,55 @@ impl std::fmt::Debug for Line {
 /// A connection as tonic's client takes it: without the queue and the task that its own channel would add.
 #[derive(Clone)]
 pub(super) struct Channel {
-    sender: Sender,
+    sender: http2::SendRequest<tonic::body::Body>,
+    /// Why it has ended, when it has.
+    ended: watch::Receiver<Option<Arc<str>>>,
+}
+
+impl Channel {
+    pub(super) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+}
+
+/// A call for which there was no connection any more.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+struct Lost {
+    why: Arc<str>,
+    source: hyper::Error,
+}
+
+/// What a call has failed of: one that waited for a connection knows only that it was closed.
+async fn lost(error: hyper::Error, mut ended: watch::Receiver<Option<Arc<str>>>) -> BoxError {
+    if !(error.is_canceled() || error.is_closed()) {
+        return error.into();
+    }
+    let told = tokio::time::timeout(LAST_WORDS, ended.wait_for(Option::is_some)).await;
+    let why = told.ok().and_then(|told| told.ok()?.clone());
+    match why {
+        Some(why) => Lost { why, source: error }.into(),
+        None => error.into(),
+    }
 }
 
 impl tower::Service<http::Request<tonic::body::Body>> for Channel {
     type Response = http::Response<hyper::body::Incoming>;
-    type Error = hyper::Error;
-    type Future = BoxFuture<'static, Result<Self::Response, hyper::Error>>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Self::Response, BoxError>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
-        self.sender.poll_ready(cx)
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        // It takes as many as come, and says when one is sent that it has ended.
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
-        Box::pin(self.sender.send_request(request))
+        let (sending, ended) = (self.sender.send_request(request), self.ended.clone());
+        Box::pin(async move {
+            match sending.await {
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(lost(error, ended).await),
+            }
+        })
     }
 }

@@ -7,7 +7,7 @@ use olol_middleware::Cluster;
 use olol_middleware::cluster::State;
 use olol_middleware::time::unix_ms_now;
 use olol_middleware::vitals::Vitals;
-use olol_proto::v1::ServerState;
+use olol_proto::v1::{DescribeResponse, ServerState};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
@@ -138,14 +138,23 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
         let round = cluster.round_begins(index);
         let (mut told, mut refused) = (Some(round), false);
         let mut known = told::Told::default();
-        let mut asked = false;
-        let error = match agent.watch(config.check_timeout_ms.time()).await {
+        let (mut is_first, mut undescribed) = (about.is_none(), None);
+        let error = match agent.watch(config.check_timeout_ms.time(), about.is_none()).await {
             Err(error) => {
                 refused = error.is::<Refused>();
                 error.to_string()
             }
-            Ok(mut states) => loop {
+            Ok((mut states, mut describing)) => loop {
                 let wanted = tokio::select! {
+                    biased;
+                    described = described(&mut describing) => {
+                        (about, describing) = (described, None);
+                        // Else with the first state.
+                        if let Some(state) = undescribed.take() {
+                            tell(cluster, index, told::vitals(about.as_ref(), &state));
+                        }
+                        continue;
+                    }
                     state = tokio::time::timeout(silence, states.message()) => Some(state),
                     () = cluster.news_wanted(index), if told.is_none() => None,
                 };
@@ -162,11 +171,11 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
                             tell_others(cluster, index, state.others);
                             continue;
                         }
-                        if about.is_none() && !std::mem::replace(&mut asked, true) {
-                            about = agent.describe(config.check_timeout_ms.time()).await.ok();
+                        if std::mem::take(&mut is_first) {
                             compare_clocks(cluster, index, &state);
                         }
                         tell(cluster, index, told::vitals(about.as_ref(), &state));
+                        undescribed = describing.is_some().then(|| figures(&state));
                         let is_online = state.online;
                         let now = Instant::now();
                         let since = now.checked_sub(AGENT_LAG).unwrap_or(now);
@@ -203,6 +212,20 @@ async fn listen(cluster: &Cluster, index: usize, agent: &grpc::Agent, config: &C
             () = cluster.news_wanted(index) => tokio::time::sleep(SHORTEST).await,
         }
     }
+}
+
+/// What an agent says of itself, when it says so; never, if it is not asked.
+async fn described(describing: &mut Option<grpc::Describing>) -> Option<DescribeResponse> {
+    match describing {
+        Some(describing) => describing.await.ok().flatten(),
+        None => std::future::pending().await,
+    }
+}
+
+/// A state without its models.
+fn figures(state: &ServerState) -> ServerState {
+    let (models, loaded) = (Vec::new(), Vec::new());
+    ServerState { models, loaded, ..state.clone() }
 }
 
 /// Says that the clock of another machine differs from ours. Nothing here goes by it; certificates and their ends do.

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::grpc::{self, Sender};
+use super::grpc::{self, Channel};
 use crate::security::Tokens;
 use crate::security::proof::{Dialled, Known};
 
@@ -30,12 +30,12 @@ struct Inner {
 struct State {
     /// Where the last of them came from.
     address: SocketAddr,
-    waiting: VecDeque<Sender>,
+    waiting: VecDeque<Channel>,
 }
 
 /// A connection to an agent that has proved itself, and knows us.
 pub struct Arrival {
-    sender: Sender,
+    channel: Channel,
     /// Who it is.
     pub known: Known,
     /// Ends with the connection.
@@ -50,9 +50,9 @@ pub async fn meet<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     tokens: Option<&Tokens>,
     probe: Duration,
 ) -> Result<Arrival, BoxError> {
-    let (sender, ends) = grpc::shake(stream, probe).await?;
-    let known = grpc::introduce(&sender, dialled, tokens).await?;
-    Ok(Arrival { sender, known, ends })
+    let (channel, ends) = grpc::shake(stream, probe).await?;
+    let known = grpc::introduce(&channel, dialled, tokens).await?;
+    Ok(Arrival { channel, known, ends })
 }
 
 impl Lobby {
@@ -71,11 +71,11 @@ impl Lobby {
     pub fn put(&self, arrival: Arrival, address: SocketAddr) -> JoinHandle<()> {
         let mut state = self.state();
         state.address = address;
-        state.waiting.retain(|sender| !sender.is_closed());
+        state.waiting.retain(|channel| !channel.is_closed());
         if state.waiting.len() >= MOST {
             state.waiting.pop_front();
         }
-        state.waiting.push_back(arrival.sender);
+        state.waiting.push_back(arrival.channel);
         drop(state);
         self.0.arrives.notify_waiters();
         arrival.ends
@@ -87,21 +87,21 @@ impl Lobby {
     }
 
     /// One of those that wait, or the next that comes.
-    pub(super) async fn take(&self) -> Sender {
+    pub(super) async fn take(&self) -> Channel {
         loop {
             let arrives = self.0.arrives.notified();
             tokio::pin!(arrives);
             arrives.as_mut().enable();
-            if let Some(sender) = self.waiting() {
-                return sender;
+            if let Some(channel) = self.waiting() {
+                return channel;
             }
             arrives.await;
         }
     }
 
-    fn waiting(&self) -> Option<Sender> {
+    fn waiting(&self) -> Option<Channel> {
         let mut state = self.state();
-        state.waiting.retain(|sender| !sender.is_closed());
+        state.waiting.retain(|channel| !channel.is_closed());
         state.waiting.pop_front()
     }
 

@@ -174,7 +174,7 @@ where
         Err(status) if status.code() == Code::Unauthenticated => {
             Err(Refused::Stranger(status.message().to_owned()).into())
         }
-        Err(status) => Err(status.message().to_owned().into()),
+        Err(status) => Err(crate::pool::told(&status).into()),
     }
 }
 

@@ -466,7 +466,16 @@ impl Acceptor {
             return Err(refuse_plain(stream, first, self.plain).await);
         }
         let side = self.live.current.load_full();
-        let stream = TlsAcceptor::from(side.config.clone()).accept(stream).await?;
+        let stream = match TlsAcceptor::from(side.config.clone()).accept(stream).into_fallible().await {
+            Ok(stream) => stream,
+            Err((error, mut stream)) => {
+                // It was told why, and would be reset before it has read that.
+                if error.kind() == io::ErrorKind::InvalidData {
+                    hang_up(&mut stream).await;
+                }
+                return Err(error);
+            }
+        };
         let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::split_first);
         let is_machine =
             shown.is_some_and(|(leaf, between)| is_of_machine(leaf, between, &side.roots, UnixTime::now()).is_ok());
@@ -483,25 +492,39 @@ fn is_own(stream: &TcpStream) -> bool {
 
 /// Tells a client that speaks plain HTTP what it did wrong.
 async fn refuse_plain(mut stream: TcpStream, first: &[u8], words: &'static [u8]) -> io::Error {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::AsyncWriteExt;
     let words = if first == HTTP2 { PLAIN_HTTP2 } else { words };
     if first.iter().all(u8::is_ascii_uppercase) {
         let _ = stream.write_all(words).await;
-        let _ = stream.shutdown().await;
-        let mut rest = [0; 1024];
-        let ends = async { while stream.read(&mut rest).await.is_ok_and(|length| length > 0) {} };
-        let _ = tokio::time::timeout(LINGER, ends).await;
+        hang_up(&mut stream).await;
     }
     io::Error::new(io::ErrorKind::InvalidData, "the caller does not speak TLS")
 }
 
+/// Says no more, and waits a moment until the other has done so, too.
+async fn hang_up(stream: &mut TcpStream) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let _ = stream.shutdown().await;
+    let mut rest = [0; 1024];
+    let ends = async { while stream.read(&mut rest).await.is_ok_and(|length| length > 0) {} };
+    let _ = tokio::time::timeout(LINGER, ends).await;
+}
+
 /// What was wrong with a caller.
 fn caller_fault(error: &io::Error) -> String {
-    use CertificateError::{Expired, ExpiredContext, UnknownIssuer};
+    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext, UnknownIssuer};
     let hint = match inner(error) {
         Some(rustls::Error::NoCertificatesPresented) => "it shows no certificate, and must",
         Some(rustls::Error::InvalidCertificate(UnknownIssuer)) => "its certificate is not of our CA",
-        Some(rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. })) => "its certificate has ended",
+        Some(rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. })) => {
+            "its certificate has ended, if the clock of this machine is right"
+        }
+        Some(rustls::Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. })) => {
+            "its certificate has not begun: look at the clocks of both machines"
+        }
+        Some(rustls::Error::AlertReceived(AlertDescription::CertificateExpired)) => {
+            "by its clock our certificate has ended or not begun: look at the clocks of both machines"
+        }
         Some(rustls::Error::AlertReceived(_)) => "it does not take our certificate",
         _ => return error.to_string(),
     };
@@ -621,7 +644,7 @@ impl Connector {
         let shaken = TlsConnector::from(side.config.clone()).connect(name, stream).await;
         shaken.map_err(|error| {
             let hint = self.to.hint(&error, host).map(|hint| format!(": {hint}")).unwrap_or_default();
-            io::Error::new(error.kind(), format!("TLS: {error}{hint}"))
+            io::Error::new(error.kind(), format!("TLS: {}{hint}", steady(&error)))
         })
     }
 }
@@ -657,7 +680,7 @@ impl To {
                 format!("its certificate is of a CA that is not trusted; {other_ca}")
             }
             rustls::Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => {
-                format!("its certificate has ended; {issue}")
+                format!("its certificate has ended, if the clock of this machine is right; {issue}")
             }
             rustls::Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => {
                 "its certificate has not begun: look at the clocks of both machines".to_owned()
@@ -684,10 +707,24 @@ fn of_alert(alert: AlertDescription) -> Option<&'static str> {
             "it wants a certificate of the cluster's CA, and we show none; name ours in `client-cert` of [tls], or in --tls-cert"
         }
         AlertDescription::UnknownCA => "our certificate is not of its CA",
-        AlertDescription::CertificateExpired => "our certificate has ended; issue a new one",
+        AlertDescription::CertificateExpired => {
+            "by its clock our certificate has ended or not begun: look at the clocks of both machines, and issue a new one if it \
+             has ended"
+        }
         AlertDescription::BadCertificate | AlertDescription::CertificateUnknown => "it does not take our certificate",
         _ => return None,
     })
+}
+
+/// What a failed handshake says, without the time of day: who fails again in the same way says the same.
+fn steady(error: &io::Error) -> String {
+    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let bare = match inner(error) {
+        Some(rustls::Error::InvalidCertificate(ExpiredContext { .. })) => Expired,
+        Some(rustls::Error::InvalidCertificate(NotValidYetContext { .. })) => NotValidYet,
+        _ => return error.to_string(),
+    };
+    rustls::Error::InvalidCertificate(bare).to_string()
 }
 
 /// What TLS says of a failed connection.
@@ -714,8 +751,8 @@ pub fn told(mut text: String, mut source: Option<&(dyn StdError + 'static)>) -> 
     ];
     let is_in = |alert: &AlertDescription| text.contains(&rustls::Error::AlertReceived(*alert).to_string());
     match alerts.into_iter().find(is_in).and_then(of_alert) {
-        Some(hint) => format!("{text}: {hint}"),
-        None => text,
+        Some(hint) if !text.contains(hint) => format!("{text}: {hint}"),
+        _ => text,
     }
 }
 

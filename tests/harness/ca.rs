@@ -38,10 +38,19 @@ impl Ca {
 
     /// A certificate for a machine on loopback that has ended.
     pub fn issue_ended(&self, name: &str) {
+        self.issue_with(name, |params| params.not_after = (SystemTime::now() - Duration::from_secs(60)).into());
+    }
+
+    /// A certificate for a machine on loopback that has not begun, as one looks where a clock is behind.
+    pub fn issue_early(&self, name: &str) {
+        self.issue_with(name, |params| params.not_before = (SystemTime::now() + Duration::from_secs(3600)).into());
+    }
+
+    fn issue_with(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) {
         let ca_key = KeyPair::from_pem(&std::fs::read_to_string(self.file("ca.key")).unwrap()).unwrap();
         let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.not_after = (SystemTime::now() - Duration::from_secs(60)).into();
+        change(&mut params);
         let key = KeyPair::generate().unwrap();
         let made = params.signed_by(&key, &Issuer::new(certs::authority(&ca_key), ca_key)).unwrap();
         std::fs::write(self.file(&format!("{name}.pem")), made.pem()).unwrap();
