@@ -270,6 +270,14 @@ async fn services_have_their_ports_and_weights_from_their_records() {
     assert_eq!(told, [(&json!(10), &json!("dns")), (&json!(30), &json!("dns"))]);
 }
 
+#[tokio::test]
+async fn who_names_an_ollama_as_an_agent_learns_how_to_name_it() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let named = cluster.server(0).address().to_string();
+    let olol = Olol::at(vec![format!("gpu1@{named}")], "[pool]\ncheck-failures = 1\n").await;
+    until("it is told", || olol.reason("gpu1").contains("name it as http://HOST:PORT")).await;
+}
+
 /// Waits until the page shows just so many servers.
 async fn until_known(connection: &mut harness::Connection, count: usize) {
     let known = async {

@@ -451,7 +451,12 @@ impl Keeper {
         };
         let now = Instant::now();
         let before = self.book.len();
+        let followed = self.followed();
         self.book.retain_mut(|one| {
+            if one.is_gone && one.seen.hosts.iter().any(|host| followed.contains(&one.place(host))) {
+                instruments::lease_ended(one.source);
+                return false;
+            }
             let state = state(one);
             let is_down = state == Some(State::Down);
             if is_down && !std::mem::replace(&mut one.is_down, is_down) {
@@ -492,6 +497,16 @@ impl Keeper {
             true
         });
         self.is_full &= self.book.len() == before;
+    }
+
+    /// Where those have proved themselves who are there, if anybody has gone: who has gone from such a place was the process
+    /// before. Asked again it would be the new one that answers, and two would stand for one.
+    fn followed(&self) -> HashSet<Place> {
+        if !self.book.iter().any(|one| one.is_gone) {
+            return HashSet::new();
+        }
+        let there = self.book.iter().filter(|one| !one.is_gone);
+        there.filter_map(|one| Some(one.place(&one.proof.as_ref()?.0))).collect()
     }
 
     /// Asks those for proof who have given none, and those who do not answer any more: they may do so elsewhere.
@@ -811,6 +826,26 @@ mod tests {
         // b is a, d stands where the named one is, and a name that is taken is not taken again.
         assert_eq!(servers(&keeper), ["mine 127.0.0.9:50051", "a 127.0.0.1:50051", "127.0.0.3:50051 127.0.0.3:50051"]);
         assert!(keeper.pool.strangers().is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_starts_again_takes_the_place_of_the_process_before() {
+        for name in ["a", "b"] {
+            let (mut keeper, token) = keeper("", Config::default());
+            keeper.sees(seen("a", &token, &["127.0.0.1"]), Source::Mdns);
+            proves(&mut keeper, "a 1", "127.0.0.1", "before");
+            keeper.loses("a 1");
+            keeper.settle(None);
+            let again = Seen { key: "a 2".to_owned(), ..seen(name, &token, &["127.0.0.1"]) };
+            keeper.sees(again, Source::Mdns);
+            keeper.settle(None);
+            // Anybody can announce himself there.
+            assert_eq!(servers(&keeper), ["a 127.0.0.1:50051"]);
+            // The first is dialled again, too, and it is the second that answers.
+            proves(&mut keeper, "a 2", "127.0.0.1", "after");
+            proves(&mut keeper, "a 1", "127.0.0.1", "after");
+            assert_eq!((keeper.book.len(), servers(&keeper)), (1, vec![format!("{name} 127.0.0.1:50051")]));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -232,6 +232,10 @@ impl Agent {
     }
 }
 
+/// What HTTP/2 makes of an answer in HTTP/1: its first letters are the length of a frame.
+const HTTP_1: &str = "frame with invalid size";
+const NO_AGENT: &str = "an agent speaks HTTP/2, and this does not; is it an Ollama? then name it as http://HOST:PORT";
+
 /// An agent is asked what it says of itself, until this is dropped.
 pub(super) type Describing = AbortOnDropHandle<Option<DescribeResponse>>;
 
@@ -244,7 +248,8 @@ async fn describe(channel: Channel, limit: Duration) -> Option<DescribeResponse>
 /// What a status says, with what it comes from where the connection has failed: a handshake is often refused only when the
 /// first answer is waited for.
 pub(crate) fn told(status: &Status) -> String {
-    tls::told(status.message().to_owned(), std::error::Error::source(status))
+    let text = tls::told(status.message().to_owned(), std::error::Error::source(status));
+    if text.contains(HTTP_1) { format!("{text}: {NO_AGENT}") } else { text }
 }
 
 fn client(channel: Channel) -> ServerClient<Channel> {
