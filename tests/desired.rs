@@ -61,6 +61,18 @@ async fn a_lost_replica_is_made_again_elsewhere() {
 }
 
 #[tokio::test]
+async fn what_was_on_its_way_to_a_server_that_went_is_brought_to_another() {
+    let cluster = Cluster::of(3).await;
+    cluster.server(0).has("tiny");
+    let olol = Olol::start(&cluster, QUICK).await;
+    olol.believes(1, Vitals { pending_pulls: vec![("tiny:latest".to_owned(), 0.5)], ..Vitals::default() });
+    pin(&olol, "tiny", &json!({"replicas": 2})).await;
+    told(&olol, "tiny:latest", "it is on its way", |told| told["desired"]["making"] == json!(["1"])).await;
+    cluster.server(1).dies();
+    until("it is brought to another server", || cluster.server(2).still_has("tiny")).await;
+}
+
+#[tokio::test]
 async fn a_disk_that_is_too_small_is_refused_with_the_reason() {
     let cluster = Cluster::of(2).await;
     cluster.server(0).has("tiny");

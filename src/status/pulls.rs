@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use olol_middleware::cluster::State;
 use olol_middleware::{ModelName, Server, ServerId, Snapshot};
 use serde::Serialize;
 
@@ -32,9 +33,10 @@ impl Pulls {
         Self(pulls)
     }
 
-    /// Those at a server, by name: its agent sees also those of others.
+    /// Those at a server, by name: its agent sees also those of others. What one told that went goes on no more.
     pub(super) fn at(&self, server: &Server) -> Vec<(String, f32)> {
         match server.vitals.load_full() {
+            Some(_) if server.state == State::Down => Vec::new(),
             Some(vitals) => vitals.pending_pulls.clone(),
             None => {
                 self.0.get(&server.id).into_iter().flatten().map(|(name, done)| (name.to_string(), *done)).collect()

@@ -277,7 +277,9 @@ where
             position[server.index] = places.len();
             let vitals = server.vitals.load_full();
             places.push(self.place(server, vitals.as_deref()));
-            let pulls = vitals.iter().flat_map(|vitals| &vitals.pending_pulls);
+            // What is on its way to one that went comes no more.
+            let told = vitals.iter().filter(|_| server.state != State::Down);
+            let pulls = told.flat_map(|vitals| &vitals.pending_pulls);
             for (name, done) in pulls.filter_map(|(name, done)| Some((ModelName::parse(name)?, *done))) {
                 let Some(size) = names.get(&name) else { continue };
                 let left = left_of(*size, done);
