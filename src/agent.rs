@@ -38,7 +38,7 @@ use crate::rpc::{self, Face, SelfDescription};
 use crate::security::proof::Purpose;
 use crate::security::tls::{Acceptor, Connector};
 use crate::security::{Tokens, Trust};
-use crate::serve::{self, Answers, Bounds, Peer};
+use crate::serve::{self, Answers, Bounds, Peer, Room};
 use crate::sessions::{self, Sessions};
 use door::{Door, Doorkeeper};
 use join::Joining;
@@ -105,7 +105,7 @@ impl Agent {
         let name = if is_named { options.name } else { host() };
         // Several agents on one machine are told apart.
         let joins_as = if is_named { name.clone() } else { format!("{name}:{}", address.port()) };
-        let ollama = Ollama::maybe_over_tls(ServerId::new(&name), options.ollama, None, CONNECT);
+        let ollama = Ollama::maybe_over_tls(ServerId::new(&name), options.ollama, CONNECT);
         let ollama = ollama.map_err(std::io::Error::other)?;
         let mut watching = JoinSet::new();
         let watch = state::Watch::start(ollama.clone(), &mut watching);
@@ -274,6 +274,7 @@ impl Answers for Grpc {
     type Service = Visit;
     const INTRODUCTION: Option<Duration> = Some(INTRODUCTION);
     const BOUNDS: Bounds = Bounds::CLUSTER;
+    const ROOM: Room = Room { all: 2048, one: 256 };
     // There is nothing to ask of it in HTTP/1.
     const LONGEST_HEAD: usize = 16 << 10;
 

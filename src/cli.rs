@@ -28,7 +28,8 @@ use crate::discovery;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use crate::proxy::Proxy;
 use crate::reload::Trigger;
-use crate::security::certs as made;
+use crate::security::tls;
+use flags::TlsFlags;
 
 /// Many Ollama servers behind one address that behaves exactly like one.
 #[derive(Debug, Parser)]
@@ -224,25 +225,36 @@ fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Anno
 }
 
 /// An Ollama, or a proxy, at a host and a port; `https://` may stand before the host.
-fn ollama_at(host: &str, port: u16) -> anyhow::Result<Ollama> {
+fn ollama_at(host: &str, port: u16, tls: &TlsFlags) -> anyhow::Result<Ollama> {
     let is_bare_v6 = host.contains(':') && !host.starts_with('[') && !host.contains("://");
     let address = if is_bare_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-    reach(&address, Endpoint::parse(&address, port)?)
+    reach(&address, Endpoint::parse(&address, port)?, tls)
 }
 
-/// An Ollama, or a proxy. Over TLS its certificate may be of the CA in the user's folder, too: that of the cluster.
-fn reach(name: &str, endpoint: Endpoint) -> anyhow::Result<Ollama> {
-    let ca = made::folder().map(|folder| folder.join("ca.pem")).filter(|file| file.is_file());
-    Ok(Ollama::maybe_over_tls(ServerId::new(name), endpoint, ca.as_deref(), Duration::from_secs(5))?)
+/// An Ollama, or a proxy; over TLS as the flags say.
+fn reach(name: &str, endpoint: Endpoint, tls: &TlsFlags) -> anyhow::Result<Ollama> {
+    let connector = if endpoint.is_tls() { Some(tls.connector()?) } else { None };
+    Ok(Ollama::reached_by(ServerId::new(name), endpoint, connector, Duration::from_secs(5)))
 }
 
 /// Sends a call to it, which may be answered in whichever way.
 async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
     ollama.send(ask).await.map_err(|error| {
         let reason = match error {
-            olol_middleware::Error::Server { source, .. } => source.to_string(),
+            olol_middleware::Error::Server { source, .. } => tls::told(source.to_string(), source.source()),
             other => other.to_string(),
         };
-        anyhow::anyhow!("no Ollama answers at {}: {reason} (is it running? `olol up` starts one)", ollama.endpoint())
+        // Who wants a certificate and sees none says so and closes: what comes first here is chance.
+        let is_closed =
+            ["writing a body", "reset by peer", "roken pipe", "closed"].iter().any(|end| reason.contains(end));
+        let hint = if ollama.endpoint().is_tls() && is_closed && !reason.contains("--tls-cert") {
+            "; if it takes only those who show a certificate of its CA: name yours in --tls-cert"
+        } else {
+            ""
+        };
+        anyhow::anyhow!(
+            "no Ollama answers at {}: {reason}{hint} (is it running? `olol up` starts one)",
+            ollama.endpoint()
+        )
     })
 }

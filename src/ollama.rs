@@ -12,7 +12,6 @@ mod lines;
 mod state;
 mod weights;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,16 +131,15 @@ impl Ollama {
         Self::with(id, endpoint, Means::default(), connect_timeout, Lore::default())
     }
 
-    /// The same, where `https://` may stand before its address: then it must have a certificate of a CA that the system trusts,
-    /// or of one in this file.
-    pub fn maybe_over_tls(
-        id: ServerId,
-        endpoint: Endpoint,
-        ca: Option<&Path>,
-        connect_timeout: Duration,
-    ) -> Result<Self, TlsError> {
-        let tls = if endpoint.is_tls() { Some(Connector::of_system(ca)?) } else { None };
-        Ok(Self::with(id, endpoint, Means { tls, shown: None }, connect_timeout, Lore::default()))
+    /// The same, where `https://` may stand before its address: then it must have a certificate of a CA that the system trusts.
+    pub fn maybe_over_tls(id: ServerId, endpoint: Endpoint, connect_timeout: Duration) -> Result<Self, TlsError> {
+        let tls = if endpoint.is_tls() { Some(Connector::of_system()?) } else { None };
+        Ok(Self::reached_by(id, endpoint, tls, connect_timeout))
+    }
+
+    /// The same, reached over TLS in this way, or without it.
+    pub fn reached_by(id: ServerId, endpoint: Endpoint, tls: Option<Connector>, connect_timeout: Duration) -> Self {
+        Self::with(id, endpoint, Means { tls, shown: None }, connect_timeout, Lore::default())
     }
 
     /// One of several, which share what they have learnt about models.
@@ -264,13 +262,34 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
         return;
     }
-    if let Some(named) = headers.get(header::CONNECTION).and_then(|value| value.to_str().ok()) {
-        let named: Vec<HeaderName> = named.split(',').filter_map(|name| name.trim().parse().ok()).collect();
-        for name in named {
-            headers.remove(name);
-        }
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named {
+        headers.remove(name);
     }
     for name in &HOP_BY_HOP {
         headers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_any_line_of_connection_names_stays_here() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in
+            [("connection", "close, x-a"), ("connection", "X-B ,, "), ("x-a", "1"), ("x-b", "2"), ("x-c", "3")]
+        {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        strip_hop_by_hop(&mut headers);
+        assert_eq!(headers.keys().collect::<Vec<_>>(), ["x-c"]);
     }
 }

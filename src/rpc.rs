@@ -156,7 +156,7 @@ impl Server for Face {
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let about = self.about()?;
         let stop = about.stop.clone();
-        let states = watching::states(about.state.clone(), &about.callers, request.get_ref());
+        let states = watching::states(about.state.clone(), &about.callers, request.get_ref())?;
         // A watch never ends by itself, and a graceful stop waits for everything that runs.
         Ok(Response::new(Box::pin(states.take_until(stop.cancelled_owned()))))
     }

@@ -33,9 +33,10 @@ pub use tokens::Tokens;
 pub struct Config {
     /// File with the token of the cluster; empty: `token` in the user's configuration folder.
     pub token_file: PathBuf,
-    /// The token itself, where the environment gives it. It is in no file of configuration and on no page.
+    /// The tokens themselves, where the environment gives them, the one that is shown first. They are in no file of
+    /// configuration and on no page.
     #[serde(skip)]
-    pub token: Option<Token>,
+    pub given: Vec<Token>,
 }
 
 /// How a proxy and its servers know each other.
@@ -95,13 +96,13 @@ pub(crate) fn meant_for<'a, T>(all: &'a [(Pattern, T)], server: &ServerId) -> Op
 impl Config {
     /// Whether somebody has given the token, or named its file.
     pub fn is_given(&self) -> bool {
-        self.token.is_some() || !self.token_file.as_os_str().is_empty()
+        !self.given.is_empty() || !self.token_file.as_os_str().is_empty()
     }
 
     /// The token that the environment gives, else that of the file that is named, else that of the user's folder, which is
-    /// made if it is not there. Where a file has several it is the first.
+    /// made if it is not there. Where there are several it is the first.
     pub fn token(&self) -> Result<Token, TokenError> {
-        match &self.token {
+        match self.given.first() {
             Some(token) => Ok(token.clone()),
             None if self.token_file.as_os_str().is_empty() => token::of_folder(),
             None => token::read(&self.token_file).map(token::first),
@@ -110,8 +111,8 @@ impl Config {
 
     /// The same, and what comes of it when the file that holds it changes.
     pub fn tokens(&self) -> Result<Tokens, TokenError> {
-        match &self.token {
-            Some(token) => Ok(token.clone().into()),
+        match self.given.first() {
+            Some(_) => Ok(Tokens::fixed(self.given.clone())),
             None if self.token_file.as_os_str().is_empty() => {
                 // Makes it if it is not there.
                 let token = token::of_folder()?;

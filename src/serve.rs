@@ -7,6 +7,7 @@ mod strangers;
 mod wire;
 
 use std::convert::Infallible;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use olol_middleware::BoxError;
+use olol_middleware::{BoxError, instruments};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpSocket};
@@ -32,7 +33,8 @@ use crate::security::Seldom;
 use crate::security::tls::{Accepted, Acceptor};
 use paced::Paced;
 use preamble::Preamble;
-use strangers::Strangers;
+pub use strangers::Room;
+use strangers::{Place, Strangers};
 use wire::Brief;
 
 /// The longest head of a request, bytes: Go's limit and its tolerance.
@@ -99,6 +101,8 @@ pub trait Answers: Clone + Send + 'static {
     const LONGEST_HEAD: usize = LONGEST_HEAD;
     /// How much one of its connections of HTTP/2 may carry.
     const BOUNDS: Bounds = Bounds::ANYBODY;
+    /// How many may be here at a time who have not asked anything yet, or not become known where they must.
+    const ROOM: Room = Room { all: 4096, one: 1024 };
 
     /// The service of the connection of a client.
     fn service(&self, peer: Peer) -> Self::Service;
@@ -133,7 +137,7 @@ pub async fn serve<A: Answers>(
     grace: Duration,
 ) -> bool {
     let (open, closing) = (TaskTracker::new(), Closing::default());
-    let strangers = Strangers::default();
+    let strangers = Strangers::new(A::ROOM);
     let warned = Seldom::every(WARN_EVERY);
     loop {
         let (stream, client) = tokio::select! {
@@ -150,11 +154,7 @@ pub async fn serve<A: Answers>(
                 }
             },
         };
-        let stranger = A::INTRODUCTION.map(|_| strangers.take(client.ip()));
-        if matches!(stranger, Some(None)) {
-            tracing::debug!(%client, "there are too many whom we do not know");
-            continue;
-        }
+        let place = strangers.take(client.ip());
         let here = stream.local_addr().ok();
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE));
@@ -173,22 +173,33 @@ pub async fn serve<A: Answers>(
             };
             let begun = tokio::select! {
                 () = closing.signal.cancelled() => return,
+                () = place.must_go() => return made_room(client),
                 begun = beginning => begun,
             };
             let (preamble, is_machine) = match begun {
                 Ok(begun) => begun,
-                Err(error) => return tracing::debug!(%client, %error, "no handshake"),
+                Err(error) => {
+                    instruments::connection_given_up(if error.kind() == ErrorKind::TimedOut { "slow" } else { "tls" });
+                    return tracing::debug!(%client, %error, "no handshake");
+                }
             };
             let is_known = Arc::new(AtomicBool::new(is_machine));
             let service = answers.service(Peer { address: client, here, is_machine, is_known: is_known.clone() });
+            // Who has sent the whole head of a request has asked something.
+            let has_asked = Arc::new(AtomicBool::new(matches!(preamble, Preamble::Http1(..))));
+            let (limit, is_let_in) = match A::INTRODUCTION {
+                None => (IDLE, has_asked.clone()),
+                Some(limit) => (limit, is_known),
+            };
+            let place = (A::INTRODUCTION.is_some() || !has_asked.load(Ordering::Relaxed)).then_some(place);
             // Pinned where it is: awaited as it stands, it would be there once more for each place that awaits it.
-            let mut connection = pin!(connection::<A>(preamble, service, closing));
-            let ended = match A::INTRODUCTION {
+            let mut connection = pin!(connection::<A>(preamble, service, has_asked, closing));
+            let ended = match place {
                 None => connection.await,
-                Some(limit) => tokio::select! {
+                Some(place) => tokio::select! {
                     ended = &mut connection => ended,
-                    () = stays_unknown(limit, &is_known, stranger) => {
-                        return tracing::debug!(%client, "nobody whom we know");
+                    () = outstays(limit, &is_let_in, place) => {
+                        return made_room(client);
                     }
                 },
             };
@@ -203,16 +214,35 @@ pub async fn serve<A: Answers>(
     tokio::time::timeout(grace, open.wait()).await.is_ok()
 }
 
-/// Ends after this time if the client is not known by then; what it holds until then is let go.
-pub(crate) async fn stays_unknown<P>(limit: Duration, is_known: &AtomicBool, place: P) {
+/// Ends after this time if the client is not known by then.
+pub(crate) async fn stays_unknown(limit: Duration, is_known: &AtomicBool) {
     tokio::time::sleep(limit).await;
-    drop(place);
     if is_known.load(Ordering::Relaxed) {
         std::future::pending::<()>().await;
     }
 }
 
-async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing: Closing) -> Result<(), hyper::Error> {
+/// Ends when a stranger has to go: he has not become known in time, or has to make room for another before that. His place is
+/// free then, also where he is known by now and stays.
+async fn outstays(limit: Duration, is_let_in: &AtomicBool, place: Place) {
+    let _ = tokio::time::timeout(limit, place.must_go()).await;
+    drop(place);
+    if is_let_in.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
+}
+
+fn made_room(client: SocketAddr) {
+    instruments::connection_given_up("stranger");
+    tracing::debug!(%client, "nobody whom we know, or who has asked anything");
+}
+
+async fn connection<A: Answers>(
+    preamble: Preamble,
+    service: A::Service,
+    has_asked: Arc<AtomicBool>,
+    closing: Closing,
+) -> Result<(), hyper::Error> {
     match preamble {
         Preamble::Gone => Ok(()),
         Preamble::Refused(mut io, answer) => {
@@ -243,7 +273,10 @@ async fn connection<A: Answers>(preamble: Preamble, service: A::Service, closing
             Gentle::new(connection, closing, http1::UpgradeableConnection::graceful_shutdown).await
         }
         Preamble::Http2(io) => {
-            let service = hyper::service::service_fn(move |request| service.clone().call(request));
+            let service = hyper::service::service_fn(move |request| {
+                has_asked.store(true, Ordering::Relaxed);
+                service.clone().call(request)
+            });
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder.keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
             let connection = with_room(&mut builder, A::BOUNDS).serve_connection(TokioIo::new(io), service);

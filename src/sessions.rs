@@ -51,9 +51,9 @@ const LONGEST_TIMEOUT: f64 = 315_360_000.0;
 pub struct Config {
     /// Folder of the file; empty: `olol` in the user's folder for state.
     pub dir: PathBuf,
-    /// Sessions that are kept; beyond it the one that was idle for longest leaves.
+    /// Sessions that are kept; beyond it one leaves of the key that has the most: that which was idle for longest.
     pub max_sessions: Whole<1, 1_000_000>,
-    /// Bytes of all histories together; beyond it those leave that were idle for longest.
+    /// Bytes of all histories together; beyond it those leave of the key that has the most.
     pub max_bytes: Whole<1, { 1 << 40 }>,
     /// Messages of one session; beyond it its first turns leave.
     pub max_messages: Whole<1, 1_000_000>,

@@ -6,6 +6,7 @@
 
 mod drains;
 mod limits;
+mod link;
 mod news;
 mod running;
 mod turns;
@@ -20,7 +21,7 @@ use olol_middleware::rate_limit::Ledger;
 use olol_middleware::units::SomeMs;
 use olol_middleware::{Cluster, ServerId, Shared, instruments};
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, RedisResult, TlsCertificates};
+use redis::{AsyncConnectionConfig, RedisResult};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc, watch};
@@ -28,6 +29,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use drains::Drains;
+use link::Way;
 pub use url::{Url, masked};
 
 /// The variable of the environment that may hold the address of the store, since that may hold a password.
@@ -81,7 +83,7 @@ pub struct State(Arc<Inner>);
 
 struct Inner {
     config: Config,
-    client: Client,
+    way: Way,
     /// `None` while it is away.
     connection: ArcSwapOption<MultiplexedConnection>,
     is_up: watch::Sender<bool>,
@@ -114,13 +116,8 @@ impl State {
             return Ok(None);
         }
         let info = config.url.info().map_err(|what| anyhow::anyhow!("state.url: {what}"))?;
-        let client = if config.ca.as_os_str().is_empty() {
-            Client::open(info)?
-        } else {
-            let root = std::fs::read(&config.ca)
-                .map_err(|error| anyhow::anyhow!("state.ca: cannot read {}: {error}", config.ca.display()))?;
-            Client::build_with_tls(info, TlsCertificates { client_tls: None, root_cert: Some(root) })?
-        };
+        let ca = Some(config.ca.as_path()).filter(|ca| !ca.as_os_str().is_empty());
+        let way = Way::new(info, ca)?;
         let health = Mutex::new(Health {
             since: SystemTime::now(),
             error: "it was not reached yet".to_owned(),
@@ -129,7 +126,7 @@ impl State {
         });
         Ok(Some(Self(Arc::new(Inner {
             config: config.clone(),
-            client,
+            way,
             connection: ArcSwapOption::empty(),
             is_up: watch::Sender::new(false),
             health,
@@ -261,10 +258,15 @@ impl State {
         }
         // Who asks has a limit of his own.
         let config = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(None);
-        let connecting = self.0.client.get_multiplexed_async_connection_with_config(&config);
-        let connected =
-            tokio::time::timeout(2 * CONNECT, connecting).await.map_err(|_| Gone::Late(CONNECT.as_millis()));
-        self.0.connection.store(Some(Arc::new(connected??)));
+        let connecting = async {
+            let link = self.0.way.open(None).await?;
+            MultiplexedConnection::new_with_config(self.0.way.settings(), link, config).await
+        };
+        let connected = tokio::time::timeout(2 * CONNECT, connecting).await;
+        let (connection, driver) = connected.map_err(|_| Gone::Late(CONNECT.as_millis()))??;
+        // Ends with the last clone of the connection.
+        tokio::spawn(driver);
+        self.0.connection.store(Some(Arc::new(connection)));
         Ok(())
     }
 }

@@ -168,6 +168,14 @@ pub fn raise_open_files() {
     }
 }
 
+/// How many files this process may open, if there is a limit.
+pub(crate) fn open_files() -> Option<usize> {
+    #[cfg(unix)]
+    return usize::try_from(rustix::process::getrlimit(rustix::process::Resource::Nofile).current?).ok();
+    #[cfg(not(unix))]
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

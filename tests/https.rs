@@ -188,3 +188,53 @@ async fn commands_ask_a_proxy_over_tls_that_has_a_certificate_of_the_cluster() {
         assert!(!output.status.success() && error.contains(says), "{arguments:?}: {error}");
     }
 }
+
+#[tokio::test]
+async fn commands_show_a_certificate_to_a_proxy_that_wants_one() {
+    let (ca, cluster) = (Ca::with("proxy"), Cluster::of(1).await.all_have("tiny"));
+    ca.issue("ada", &[], true);
+    let other = Ca::new();
+    other.issue("ada", &[], true);
+    let toml = format!("{}ca = {:?}\nclients = \"required\"\n", ca.front("proxy"), ca.file("ca.pem"));
+    let olol = Olol::at(vec![format!("gpu1@http://{}", cluster.server(0).address())], &toml).await;
+    until("it is up", || olol.state_of("gpu1") == Some(State::Up)).await;
+    let (url, port) = (format!("https://{}", olol.address()), olol.address().port().to_string());
+    let path = |ca: &Ca, name: &str| ca.file(name).to_str().unwrap().to_owned();
+    let (cert, key, authority) = (path(&ca, "ada.pem"), path(&ca, "ada.key"), path(&ca, "ca.pem"));
+    let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-ca", &authority];
+    let variables = [("OLOL_TLS_CERT", cert.as_str()), ("OLOL_TLS_KEY", &key), ("OLOL_TLS_CA", &authority)];
+    let at = ["--host", "https://127.0.0.1", "--port", &port];
+    let run = async |variables: &[(&str, &str)], arguments: &[&str], more: &[&str]| {
+        let output = Process::run_with(variables, &[arguments, more].concat()).await;
+        let [out, error] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        (output.status.success(), format!("{out}{error}"))
+    };
+    for (arguments, says) in [
+        (&["status", "--url", &url][..], "gpu1"),
+        (&["models", "ls", "--url", &url], "tiny"),
+        (&[&["drain", "gpu1"], &at[..]].concat(), "gpu1"),
+        (&[&["undrain", "gpu1"], &at[..]].concat(), "gpu1"),
+        (&[&["explain", "--model", "tiny"], &at[..]].concat(), "gpu1"),
+        (&[&["client", "--model", "tiny", "--prompt", "hi"], &at[..]].concat(), "Hello"),
+    ] {
+        for (variables, more) in [(&[][..], &flags[..]), (&variables, &[])] {
+            let (is_good, said) = run(variables, arguments, more).await;
+            assert!(is_good && said.contains(says), "{arguments:?} {more:?}: {said}");
+        }
+        let (is_good, said) = run(&[], arguments, &["--tls-ca", &authority]).await;
+        assert!(!is_good && said.contains("--tls-cert"), "{arguments:?}: {said}");
+    }
+    let (strange, strange_key) = (path(&other, "ada.pem"), path(&other, "ada.key"));
+    for (more, says) in [
+        (&["--tls-ca", &authority, "--tls-cert", &strange, "--tls-key", &strange_key][..], "not of its CA"),
+        (&["--tls-ca", &authority, "--tls-cert", &cert], "name its file with --tls-key"),
+        (&["--tls-ca", &authority, "--tls-key", &key], "name its file with --tls-cert"),
+        (&["--tls-cert", &cert, "--tls-key", &key], "name its CA in --tls-ca"),
+        (&["--tls-ca", "/nowhere/ca.pem"], "/nowhere/ca.pem: cannot be read"),
+    ] {
+        let (is_good, said) = run(&[], &["status", "--url", &url], more).await;
+        // Of a refusal by the other end it is chance whether its words arrive before its end.
+        let is_told = said.contains(says) || (says == "not of its CA" && said.contains("name yours in --tls-cert"));
+        assert!(!is_good && is_told, "{more:?}: {said}");
+    }
+}

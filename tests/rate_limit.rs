@@ -48,6 +48,21 @@ async fn a_client_that_asks_too_often_is_told_when_to_come_back() {
 }
 
 #[tokio::test]
+async fn a_dashboard_takes_nothing_from_who_asks_models() {
+    let (_cluster, olol) = limited("[rate-limit.client]\nrequests-per-minute = 2").await;
+    for _ in 0..10 {
+        for path in ["/api/status", "/api/status?detail=servers", "/healthz"] {
+            assert_eq!(olol.get(path).await.status, 200, "{path}");
+        }
+    }
+    for left in [1, 0] {
+        let answer = olol.chat("tiny", "hi").await;
+        assert_eq!((answer.status, number(&answer, "x-ratelimit-remaining")), (200, left));
+    }
+    assert_eq!((olol.chat("tiny", "hi").await.status, olol.get("/api/status").await.status), (429, 200));
+}
+
+#[tokio::test]
 async fn a_refusal_has_the_form_of_its_route() {
     let (_cluster, olol) = limited("[rate-limit.client]\nrequests-per-minute = 1").await;
     assert_eq!(olol.chat("tiny", "hi").await.status, 200);

@@ -226,6 +226,31 @@ async fn a_token_is_taken_from_a_flag_then_the_environment_then_the_folder() {
 }
 
 #[tokio::test]
+async fn the_environment_may_give_several_tokens_and_the_first_is_shown() {
+    let cluster = Cluster::of(1).await;
+    let ollama = format!("http://{}", cluster.server(0).address());
+    let both = format!("{ANOTHER}, {}", token().reveal());
+    let variables = [("OLOL_TOKEN", both.as_str())];
+    assert_eq!(ended(&Process::run_with(&variables, &["token"]).await).1.trim(), ANOTHER);
+    let agent = Process::start_with(&variables, &["server", "--port", "0", "--ollama-host", &ollama]).await;
+    for shown in [ANOTHER, token().reveal()] {
+        assert_eq!(ask_everything(agent.address(), Some(shown)).await[1].code(), Code::Ok);
+    }
+    // A proxy that knows only the second, and one that shows the other and has it too.
+    for tokens in [token().reveal(), &both] {
+        let servers = agent.address().to_string();
+        let arguments = ["proxy", "--port", "0", "--servers", &servers];
+        Process::start_with(&[("OLOL_TOKEN", tokens)], &arguments).await.has_up(1).await;
+    }
+    let many = [ANOTHER; 5].join(" ");
+    let (code, _, error) = ended(&Process::run_with(&[("OLOL_TOKEN", &many)], &["token"]).await);
+    assert!(
+        code == Some(1) && error.contains("it has 5 tokens, and may have 4") && !error.contains(ANOTHER),
+        "{error}"
+    );
+}
+
+#[tokio::test]
 async fn what_is_wrong_with_a_token_is_said_and_nothing_of_it() {
     const BAD: &str = "Geheimnis-mit-einem-Leerzeichen und-mehr";
     let home = Home::new();

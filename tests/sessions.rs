@@ -543,6 +543,88 @@ async fn a_kill_at_any_moment_loses_no_turn_whose_end_was_told() {
     check(&mut proxy.connect().await, &talks).await;
 }
 
+/// Sessions with the turns that they had, until the other side is gone; those of which all was told, in that order.
+async fn make_many(address: SocketAddr, key: String, told: Arc<Mutex<Vec<String>>>, round: usize) {
+    for number in 0.. {
+        let id = format!("{round}-{number:04}");
+        let doing = async {
+            let mut connection = Connection::try_open(address).await?;
+            let as_key = |request: Request| request.header("Authorization", &key);
+            connection.try_ask(&as_key(make(&id))).await.filter(|made| made.status == 201)?;
+            let answer = connection.try_ask(&as_key(chat("tiny", &id).header("X-Olol-Session", &id))).await?;
+            // It may have had to leave in between: then it was a conversation without a history.
+            let is_turn = !answer.header("x-olol-session-turn").is_empty();
+            Some(is_turn && answer.ending == Ending::LastChunk && answer.error().is_empty())
+        };
+        match doing.await {
+            Some(true) => told.lock().unwrap().push(id),
+            Some(false) => {}
+            None => return,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_kill_at_the_bound_loses_nothing_but_what_had_to_leave_and_each_key_keeps_its_own() {
+    const MOST: usize = 24;
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    cluster.server(0).echoes();
+    let folder = tempfile::tempdir().unwrap();
+    let (config, keys) = (folder.path().join("olol.toml"), folder.path().join("keys.toml"));
+    let mut bearers = Vec::new();
+    for name in ["ada", "eve"] {
+        let output = Process::run(&["keys", "add", name, "--file", keys.to_str().unwrap()]).await;
+        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        let word = told.split_whitespace().find(|word| word.starts_with("olol_")).unwrap();
+        bearers.push(format!("Bearer {word}"));
+    }
+    let [ada, eve] = &bearers[..] else { panic!("two keys") };
+    let dir = folder.path().display();
+    let text = format!("sessions.dir = '{dir}'\nsessions.max-sessions = {MOST}\nauth.file = '{}'\n", keys.display());
+    std::fs::write(&config, text).unwrap();
+    let servers = format!("http://{}", cluster.server(0).address());
+    let started = async || {
+        let proxy = Process::proxy(&servers, &["--config", config.to_str().unwrap()]).await;
+        proxy.has_up(1).await;
+        proxy
+    };
+    let told: Arc<Mutex<Vec<String>>> = Arc::default();
+    for round in 0..5 {
+        let mut proxy = started().await;
+        let mut connection = proxy.connect().await;
+        let made = connection.ask(&make("hers").header("Authorization", ada)).await;
+        assert_eq!(made.status, if round == 0 { 201 } else { 200 }, "that of ada is the oldest, and stays");
+        let making: Vec<_> = (0..4)
+            .map(|at| tokio::spawn(make_many(proxy.address(), eve.clone(), told.clone(), round * 10 + at)))
+            .collect();
+        let enough = told.lock().unwrap().len() + MOST + 10 * round;
+        until("enough sessions", || told.lock().unwrap().len() >= enough).await;
+        tokio::time::sleep(Duration::from_micros(fastrand::u64(..20_000))).await;
+        proxy.kill().await;
+        for making in making {
+            patiently("a client notices", making).await.unwrap();
+        }
+        let proxy = started().await;
+        let mut connection = proxy.connect().await;
+        let page_of = async |connection: &mut Connection, key: &str| {
+            let page = connection.ask(&Request::get(PAGE).header("Authorization", key)).await.json();
+            let sessions = page["sessions"].as_array().unwrap().clone();
+            let ids = sessions.iter().map(|session| session["session_id"].as_str().unwrap().to_owned());
+            ids.collect::<Vec<_>>()
+        };
+        assert_eq!(page_of(&mut connection, ada).await, ["hers"]);
+        let kept = page_of(&mut connection, eve).await;
+        // At most those of the last transaction are more.
+        assert!((MOST / 2..=MOST + 8).contains(&kept.len()), "{kept:?}");
+        // The last of which all was told; whoever was at it at the same time may have taken a place or two of theirs.
+        let told = told.lock().unwrap().clone();
+        for id in told.iter().rev().take(MOST / 2) {
+            let shown = connection.ask(&Request::get(&page(id)).header("Authorization", eve)).await;
+            assert_eq!(texts(&shown), [id.as_str(), id], "{id} of {kept:?}");
+        }
+    }
+}
+
 /// Whether each session has all that was told, in its order, and no half turn.
 async fn check(connection: &mut Connection, talks: &[Talk]) {
     for talk in talks {

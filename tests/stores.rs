@@ -153,6 +153,43 @@ async fn whatever_a_store_says_or_does_not_say_nobody_is_held_up() {
 }
 
 #[tokio::test]
+async fn however_much_a_store_says_it_takes_no_memory() {
+    let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
+    let middleman = Middleman::before(store.address()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("olol.toml");
+    let sessions = format!("sessions.dir = '{}'\n", folder.path().display());
+    let shares = Store::toml_for(&format!("redis://{}", middleman.address())).replace("5000", "1000");
+    std::fs::write(&config, sessions + &shares).unwrap();
+    let server = format!("http://{}", cluster.server(0).address());
+    let proxy = Process::proxy(&server, &["--config", config.to_str().unwrap()]).await;
+    proxy.has_up(1).await;
+    let times = |what: &str| proxy.log().matches(what).count();
+    for (round, flood) in [
+        Mood::Floods(b"$2000000000\r\n", b"x"),
+        Mood::Floods(b"*1000000000\r\n", b":1\r\n"),
+        // As much as there may be of it, or without an end.
+        Mood::Floods(b"*1048575\r\n", b":1\r\n"),
+        Mood::Floods(b"+", b"x"),
+        Mood::Floods(b"*100000\r\n", b"$1000000\r\n"),
+        Mood::Floods(b"", b"*1\r\n"),
+        Mood::Floods(b"", b"+OK\r\n"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        until("it is found", || times("the store that proxies share is there") == round + 1).await;
+        middleman.is(flood);
+        until("it is lost", || times("the store that proxies share is away") == round + 1).await;
+        assert_eq!(proxy.connect().await.ask(&chat("tiny", "hi")).await.status, 200);
+        middleman.is(Mood::Passes);
+    }
+    let grown = proxy.peak_growth() >> 20;
+    eprintln!("a store that floods: {grown} MiB");
+    assert!(grown < 400, "{grown} MiB");
+}
+
+#[tokio::test]
 async fn a_store_that_is_lost_and_found_is_told_once_each_time() {
     let (cluster, store) = (Cluster::of(1).await.all_have_loaded("tiny"), Store::start().await);
     let middleman = Middleman::before(store.address()).await;

@@ -120,6 +120,7 @@ const LOOK_UPS: &str = "olol_discovery_lookups_total";
 const RELOADS: &str = "olol_config_reloads_total";
 const RELOAD_OK: &str = "olol_config_last_reload_successful";
 const CERTIFICATES: &str = "olol_tls_reloads_total";
+const GIVEN_UP: &str = "olol_connections_given_up_total";
 const RELOADED_AT: &str = "olol_config_last_reload_success_timestamp_seconds";
 const BUILD: &str = "olol_build_info";
 
@@ -215,6 +216,7 @@ pub const NAMES: &[&str] = &[
     WISH_ACTIONS,
     WAKES,
     CERTIFICATES,
+    GIVEN_UP,
     RELOADS,
     RELOAD_OK,
     RELOADED_AT,
@@ -405,6 +407,11 @@ fn describe_reloads() {
         Unit::Count,
         "Times that changed certificates were read again, by result (ok, failed)"
     );
+    describe_counter!(
+        GIVEN_UP,
+        Unit::Count,
+        "Connections that were closed before anything was asked over them, by why: TLS failed (tls), took too long (slow), room for others or silence (stranger)"
+    );
     describe_counter!(RELOADS, Unit::Count, "Times that the configuration was read again, by result (ok, failed)");
 }
 
@@ -462,6 +469,7 @@ const AT_ZERO: &[(&str, &str, &[&str])] = &[
     (SESSION_EVICTIONS, "why", &["expired", "sessions", "bytes"]),
     (WAKES, "result", &["sent", "failed"]),
     (CERTIFICATES, "result", &["ok", "failed"]),
+    (GIVEN_UP, "why", &["tls", "slow", "stranger"]),
     (JOINS, "outcome", &["taken", "refused", "full"]),
     (RELOADS, "result", &["ok", "failed"]),
 ];
@@ -495,6 +503,11 @@ pub fn woken(is_good: bool) {
 /// A turn of a session is over: `stored`, `ended`, `broken` or `failed`.
 pub fn session_turn(result: &'static str) {
     counter!(SESSION_TURNS, "result" => result).increment(1);
+}
+
+/// A connection was closed before anything was asked over it: `tls`, `slow` or `stranger`.
+pub fn connection_given_up(why: &'static str) {
+    counter!(GIVEN_UP, "why" => why).increment(1);
 }
 
 /// A session had to leave: `expired`, `sessions` or `bytes`.

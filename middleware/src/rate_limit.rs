@@ -2,7 +2,7 @@
 //!
 //! Three kinds of limits hold together. A client that has shown a key is held to the key's limits, one without a key to those
 //! of its address; and a model has limits that all clients share. Calls that run a model count against all of them, other
-//! calls only as requests of their client. What only unloads a model counts nothing.
+//! calls only as requests of their client. What only unloads a model counts nothing, nor does a look at the status.
 //!
 //! Belongs inside `auth`, which finds the key, and outside `queue`, where who may not ask must not wait; outside `retry`, too:
 //! a call costs its client one request, however many attempts it takes. The model is the one that the call is for when it comes
@@ -215,7 +215,7 @@ impl Rules {
     /// Lets a call pass, or not. `None`: it takes nothing.
     fn admit(&self, call: &Call) -> Result<Option<Box<Ticket>>, Error> {
         let is_open = !self.limits_some && call.key.get().is_none_or(|key| key.limits.is_none());
-        if is_open || is_unload(call) {
+        if is_open || is_unload(call) || is_look(call) {
             return Ok(None);
         }
         let runs = call.route.infers();
@@ -275,6 +275,12 @@ impl Rules {
         }
         places
     }
+}
+
+/// Whether a call only asks how the proxy is. Who watches that must not use up what the same address may ask of models, and at
+/// servers it costs one question at the most, of which few go on at a time.
+fn is_look(call: &Call) -> bool {
+    call.route == Route::Status
 }
 
 fn is_unload(call: &Call) -> bool {

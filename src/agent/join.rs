@@ -245,7 +245,7 @@ impl Joining {
             let serving = serve::serve_dialled(upgraded, visit, PROBE, &stop);
             let served = tokio::select! {
                 served = serving => served.map_err(|error| error.to_string()),
-                () = serve::stays_unknown(INTRODUCTION, &known, ()) => Err("it has proved nothing in time".to_owned()),
+                () = serve::stays_unknown(INTRODUCTION, &known) => Err("it has proved nothing in time".to_owned()),
             };
             if let Err(error) = served {
                 tracing::debug!(error, "a connection to a proxy ended early");

@@ -5,6 +5,7 @@ use clap::Args;
 use http::header::{self, HeaderValue, InvalidHeaderValue};
 use serde_json::Value;
 
+use super::flags::TlsFlags;
 use crate::ollama::{Ask, Ollama};
 
 /// The longest answer, bytes.
@@ -22,12 +23,14 @@ pub(super) struct At {
     /// Its port
     #[arg(long, default_value_t = 8000)]
     port: u16,
+    #[command(flatten)]
+    tls: TlsFlags,
 }
 
 impl At {
     /// The proxy.
     pub(super) fn proxy(&self) -> anyhow::Result<Ollama> {
-        super::ollama_at(&self.host, self.port)
+        super::ollama_at(&self.host, self.port, &self.tls)
     }
 
     /// Asks it, and returns what it tells; that it refuses is an error.

@@ -10,6 +10,7 @@ use olol_middleware::{Reply, ServerId};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::flags::TlsFlags;
 use super::{print, say};
 use crate::ollama::{Ask, Ollama};
 
@@ -34,6 +35,8 @@ pub(super) struct Arguments {
     /// Key to show, if one is needed (`olol keys add` makes it)
     #[arg(long, env = "OLOL_KEY", hide_env_values = true, value_parser = bearer)]
     key: Option<HeaderValue>,
+    #[command(flatten)]
+    tls: TlsFlags,
     /// Print tokens per second, times, and which server answered
     #[arg(long)]
     stats: bool,
@@ -45,7 +48,7 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let ollama = Asked { ollama: super::ollama_at(&self.host, self.port)?, key: self.key };
+            let ollama = Asked { ollama: super::ollama_at(&self.host, self.port, &self.tls)?, key: self.key };
             let model = match self.model {
                 Some(model) => model,
                 None => first_model(&ollama).await?,

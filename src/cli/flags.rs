@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
 use crate::config::{Origin, Set, Source, Threads};
 use crate::discovery::{self, Interface};
-use crate::security::{self, TokenError, token};
+use crate::security::tls::Connector;
+use crate::security::{self, TokenError, certs, token};
 
 /// The flags of a proxy.
 #[derive(Debug, Args)]
@@ -103,8 +105,8 @@ fn interface(text: &str) -> Result<Interface, &'static str> {
 /// The flag that names the token of the cluster.
 #[derive(Debug, Args)]
 pub(super) struct TokenFlag {
-    /// File with the token that the machines of a cluster share; OLOL_TOKEN may hold the token itself [default: token in
-    /// ~/.config/olol, made at the first start]
+    /// File with the token that the machines of a cluster share, or several, a line each; OLOL_TOKEN may hold the token itself,
+    /// or several with commas [default: token in ~/.config/olol, made at the first start]
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
@@ -112,19 +114,49 @@ pub(super) struct TokenFlag {
 impl TokenFlag {
     /// A configuration with the token that the flag names, else with that of the environment.
     pub(super) fn onto(&self, source: Source) -> Result<Source, TokenError> {
-        Ok(match (&self.token_file, token::of_environment()?) {
-            (Some(file), _) => source.with(Set::TokenFile(file.clone()), Origin::Flag("--token-file")),
-            (None, Some(token)) => source.with(Set::Token(token), Origin::Environment(token::VARIABLE)),
-            (None, None) => source,
+        let given = token::of_environment()?;
+        Ok(match &self.token_file {
+            Some(file) => source.with(Set::TokenFile(file.clone()), Origin::Flag("--token-file")),
+            None if given.is_empty() => source,
+            None => source.with(Set::Tokens(given), Origin::Environment(token::VARIABLE)),
         })
     }
 
     /// What an agent is told of it.
     pub(super) fn config(&self) -> Result<security::Config, TokenError> {
         Ok(match &self.token_file {
-            Some(file) => security::Config { token_file: file.clone(), token: None },
-            None => security::Config { token: token::of_environment()?, ..security::Config::default() },
+            Some(file) => security::Config { token_file: file.clone(), given: Vec::new() },
+            None => security::Config { given: token::of_environment()?, ..security::Config::default() },
         })
+    }
+}
+
+/// The flags that say how a command meets a proxy over TLS.
+#[derive(Debug, Args)]
+pub(super) struct TlsFlags {
+    /// Certificate to show to the proxy, if it wants one (`olol certs issue NAME --client` makes it)
+    #[arg(long, env = "OLOL_TLS_CERT", value_name = "FILE", global = true)]
+    tls_cert: Option<PathBuf>,
+    /// Its key
+    #[arg(long, env = "OLOL_TLS_KEY", value_name = "FILE", global = true)]
+    tls_key: Option<PathBuf>,
+    /// CA of the proxy's certificate, besides those that the system trusts [default: ca.pem in ~/.config/olol/certs, if it is there]
+    #[arg(long, env = "OLOL_TLS_CA", value_name = "FILE", global = true)]
+    tls_ca: Option<PathBuf>,
+}
+
+impl TlsFlags {
+    /// How a proxy is reached.
+    pub(super) fn connector(&self) -> anyhow::Result<Connector> {
+        let of_user = || certs::folder().map(|folder| folder.join("ca.pem")).filter(|file| file.is_file());
+        let ca = self.tls_ca.clone().or_else(of_user);
+        let own = match (&self.tls_cert, &self.tls_key) {
+            (Some(cert), Some(key)) => Some((cert.as_path(), key.as_path())),
+            (None, None) => None,
+            (Some(_), None) => bail!("a certificate needs its key: name its file with --tls-key, or OLOL_TLS_KEY"),
+            (None, Some(_)) => bail!("a key needs its certificate: name its file with --tls-cert, or OLOL_TLS_CERT"),
+        };
+        Ok(Connector::of_command(ca.as_deref(), own)?)
     }
 }
 

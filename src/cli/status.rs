@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::Stop;
 use super::at::{bearer, refusal};
+use super::flags::TlsFlags;
 use crate::ollama::{Ask, Endpoint, Ollama};
 use table::Look;
 
@@ -54,12 +55,14 @@ pub(super) struct Place {
     /// File whose first line is that key
     #[arg(long, value_name = "FILE", conflicts_with = "key", global = true)]
     key_file: Option<PathBuf>,
+    #[command(flatten)]
+    tls: TlsFlags,
 }
 
 impl Place {
     /// The proxy there.
     pub(super) fn proxy(&self) -> anyhow::Result<Proxy> {
-        Ok(Proxy { at: at(&self.url)?, key: self.shown_key()?, url: self.url.clone() })
+        Ok(Proxy { at: at(&self.url, &self.tls)?, key: self.shown_key()?, url: self.url.clone() })
     }
 
     fn shown_key(&self) -> anyhow::Result<Option<HeaderValue>> {
@@ -139,10 +142,10 @@ impl Arguments {
 }
 
 /// The proxy at a URL.
-fn at(url: &str) -> anyhow::Result<Ollama> {
+fn at(url: &str, tls: &TlsFlags) -> anyhow::Result<Ollama> {
     let endpoint = Endpoint::parse(url, 8000)
         .context("--url must say where the proxy is: http://HOST:PORT or https://HOST:PORT")?;
-    super::reach(url, endpoint)
+    super::reach(url, endpoint, tls)
 }
 
 /// A running proxy.

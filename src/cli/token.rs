@@ -18,10 +18,10 @@ impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let given = token::of_environment()?;
         if !self.rotate {
-            let token = given.map_or_else(token::of_folder, Ok)?;
+            let token = given.into_iter().next().map_or_else(token::of_folder, Ok)?;
             return print(&format!("{}\n", token.reveal()));
         }
-        if given.is_some() {
+        if !given.is_empty() {
             bail!("OLOL_TOKEN gives the token here: change it there, or unset it to make one in the file");
         }
         let file = token::file().context("there is no home folder to keep the token of the cluster in")?;

@@ -226,7 +226,7 @@ async fn find_ollama(own: SocketAddr) -> anyhow::Result<Option<Endpoint>> {
 }
 
 async fn answers(place: &Endpoint) -> bool {
-    let Ok(ollama) = Ollama::maybe_over_tls(ServerId::new("probe"), place.clone(), None, PROBE) else { return false };
+    let Ok(ollama) = Ollama::maybe_over_tls(ServerId::new("probe"), place.clone(), PROBE) else { return false };
     match tokio::time::timeout(PROBE, ollama.send(Ask::get("/api/version"))).await {
         Ok(Ok(reply)) => reply.status.is_success() && !reply.headers.contains_key(ServerId::HEADER),
         _ => false,

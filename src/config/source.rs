@@ -53,7 +53,7 @@ pub enum Set {
     /// `security.token-file`
     TokenFile(PathBuf),
     /// The token of the cluster itself.
-    Token(Token),
+    Tokens(Vec<Token>),
     /// Whether servers are found that nobody has named: `discovery.mdns`, and without it no scan either.
     Discovery(bool),
     /// `discovery.interface`
@@ -154,7 +154,7 @@ impl Set {
             Self::Threads(_) => &["threads", "proxy.threads"],
             Self::Keys(_) => &["auth.file"],
             Self::Sessions(_) => &["sessions.dir"],
-            Self::TokenFile(_) | Self::Token(_) => &["security.token-file"],
+            Self::TokenFile(_) | Self::Tokens(_) => &["security.token-file"],
             Self::Discovery(true) => &["discovery.mdns"],
             Self::Discovery(false) => &["discovery.mdns", "discovery.scan"],
             Self::Interfaces(_) => &["discovery.interface"],
@@ -171,9 +171,9 @@ impl Set {
             Self::Keys(file) => config.auth.file.clone_from(file),
             Self::Sessions(folder) => config.sessions.dir.clone_from(folder),
             Self::TokenFile(file) => {
-                (config.security.token_file, config.security.token) = (file.clone(), None);
+                (config.security.token_file, config.security.given) = (file.clone(), Vec::new());
             }
-            Self::Token(token) => config.security.token = Some(token.clone()),
+            Self::Tokens(given) => config.security.given.clone_from(given),
             Self::Discovery(is_on) => {
                 config.discovery.mdns = *is_on;
                 if !is_on {

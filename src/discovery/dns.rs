@@ -269,15 +269,9 @@ fn is_label(label: &str) -> bool {
     (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
 }
 
-/// Whether an address can be that of one server that others reach by its name: not that of many or of nobody, nor one that means
-/// something else on every link, such as 169.254.169.254, where clouds give their secrets away.
+/// Whether an address can be that of one server that others reach by its name: one of a link is another for each of them.
 fn is_of_one(spec: &NameSpec, ip: IpAddr) -> bool {
-    let ip = ip.to_canonical();
-    let is_of_a_link = match ip {
-        IpAddr::V4(v4) => v4.is_broadcast() || v4.is_link_local(),
-        IpAddr::V6(_) => networks::is_link_local(ip),
-    };
-    let is_good = !(ip.is_unspecified() || ip.is_multicast() || is_of_a_link);
+    let is_good = networks::is_of_one_server(ip) && !networks::is_link_local(ip.to_canonical());
     if !is_good {
         tracing::warn!(name = %spec, %ip, "a name leads to an address at which no server can be, which is left out");
     }

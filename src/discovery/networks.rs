@@ -121,6 +121,14 @@ pub(super) fn is_private(ip: IpAddr) -> bool {
     }
 }
 
+/// Whether an address can be that of one server that others of the cluster reach: not that of many or of nobody, nor one of IPv4
+/// that means something else on every link, such as 169.254.169.254, where clouds give their secrets away.
+pub(crate) fn is_of_one_server(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    let is_of_a_link = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast() || v4.is_link_local());
+    !(ip.is_unspecified() || ip.is_multicast() || is_of_a_link)
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};

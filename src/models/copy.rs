@@ -5,7 +5,7 @@
 //! goes wrong in between leaves no name behind: an agent that was killed clears up when it starts again.
 
 use std::collections::HashMap;
-use std::net::SocketAddrV4;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,14 +27,21 @@ use tonic::{Status, Streaming};
 use super::registry::{Registry, Source};
 use super::store::{Digest, Manifest, StoreError};
 use super::{Line, RELAYED};
+use crate::discovery::networks;
 use crate::ollama::{Ask, ON_DISK, Ollama, every_on_disk};
-use crate::pool::{Peer, ServerSpec};
+use crate::pool::{Peer, ServerSpec, Way};
 use crate::security::Trust;
 
 /// The longest answer to a change of names, bytes.
 const LONGEST: usize = 1 << 20;
 /// Sources of one copy; more are not tried.
 const MOST_SOURCES: usize = 64;
+/// Copies that may be here at the same time: one goes on, the others wait for it.
+const MOST_COPIES: usize = 64;
+/// The longest address of a source, bytes.
+const LONGEST_ADDRESS: usize = 300;
+/// The longest that all sources together may take to give the manifest: the next copy waits for that.
+const MANIFEST: Duration = Duration::from_secs(120);
 /// How often a pull is begun again that Ollama says was given up: it had not yet noticed the end of an earlier one.
 const BEGINNINGS: u32 = 5;
 /// The pause before that.
@@ -73,6 +80,8 @@ struct Inner {
     trust: Trust,
     connect: Duration,
     turn: Arc<tokio::sync::Mutex<()>>,
+    /// Places of copies.
+    places: Arc<Semaphore>,
     /// Called when names have changed.
     changed: Box<dyn Fn() + Send + Sync>,
     /// Called when a copy begins.
@@ -103,7 +112,8 @@ impl Copier {
     ) -> Self {
         let turn = Arc::default();
         let (changed, begins) = (Box::new(changed), Box::new(begins));
-        Self(Arc::new(Inner { ollama, trust, connect, turn, changed, begins }))
+        let places = Arc::new(Semaphore::new(MOST_COPIES));
+        Self(Arc::new(Inner { ollama, trust, connect, turn, places, changed, begins }))
     }
 
     /// Copies a model, and tells how far it is; ends when what it returns is dropped. `answers` are those to its wants.
@@ -135,10 +145,13 @@ impl Copier {
         if ModelName::parts(&order.model).is_none() || ModelName::is_unfinished(&order.model) {
             return Err(CopyError::Order(format!("'{}' is no name of a model", shown(&order.model))));
         }
+        let full = |_| CopyError::Order(format!("{MOST_COPIES} copies wait here already; order it again later"));
+        let _place = self.0.places.clone().try_acquire_owned().map_err(full)?;
         let relay = order.relays.then(|| Relay::start(answers, tell.clone()));
         let sources = Arc::new(Sources::new(&order, relay, &self.0)?);
         let turn = self.0.turn.clone().lock_owned().await;
-        let manifest = sources.manifest(&wanted).await?;
+        let manifest = tokio::time::timeout(MANIFEST, sources.manifest(&wanted)).await;
+        let manifest = manifest.map_err(|_| CopyError::Sources("they take too long for a word".to_owned()))??;
         let failed = |error: std::io::Error| CopyError::Ollama(format!("no registry can be opened: {error}"));
         let rate = NonZeroU64::new(order.bytes_per_second);
         let registry = Registry::open(manifest, sources, rate).await.map_err(failed)?;
@@ -356,7 +369,13 @@ impl Sources {
     fn new(order: &CopyOrder, relay: Option<Relay>, inner: &Inner) -> Result<Self, CopyError> {
         let mut peers = Vec::new();
         for source in order.sources.iter().filter(|source| !source.address.is_empty()).take(MOST_SOURCES) {
+            if source.address.len() > LONGEST_ADDRESS {
+                return Err(CopyError::Order(format!("{}… is no address", shown(&source.address))));
+            }
             let spec = ServerSpec::parse(&source.address).map_err(|error| CopyError::Order(error.to_string()))?;
+            if !is_of_a_server(&spec) {
+                return Err(CopyError::Order(format!("no server can be at {}", shown(&source.address))));
+            }
             let peer = Peer::at(&spec, inner.connect, &inner.trust);
             let peer = peer.ok_or_else(|| CopyError::Order(format!("{} is no agent", shown(&source.address))))?;
             peers.push((peer, source.address.clone(), source.model.clone()));
@@ -387,6 +406,13 @@ impl Sources {
         }
         Err(CopyError::Sources(whys.join("; ")))
     }
+}
+
+/// Whether a server of the cluster can be there: whoever orders a copy says where the model is.
+fn is_of_a_server(spec: &ServerSpec) -> bool {
+    let Way::Agent(endpoint) = &spec.way else { return true };
+    let address = endpoint.authority().parse::<SocketAddr>();
+    address.map_or(true, |address| networks::is_of_one_server(address.ip()))
 }
 
 fn checked(wanted: &Digest) -> impl Fn(Bytes) -> Result<Manifest, StoreError> + '_ {

@@ -10,15 +10,17 @@ use tokio::time::Instant;
 const LATELY: Duration = Duration::from_secs(10 * 60);
 /// Sessions that are remembered; of more the last.
 const MOST: usize = 256;
+/// The longest id, bytes: what a header of a client may have, and anybody of the cluster may say.
+const LONGEST: usize = 1024;
 
 /// Sessions, that with the last turn last.
 #[derive(Debug, Default)]
 pub struct Active(Mutex<VecDeque<(String, Instant)>>);
 
 impl Active {
-    /// A session has a turn now; calls without one have no id.
+    /// A session has a turn now; calls without one have no id, and what is too long is none.
     pub fn saw(&self, session: &str) {
-        if session.is_empty() {
+        if session.is_empty() || session.len() > LONGEST {
             return;
         }
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,6 +54,8 @@ mod tests {
         active.saw("two");
         assert_eq!(active.list(), ["one", "two"]);
         tokio::time::advance(LATELY).await;
+        assert!(active.list().is_empty());
+        active.saw(&"x".repeat(LONGEST + 1));
         assert!(active.list().is_empty());
         (0..1000).for_each(|number| active.saw(&number.to_string()));
         assert_eq!((active.list().len(), active.list().last().unwrap().as_str()), (MOST, "999"));

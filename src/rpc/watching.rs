@@ -24,6 +24,10 @@ const LOAD_EVERY: Duration = Duration::from_millis(5);
 const WHOLE_EVERY: Duration = Duration::from_millis(25);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
+/// The longest name of a caller, bytes; one with a longer one has none.
+const LONGEST_NAME: usize = 256;
+/// Those who watch at the same time; more are refused.
+const MOST_WATCHERS: usize = 1024;
 
 /// Models in one message to who keeps what it was told.
 const PART: usize = 32;
@@ -110,20 +114,31 @@ impl Callers {
         self.watchers.subscribe()
     }
 
-    /// Counts a watcher until what this returns is dropped.
-    fn watch(self: &Arc<Self>, name: &[u8]) -> Watching {
+    /// Counts a watcher until what this returns is dropped; `None`: too many watch.
+    fn watch(self: &Arc<Self>, name: &[u8]) -> Option<Watching> {
+        let mut has_room = false;
+        self.watchers.send_if_modified(|count| {
+            has_room = *count < MOST_WATCHERS;
+            *count += usize::from(has_room);
+            has_room
+        });
+        if !has_room {
+            return None;
+        }
         let caller = if name.is_empty() { None } else { self.caller(name) };
         if let Some(caller) = &caller {
             caller.watching.fetch_add(1, Ordering::Relaxed);
         }
-        self.watchers.send_modify(|count| *count += 1);
-        Watching { all: self.clone(), caller }
+        Some(Watching { all: self.clone(), caller })
     }
 
     fn caller(&self, name: &[u8]) -> Option<Arc<Caller>> {
         let find = |list: &[Arc<Caller>]| list.iter().find(|caller| *caller.name == *name).cloned();
         if let Some(caller) = find(&self.known.load()) {
             return Some(caller);
+        }
+        if name.len() > LONGEST_NAME {
+            return None;
         }
         let fresh = Arc::new(Caller { name: name.into(), in_flight: AtomicU32::new(0), watching: AtomicU32::new(0) });
         self.known.rcu(|list| {
@@ -198,27 +213,30 @@ struct Watcher {
     turns: Option<Followed>,
 }
 
-/// The states for one who watches: the first at once, others when something changed, and at intervals as a sign of life.
+/// The states for one who watches: the first at once, others when something changed, and at intervals as a sign of life;
+/// unless too many watch.
 pub(super) fn states(
     mut states: watch::Receiver<Option<Arc<Told>>>,
     callers: &Arc<Callers>,
     request: &WatchRequest,
-) -> impl Stream<Item = Result<ServerState, Status>> + Send + use<> {
+) -> Result<impl Stream<Item = Result<ServerState, Status>> + Send + use<>, Status> {
     let interval = match request.interval_ms {
         0 => Duration::from_secs(1),
         given => Duration::from_millis(u64::from(given).clamp(50, 60_000)),
     };
     states.mark_changed();
-    let watching = callers.watch(request.caller.as_bytes());
+    let watching = callers.watch(request.caller.as_bytes()).ok_or_else(|| {
+        Status::resource_exhausted(format!("{MOST_WATCHERS} watch this server already: end some of these calls"))
+    })?;
     let turns = (request.deltas && request.turns).then(|| callers.turns.follow(request.caller.as_bytes()));
     let deltas = request.deltas;
     let told = Instant::now();
     let (last, rest, is_brief, others) = (None, None, false, 0);
     let watcher = Watcher { states, watching, interval, deltas, last, told, is_brief, rest, others, turns };
-    futures_util::stream::unfold(watcher, |mut watcher| async move {
+    Ok(futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
-    })
+    }))
 }
 
 impl Watcher {
@@ -337,8 +355,8 @@ mod tests {
         let (tell, receiver) = watch::channel(Some(told(&["tiny"])));
         let callers = Arc::default();
         let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
-        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
-        let mut forgets = Box::pin(states(receiver, &callers, &request(false)));
+        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)).unwrap());
+        let mut forgets = Box::pin(states(receiver, &callers, &request(false)).unwrap());
         assert_eq!(*callers.watchers().borrow(), 2);
         for (number, wanted) in [(1, (1, false)), (2, (0, true))] {
             let state = keeps.next().await.unwrap().unwrap();
@@ -358,8 +376,8 @@ mod tests {
         let (_tell, receiver) = watch::channel(Some(told(&names)));
         let callers = Arc::default();
         let request = |deltas| WatchRequest { interval_ms: 1000, deltas, ..WatchRequest::default() };
-        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)));
-        let mut forgets = Box::pin(states(receiver, &callers, &request(false)));
+        let mut keeps = Box::pin(states(receiver.clone(), &callers, &request(true)).unwrap());
+        let mut forgets = Box::pin(states(receiver, &callers, &request(false)).unwrap());
         let begun = Instant::now();
         let mut heard = Vec::new();
         for more in [true, true, false] {
@@ -379,7 +397,7 @@ mod tests {
         let callers: Arc<Callers> = Arc::default();
         let before = callers.enter(Some(b"me"));
         let request = WatchRequest { interval_ms: 60_000, caller: "me".into(), ..WatchRequest::default() };
-        let mut watch = Box::pin(states(receiver, &callers, &request));
+        let mut watch = Box::pin(states(receiver, &callers, &request).unwrap());
         let first = watch.next().await.unwrap().unwrap();
         assert_eq!((first.in_flight, first.others), (1, 0));
         let _mine = callers.enter(Some(b"me"));
@@ -397,7 +415,7 @@ mod tests {
         let (_tell, receiver) = watch::channel(Some(told(&["tiny"])));
         let callers: Arc<Callers> = Arc::default();
         let request = WatchRequest { interval_ms: 60_000, caller: "me".into(), deltas: true, turns: true };
-        let mut watch = Box::pin(states(receiver, &callers, &request));
+        let mut watch = Box::pin(states(receiver, &callers, &request).unwrap());
         watch.next().await.unwrap().unwrap();
         let begun = Instant::now();
         let mut calls = Vec::new();
@@ -426,6 +444,8 @@ mod tests {
         let calls: Vec<_> = (0..1000).map(|number| callers.enter(Some(format!("{number}").as_bytes()))).collect();
         assert_eq!((callers.known.load().len(), callers.in_flight()), (MOST_CALLERS, 1000));
         drop(calls);
+        drop(callers.enter(Some(&[b'a'; LONGEST_NAME + 1])));
+        assert!(callers.known.load().iter().all(|caller| caller.name.len() <= LONGEST_NAME));
         assert_eq!(callers.in_flight(), 0);
     }
 }

@@ -4,6 +4,7 @@
 //! A client uploads a blob before it says what for. The bytes are never held in memory, their digest is checked on the way,
 //! and what nobody used is removed after a while. Names come from digests only, never from a path of a client.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -17,6 +18,7 @@ use olol_middleware::pick::Fleet;
 use olol_middleware::{Call, Candidates, Error, Payload, Reply, Route, Server};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
 
 use super::{Config, NATIVE, Scatter, is_head, json_reply};
 use crate::files::make_private;
@@ -33,9 +35,14 @@ pub(super) struct Spool {
     max_bytes: u64,
     ttl: Duration,
     held: Mutex<Held>,
+    used: Mutex<Used>,
     /// What the names of parts begin with that we are writing.
     parts: String,
 }
+
+/// When the files of the spool were used last: by the time of day that stands at each, and by a clock that nobody sets. Another
+/// process with the same folder changes the former.
+type Used = HashMap<String, (SystemTime, Instant)>;
 
 /// What is in the spool, bytes.
 #[derive(Debug, Default)]
@@ -59,41 +66,69 @@ impl Spool {
         let dir =
             if config.dir.as_os_str().is_empty() { std::env::temp_dir().join("olol") } else { config.dir.clone() };
         let parts = format!("partial-{:016x}-", fastrand::u64(..));
-        Self { dir, max_bytes: config.max_bytes, ttl: config.ttl_s.time(), held: Mutex::default(), parts }
+        Self {
+            dir,
+            max_bytes: config.max_bytes,
+            ttl: config.ttl_s.time(),
+            held: Mutex::default(),
+            used: Mutex::default(),
+            parts,
+        }
     }
 
     /// A blob that is there; its time begins anew, since whoever asks for it is about to use it.
     pub(super) fn find(&self, digest: &str) -> Option<Spooled> {
         let hex = hex_of(digest)?;
-        let path = self.dir.join(format!("sha256-{hex}"));
+        let name = format!("sha256-{hex}");
+        let path = self.dir.join(&name);
         // Not where a link leads to: we make none.
         let length = std::fs::symlink_metadata(&path).ok().filter(std::fs::Metadata::is_file)?.len();
-        let _ = std::fs::File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        self.uses(name);
         Some(Spooled { digest: format!("sha256:{hex}"), path, length })
     }
 
     /// Removes what is too old, and returns the bytes that are left, without the parts that we are writing.
+    ///
+    /// The time of day tells how old a file is only when it is seen for the first time: one that is set must end no blob early.
     fn sweep(&self) -> u64 {
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return 0 };
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::take(&mut *used);
         let mut held = 0;
         for entry in entries.flatten() {
             // Nothing but what we have put there.
-            let name = entry.file_name();
-            if name.to_str().is_some_and(|name| name.starts_with(&self.parts)) {
-                continue;
-            }
-            if !name.to_str().is_some_and(|name| name.starts_with("sha256-") || name.starts_with("partial-")) {
+            let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
+            if name.starts_with(&self.parts) || !(name.starts_with("sha256-") || name.starts_with("partial-")) {
                 continue;
             }
             let Ok(meta) = entry.metadata() else { continue };
-            let age = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default();
+            let written = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            let age = match before.get(&name) {
+                Some((same, at)) if *same == written => at.elapsed(),
+                Some(_) => Duration::ZERO,
+                None => SystemTime::now().duration_since(written).unwrap_or_default(),
+            };
             if age > self.ttl {
                 let _ = std::fs::remove_file(entry.path());
-            } else {
-                held += meta.len();
+                continue;
             }
+            held += meta.len();
+            let now = Instant::now();
+            used.insert(name, (written, now.checked_sub(age).unwrap_or(now)));
         }
         held
+    }
+
+    /// A file was used just now.
+    fn uses(&self, name: String) {
+        let path = self.dir.join(&name);
+        let now = SystemTime::now();
+        let marked = std::fs::File::open(&path).and_then(|file| file.set_modified(now));
+        // As the disk keeps it.
+        let written = std::fs::symlink_metadata(&path).and_then(|meta| meta.modified());
+        if let (Ok(()), Ok(written)) = (marked, written) {
+            self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name, (written, Instant::now()));
+        }
     }
 
     /// Writes a body, checking its digest.
@@ -123,8 +158,10 @@ impl Spool {
         if found != hex {
             return Ok(Written::Mismatch(found));
         }
-        tokio::fs::rename(&partial.path, self.dir.join(format!("sha256-{hex}"))).await.map_err(storage)?;
+        let name = format!("sha256-{hex}");
+        tokio::fs::rename(&partial.path, self.dir.join(&name)).await.map_err(storage)?;
         partial.is_kept = true;
+        self.uses(name);
         Ok(Written::New)
     }
 
@@ -316,6 +353,40 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_blob_grows_as_old_as_time_passes_and_not_as_the_time_of_day_is_set() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Config { dir: folder.path().to_owned(), ..Config::default() };
+        let spool = Spool::new(&config);
+        let put = async |text: &'static str| {
+            let hex = format!("{:x}", Sha256::digest(text));
+            let pieces = futures_util::stream::iter([Ok(Bytes::from_static(text.as_bytes()))]);
+            assert!(matches!(spool.write(&hex, Box::pin(pieces)).await, Ok(Written::New)));
+            folder.path().join(format!("sha256-{hex}"))
+        };
+        let (one, other) = (put("one").await, put("other").await);
+        // As they stand there when the time of day was set forwards by a year: what another process writes has the new time.
+        let set = |path: &Path, at| std::fs::File::open(path).unwrap().set_modified(at).unwrap();
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let moved = |path: &Path| {
+            let at = std::fs::metadata(path).unwrap().modified().unwrap() - year;
+            set(path, at);
+            spool.used.lock().unwrap().get_mut(path.file_name().unwrap().to_str().unwrap()).unwrap().0 = at;
+        };
+        moved(&one);
+        moved(&other);
+        assert_eq!((spool.sweep(), one.exists(), other.exists()), (8, true, true));
+        tokio::time::advance(config.ttl_s.time() - Duration::from_secs(1)).await;
+        // Somebody else has used one of them.
+        set(&other, SystemTime::now() - year * 2);
+        assert_eq!(spool.sweep(), 8);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert_eq!((spool.sweep(), one.exists(), other.exists()), (5, false, true));
+        // One of a process before us is as old as its file.
+        drop(spool);
+        assert_eq!((Spool::new(&config).sweep(), other.exists()), (0, false));
+    }
+
     #[tokio::test]
     async fn what_nobody_wants_is_read_unless_it_is_long() {
         for (length, wanted) in [(Some(10), 2), (None, 2), (Some(LEFT + 1), 0)] {
@@ -382,7 +453,8 @@ mod tests {
     #[test]
     fn who_is_asked_for_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let spool = Spool::new(&Config { dir: dir.path().to_owned(), ..Config::default() });
+        let config = Config { dir: dir.path().to_owned(), ..Config::default() };
+        let spool = Spool::new(&config);
         let digest = "ab".repeat(32);
         let path = dir.path().join(format!("sha256-{digest}"));
         std::fs::write(&path, "hello").unwrap();
@@ -391,6 +463,6 @@ mod tests {
         assert_eq!(spool.find(&format!("sha256:{digest}")).map(|blob| blob.length), Some(5));
         assert_eq!(spool.sweep(), 5);
         std::fs::File::open(&path).unwrap().set_modified(long_ago).unwrap();
-        assert_eq!((spool.sweep(), path.exists()), (0, false));
+        assert_eq!((Spool::new(&config).sweep(), path.exists()), (0, false), "whoever begins anew goes by that");
     }
 }

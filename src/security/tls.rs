@@ -235,15 +235,14 @@ fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-/// Those that the system trusts, or that `SSL_CERT_FILE` and `SSL_CERT_DIR` name; and those of a file, if there is one.
-fn system_roots(more: Option<&Path>) -> RootCertStore {
+/// Those that the system trusts, or that `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
+fn system_roots() -> RootCertStore {
     let found = rustls_native_certs::load_native_certs();
     for error in &found.errors {
         tracing::debug!(%error, "some CAs that the system trusts cannot be read");
     }
     let mut all = RootCertStore::empty();
     all.add_parsable_certificates(found.certs);
-    all.add_parsable_certificates(more.and_then(|file| chain(file).ok()).unwrap_or_default());
     if all.is_empty() {
         tracing::warn!("this system names no CA that it trusts: no certificate will be taken; install ca-certificates");
     }
@@ -252,10 +251,19 @@ fn system_roots(more: Option<&Path>) -> RootCertStore {
 
 /// A client that shows no certificate.
 fn anonymous(roots: RootCertStore) -> Result<ClientSide, rustls::Error> {
-    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
-    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+    let mut config = nameless(roots)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(ClientSide { config: Arc::new(config) })
+}
+
+/// The same for who speaks nothing that has a name.
+fn without_protocols(roots: RootCertStore) -> Result<ClientSide, rustls::Error> {
+    Ok(ClientSide { config: Arc::new(nameless(roots)?) })
+}
+
+fn nameless(roots: RootCertStore) -> Result<ClientConfig, rustls::Error> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
 fn verifier(roots: &Arc<RootCertStore>, asked: Clients, ca: &Path) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
@@ -516,6 +524,10 @@ enum To {
     Agent,
     Proxy,
     Ollama,
+    /// The proxy that a command asks.
+    Command,
+    /// What proxies share.
+    Store,
 }
 
 /// Goes to agents, to proxies, or to Ollamas over TLS.
@@ -544,10 +556,45 @@ impl Connector {
         Ok(Some(Self { live: Arc::new(Live::start(&files, move || config.client_side(protocols))?), to }))
     }
 
-    /// Goes to an Ollama whose certificate is of a CA that the system trusts, or of one in this file, if there is such a file.
-    pub fn of_system(more: Option<&Path>) -> Result<Self, TlsError> {
-        let made = anonymous(system_roots(more)).map_err(|error| TlsError::None(error.to_string()))?;
+    /// Goes to an Ollama whose certificate is of a CA that the system trusts.
+    pub fn of_system() -> Result<Self, TlsError> {
+        let made = anonymous(system_roots()).map_err(|error| TlsError::None(error.to_string()))?;
         Ok(Self { live: Arc::new(Live::fixed(made)), to: To::Ollama })
+    }
+
+    /// Goes to a proxy whose certificate is of a CA that the system trusts, or of one in this file, if there is such a file; and
+    /// shows it this certificate with its key.
+    pub fn of_command(more: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Self, TlsError> {
+        let mut trusted = system_roots();
+        if let Some(file) = more {
+            trusted.add_parsable_certificates(chain(file)?);
+        }
+        let none = |error: rustls::Error| TlsError::None(error.to_string());
+        let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+        let builder = builder.map_err(none)?.with_root_certificates(trusted);
+        let mut config = match own {
+            None => builder.with_no_client_auth(),
+            Some((cert, its_key)) => {
+                let pair = |error: rustls::Error| TlsError::Pair { path: cert.to_owned(), what: error.to_string() };
+                builder.with_client_auth_cert(chain(cert)?, key(its_key)?).map_err(pair)?
+            }
+        };
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Self { live: Arc::new(Live::fixed(ClientSide { config: Arc::new(config) })), to: To::Command })
+    }
+
+    /// Goes to a store whose certificate is of a CA in this file, which is followed, or of one that the system trusts.
+    pub(crate) fn to_store(ca: Option<&Path>) -> Result<Self, TlsError> {
+        let Some(ca) = ca.map(Path::to_owned) else {
+            let made = without_protocols(system_roots()).map_err(|error| TlsError::None(error.to_string()))?;
+            return Ok(Self { live: Arc::new(Live::fixed(made)), to: To::Store });
+        };
+        let file = ca.clone();
+        let read = move || {
+            let wrong = |error: rustls::Error| TlsError::File { path: file.clone(), what: error.to_string() };
+            without_protocols(roots(&file)?).map_err(wrong)
+        };
+        Ok(Self { live: Arc::new(Live::start(&[ca], read)?), to: To::Store })
     }
 
     /// Goes to an Ollama whose certificate is of a CA in this file, which is followed.
@@ -599,6 +646,10 @@ impl To {
                 "name its CA in `server-ca` of [tls], or in SSL_CERT_FILE",
                 "whoever runs it must have a new one",
             ),
+            Self::Command => {
+                ("say http://", "name its CA in --tls-ca, or in SSL_CERT_FILE", "`olol certs issue` makes one")
+            }
+            Self::Store => ("say redis://", "name its CA in `ca` of [state]", "whoever runs it must have a new one"),
         };
         Some(match inner(error)? {
             rustls::Error::InvalidMessage(_) => format!("who listens there speaks no TLS; {it_has_none}"),
@@ -613,7 +664,7 @@ impl To {
             }
             rustls::Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
                 match self {
-                    Self::Ollama => "name it as its certificate does".to_owned(),
+                    Self::Ollama | Self::Store => "name it as its certificate does".to_owned(),
                     _ => format!("name it as its certificate does, or issue one with --host {host}"),
                 }
             }
@@ -700,7 +751,7 @@ impl Web {
             return Some(own.clone());
         }
         let system = || {
-            let made = Connector::of_system(None);
+            let made = Connector::of_system();
             made.inspect_err(|error| tracing::error!(%error, "no server at https:// can be reached")).ok()
         };
         self.0.system.get_or_init(system).clone()

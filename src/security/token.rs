@@ -17,7 +17,7 @@ use crate::keys::random;
 
 /// The header, and the metadata of a gRPC call, that shows the token. No client needs it: clients have keys.
 pub const HEADER: &str = "olol-token";
-/// The variable of the environment that may hold the token.
+/// The variable of the environment that may hold the token, or several with spaces or commas between.
 pub const VARIABLE: &str = "OLOL_TOKEN";
 /// Random bytes of a token that we make: 256 bits.
 const BYTES: usize = 32;
@@ -146,11 +146,22 @@ impl fmt::Debug for Token {
     }
 }
 
-/// The token that `OLOL_TOKEN` gives, if it is set.
-pub fn of_environment() -> Result<Option<Token>, TokenError> {
-    let Some(text) = std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) else { return Ok(None) };
+/// The tokens that `OLOL_TOKEN` gives, the one that is shown first; none, if it is not set.
+pub fn of_environment() -> Result<Vec<Token>, TokenError> {
+    let Some(text) = std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) else { return Ok(Vec::new()) };
     let wrong = |what| TokenError::Wrong { place: format!("environment variable {VARIABLE}"), what };
-    text.to_string_lossy().parse().map(Some).map_err(wrong)
+    several(&text.to_string_lossy()).map_err(wrong)
+}
+
+/// The tokens of a text with spaces or commas between them: at least one.
+fn several(text: &str) -> Result<Vec<Token>, String> {
+    let parts = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty());
+    let all = parts.map(str::parse).collect::<Result<Vec<Token>, _>>()?;
+    match all.len() {
+        0 => Err("there is no token in it; `olol token` prints a good one".to_owned()),
+        1..=MOST => Ok(all),
+        count => Err(format!("it has {count} tokens, and may have {MOST}, with spaces or commas between")),
+    }
 }
 
 /// The file of the user's configuration folder.
@@ -251,7 +262,7 @@ mod tests {
     #[test]
     fn a_token_is_in_no_debug_text_and_in_no_error() {
         let token = Token::make().unwrap();
-        let config = super::super::Config { token: Some(token.clone()), ..Default::default() };
+        let config = super::super::Config { given: vec![token.clone()], ..Default::default() };
         let shown = format!("{token:?} {config:?} {:?}", token.header());
         assert!(!shown.contains(token.reveal()), "{shown}");
         let bad = format!("{}!", token.reveal());
@@ -302,6 +313,20 @@ mod tests {
         std::fs::write(&path, format!("{}\nshort\n", made[0].reveal())).unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("has 5") && !error.contains(made[0].reveal()), "{error}");
+    }
+
+    #[test]
+    fn the_environment_may_give_several_as_a_file_does() {
+        let made: Vec<Token> = (0..=MOST).map(|_| Token::make().unwrap()).collect();
+        let words: Vec<&str> = made.iter().map(Token::reveal).collect();
+        for between in [",", " ", "\n", " , ", ",\n"] {
+            assert_eq!(several(&words[..MOST].join(between)).unwrap(), made[..MOST]);
+        }
+        assert_eq!(several(&format!(" {},", words[0])).unwrap(), made[..1]);
+        assert!(several(&words.join(",")).unwrap_err().contains("it has 5 tokens, and may have 4"));
+        let error = several(&format!("{},short", words[0])).unwrap_err();
+        assert!(error.contains("has 5") && !error.contains(words[0]), "{error}");
+        assert!(several(" , ").unwrap_err().contains("no token"));
     }
 
     #[cfg(unix)]

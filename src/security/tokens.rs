@@ -30,11 +30,16 @@ pub struct Tokens {
 impl From<Token> for Tokens {
     /// One that stays as it is.
     fn from(token: Token) -> Self {
-        Self { all: Arc::new(ArcSwap::from_pointee(vec![token])), changes: None, _following: None }
+        Self::fixed(vec![token])
     }
 }
 
 impl Tokens {
+    /// Some that stay as they are; at least one, and the one that is shown first.
+    pub(super) fn fixed(all: Vec<Token>) -> Self {
+        Self { all: Arc::new(ArcSwap::from_pointee(all)), changes: None, _following: None }
+    }
+
     /// Those of a file, which is read again when it changes.
     pub fn follow(path: &Path) -> Result<Self, TokenError> {
         // Watched before it is read: no change is missed.

@@ -8,7 +8,7 @@
 #![expect(clippy::disallowed_types, reason = "the time of day cannot be paused in tests, and nor can this")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use olol_middleware::time::unix_ms_now;
 
@@ -33,6 +33,11 @@ impl Clock {
     pub(super) fn now(&self) -> u64 {
         let since = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.base.load(Ordering::Relaxed).saturating_add(since)
+    }
+
+    /// How long it has gone, which nobody can set.
+    pub(super) fn age(&self) -> Duration {
+        self.begun.elapsed()
     }
 
     /// By how many milliseconds the time of day was set since then; 0: it was not.

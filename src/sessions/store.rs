@@ -104,11 +104,11 @@ impl Store {
     /// Opens a file, or makes it with its folder.
     pub(super) fn open(path: &Path, bounds: Bounds) -> Result<Self, Error> {
         let path = path.to_owned();
-        Self::over(Box::new(move || open_file(&path)), bounds)
+        Self::over(Box::new(move || open_file(&path)), bounds, SWEEP)
     }
 
-    /// A store over whatever is opened so.
-    fn over(open: Open, bounds: Bounds) -> Result<Self, Error> {
+    /// A store over whatever is opened so, which looks so often for sessions whose time is over.
+    fn over(open: Open, bounds: Bounds, every: Duration) -> Result<Self, Error> {
         let clock = Arc::new(Clock::new());
         let file = Arc::new(Opened { database: RwLock::new(Some(open()?)), open });
         let mut book = file.with(Book::read).map_err(|error| broken(&error))?;
@@ -119,7 +119,7 @@ impl Store {
             Writer { file: file.clone(), index: index.clone(), bounds, clock: clock.clone(), changes: Vec::new() };
         let work = move || {
             writer.sweep(&mut book);
-            writer.write(&waiting, &mut book);
+            writer.write(&waiting, &mut book, every);
         };
         let named = std::thread::Builder::new().name("sessions".to_owned());
         let writer = named.spawn(work).map_err(|error| Error::Storage(error.to_string()))?;
@@ -442,12 +442,20 @@ impl Index {
     }
 }
 
+/// The sessions of one key.
+#[derive(Debug, Default)]
+struct Owned {
+    /// In the order in which they leave.
+    order: BTreeSet<(u64, String)>,
+    bytes: u64,
+}
+
 /// What the writer knows of all sessions: what is on the disk, and what the transaction that it is at will make of it.
 #[derive(Debug, Default)]
 struct Book {
     sessions: HashMap<String, Arc<Session>>,
-    /// The same in the order in which they leave.
-    order: BTreeSet<(u64, String)>,
+    /// The same by whose they are.
+    owners: HashMap<String, Owned>,
     bytes: u64,
     ended: HashMap<String, Ended>,
 }
@@ -484,15 +492,33 @@ impl Book {
         let key = session.key();
         self.take(&key);
         self.bytes += session.bytes;
-        self.order.insert((session.last_active, key.clone()));
+        let owned = self.owners.entry(session.owner.clone()).or_default();
+        owned.bytes += session.bytes;
+        owned.order.insert((session.last_active, key.clone()));
         self.sessions.insert(key, session);
     }
 
     fn take(&mut self, key: &str) -> Option<Arc<Session>> {
         let session = self.sessions.remove(key)?;
         self.bytes -= session.bytes;
-        self.order.remove(&(session.last_active, key.to_owned()));
+        if let Some(owned) = self.owners.get_mut(&session.owner) {
+            owned.bytes -= session.bytes;
+            owned.order.remove(&(session.last_active, key.to_owned()));
+            if owned.order.is_empty() {
+                self.owners.remove(&session.owner);
+            }
+        }
         Some(session)
+    }
+
+    /// The session that makes room: of the key that has the most, the one that was idle for longest. So nobody's sessions leave
+    /// since somebody else makes many. `may`: whether one may leave at all.
+    fn leaves(&self, is_by_bytes: bool, may: impl Fn(&str) -> bool) -> Option<String> {
+        let most = |owned: &Owned| if is_by_bytes { owned.bytes } else { owned.order.len() as u64 };
+        let fullness = |owned: &&Owned| (most(owned), std::cmp::Reverse(owned.order.first().cloned()));
+        let fullest = self.owners.values().max_by_key(fullness);
+        let all = fullest.into_iter().chain(self.owners.values());
+        all.flat_map(|owned| owned.order.iter()).map(|(_, key)| key).find(|key| may(key)).cloned()
     }
 }
 
@@ -540,20 +566,24 @@ impl<'t> Tables<'t> {
 }
 
 impl Writer {
-    fn write(&mut self, waiting: &Receiver<Order>, book: &mut Book) {
+    fn write(&mut self, waiting: &Receiver<Order>, book: &mut Book, every: Duration) {
+        let mut swept = self.clock.age();
         loop {
-            let first = match waiting.recv_timeout(SWEEP) {
-                Ok(order) => order,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.follow_clock(book);
-                    self.sweep(book);
-                    continue;
-                }
+            let first = match waiting.recv_timeout((swept + every).saturating_sub(self.clock.age())) {
+                Ok(order) => Some(order),
+                Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             self.follow_clock(book);
-            let orders: Vec<Order> = std::iter::once(first).chain(waiting.try_iter().take(TOGETHER - 1)).collect();
-            self.carry_out(orders, book);
+            if let Some(first) = first {
+                let orders: Vec<Order> = std::iter::once(first).chain(waiting.try_iter().take(TOGETHER - 1)).collect();
+                self.carry_out(orders, book);
+            }
+            // Also where orders never end.
+            if self.clock.age() >= swept + every {
+                self.sweep(book);
+                swept = self.clock.age();
+            }
         }
     }
 
@@ -792,8 +822,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Removes the sessions that were idle for longest while there are too many: none that is in the midst of a turn, and
-    /// none of those that were just written.
+    /// Removes the sessions that were idle for longest while there are too many, of those who have the most: none that is in
+    /// the midst of a turn, and none of those that were just written.
     fn evict(&mut self, kept: &[String], tables: &mut Tables<'_>, book: &mut Book) -> Result<(), Broken> {
         loop {
             let why = match () {
@@ -801,9 +831,8 @@ impl Writer {
                 () if book.bytes > self.bounds.bytes => "bytes",
                 () => return Ok(()),
             };
-            let mut oldest = book.order.iter().map(|(_, key)| key);
-            let oldest = oldest.find(|key| !self.index.is_busy(key) && !kept.contains(*key)).cloned();
-            let Some(key) = oldest else { return Ok(()) };
+            let may = |key: &str| !self.index.is_busy(key) && !kept.iter().any(|kept| kept == key);
+            let Some(key) = book.leaves(why == "bytes", may) else { return Ok(()) };
             self.remove(&key, tables, book)?;
             instruments::session_evicted(why);
         }

@@ -9,6 +9,7 @@ use olol_middleware::rate_limit::Ledger;
 use redis::aio::PubSub;
 use tokio::time::MissedTickBehavior;
 
+use super::link::Heard;
 use super::{CONNECT, State, running, turns};
 
 /// Time until a channel that broke is opened again, and between two looks for proxies that are silent.
@@ -21,7 +22,8 @@ pub(super) async fn hear(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut up = state.changes();
     while up.wait_for(|is_up| *is_up).await.is_ok() {
-        if let Some(mut channel) = open(&state).await {
+        let heard = Arc::<Heard>::default();
+        if let Some(mut channel) = open(&state, heard.clone()).await {
             let (turns, running) = (state.key(turns::CHANNEL), state.key(running::CHANNEL));
             let mut messages = channel.on_message();
             loop {
@@ -36,6 +38,7 @@ pub(super) async fn hear(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger
                     }
                 };
                 let Some(message) = message else { break };
+                heard.one();
                 let (name, text) = (message.get_channel_name(), message.get_payload_bytes());
                 if name == turns {
                     turns::take(text, &cluster, &me);
@@ -51,9 +54,10 @@ pub(super) async fn hear(state: State, cluster: Arc<Cluster>, ledger: Arc<Ledger
     }
 }
 
-async fn open(state: &State) -> Option<PubSub> {
+async fn open(state: &State, heard: Arc<Heard>) -> Option<PubSub> {
     let opening = async {
-        let mut channel = state.0.client.get_async_pubsub().await?;
+        let link = state.0.way.open(Some(heard)).await?;
+        let mut channel = PubSub::new(state.0.way.settings(), link).await?;
         channel.subscribe(state.key(turns::CHANNEL)).await?;
         channel.subscribe(state.key(running::CHANNEL)).await?;
         Ok::<_, redis::RedisError>(channel)

@@ -56,7 +56,7 @@ impl Olol {
         let home = tempfile::tempdir().unwrap();
         let keys = Set::Keys(home.path().join("keys.toml"));
         let sessions = Set::Sessions(home.path().join("state"));
-        let token = Set::Token(token());
+        let token = Set::Tokens(vec![token()]);
         let alone = Set::Discovery(false);
         let here =
             [Set::Host("127.0.0.1".to_owned()), Set::Port(0), Set::Servers(servers), keys, sessions, token, alone];
@@ -81,7 +81,7 @@ impl Olol {
             config.sessions.dir = home.path().join("state");
         }
         if config.security.token_file.as_os_str().is_empty() {
-            config.security.token = Some(token());
+            config.security.given = vec![token()];
         }
         if config.auth.file.as_os_str().is_empty() {
             config.auth.file = home.path().join("keys.toml");

@@ -163,6 +163,8 @@ pub enum Mood {
     Silent,
     /// Says this to whatever comes.
     Babbles(&'static [u8]),
+    /// Says this once to whatever comes first, and then that for ever, as fast as it is read.
+    Floods(&'static [u8], &'static [u8]),
     /// Takes connections and closes them.
     HangsUp,
 }
@@ -220,6 +222,7 @@ async fn talk(client: TcpStream, store: SocketAddr, mut moods: watch::Receiver<M
                 let done = match mood {
                     Mood::Passes | Mood::Late(_) => asks.write_all(&asked[..length]).await,
                     Mood::Babbles(what) => to.write_all(what).await,
+                    Mood::Floods(begins, goes_on) => flood(&mut to, begins, goes_on).await,
                     Mood::Silent | Mood::HangsUp => Ok(()),
                 };
                 if done.is_err() {
@@ -236,6 +239,14 @@ async fn talk(client: TcpStream, store: SocketAddr, mut moods: watch::Receiver<M
                 }
             }
         }
+    }
+}
+
+async fn flood(to: &mut (impl AsyncWriteExt + Unpin), begins: &[u8], goes_on: &[u8]) -> std::io::Result<()> {
+    to.write_all(begins).await?;
+    let much = goes_on.repeat((64 << 10) / goes_on.len());
+    loop {
+        to.write_all(&much).await?;
     }
 }
 

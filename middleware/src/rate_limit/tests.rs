@@ -245,6 +245,18 @@ async fn what_runs_no_model_is_only_a_request() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_look_at_the_status_counts_nothing_and_is_never_refused() {
+    let limited = Limited::new("[client]\nrequests-per-minute = 1", hi);
+    let look = || From::address("10.0.0.1").on(Route::Status).call();
+    for _ in 0..20 {
+        assert!(limited.passes(look()).await);
+    }
+    assert_eq!(limited.accounts(), 0);
+    assert!(limited.passes(From::address("10.0.0.1").call()).await);
+    assert!(!limited.passes(From::address("10.0.0.1").call()).await && limited.passes(look()).await);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_unload_counts_nothing() {
     let limited = Limited::new("[client]\nrequests-per-minute = 1\nconcurrent = 1", hi);
     for _ in 0..10 {

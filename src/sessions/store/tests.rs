@@ -274,6 +274,91 @@ async fn turns_of_many_at_once_are_all_stored() {
     }
 }
 
+#[tokio::test]
+async fn many_at_once_leave_no_more_than_there_may_be_and_those_who_came_last() {
+    const MOST: u64 = 50;
+    let folder = tempfile::tempdir().unwrap();
+    let store = Arc::new(open(&folder, Bounds { sessions: MOST, bytes: 40_000, messages: 100 }));
+    for wave in 0..4 {
+        let making = (0..300).map(|at: u32| {
+            let store = store.clone();
+            async move {
+                let id = format!("{wave}-{at:03}");
+                store.create(session(&id), vec![said("user", &"x".repeat(200))]).await.unwrap();
+                store.append(turn(&id, &"y".repeat(300), "s")).await.unwrap();
+            }
+        });
+        futures_util::future::join_all(making).await;
+        // In one transaction there may be some more: the next one makes room.
+        store.end("nobody".to_owned(), false).await.unwrap();
+        let (sessions, bytes) = store.counts();
+        assert!(sessions <= MOST && bytes <= 40_000 && sessions > 20, "{sessions} sessions, {bytes} bytes");
+        assert!(ids(&store).iter().all(|id| id.starts_with(&format!("{wave}-"))), "{:?}", ids(&store));
+    }
+    let before: Vec<_> = ids(&store);
+    drop(store);
+    assert_eq!(ids(&open(&folder, MANY)), before, "on the disk it is the same");
+}
+
+#[tokio::test]
+async fn whoever_makes_many_has_only_his_own_leave() {
+    for (bounds, text) in [(Bounds { sessions: 20, ..MANY }, 1), (Bounds { bytes: 20_000, ..MANY }, 900)] {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&folder, bounds);
+        let of = |owner: &str, id: String| Session { owner: owner.to_owned(), ..session(&id) };
+        let (mut ada_s, mut ages) = (Vec::new(), 100_000..);
+        for at in 0..5 {
+            let last_active = unix_ms_now() - ages.next().unwrap();
+            let made =
+                store.create(Session { last_active, ..of("ada", at.to_string()) }, vec![said("user", "hi")]).await;
+            ada_s.push(made.unwrap().0.key());
+        }
+        for at in 0..200 {
+            let made = store.create(of("eve", at.to_string()), vec![said("user", &"x".repeat(text))]).await.unwrap();
+            assert!(made.1);
+        }
+        store.end("nobody".to_owned(), false).await.unwrap();
+        assert!(ada_s.iter().all(|key| store.find(key).is_some()), "those of ada are the oldest of all, and stay");
+        let (sessions, bytes) = store.counts();
+        assert!(sessions <= bounds.sessions && bytes <= bounds.bytes, "{sessions}, {bytes}");
+        assert!(sessions > 10 && store.list(|_| true, "", 100).sessions.len() as u64 == sessions);
+    }
+}
+
+#[tokio::test]
+async fn time_passes_though_orders_never_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sessions.redb");
+    let opening = move || open_file(&path);
+    let store = Arc::new(Store::over(Box::new(opening), MANY, Duration::from_millis(20)).unwrap());
+    store.create(Session { timeout: 0.2, ..session("brief") }, vec![said("user", "hi")]).await.unwrap();
+    let used = store.create(Session { timeout: 0.2, ..session("used") }, Vec::new()).await.unwrap().0.key();
+    let mut loading = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let store = store.clone();
+        // Orders without a pause: the writer never waits for one.
+        loading.spawn(async move {
+            while store.append(turn("used", "more", "s")).await.is_ok_and(|turn| turn.is_some()) {}
+        });
+    }
+    let leaving = async {
+        while store.find("brief").is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), leaving).await.unwrap();
+    assert!(store.find(&used).is_some() && texts(&store, "brief").await.is_empty());
+    loading.abort_all();
+    while loading.join_next().await.is_some() {}
+    let leaving = async {
+        while store.find(&used).is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), leaving).await.unwrap();
+    assert_eq!(store.counts(), (0, 0));
+}
+
 /// A disk that may fail.
 #[derive(Clone, Debug, Default)]
 struct Disk {
@@ -327,7 +412,7 @@ impl redb::StorageBackend for Disk {
 #[tokio::test]
 async fn a_disk_that_fails_loses_what_was_not_told_and_nothing_else() {
     let disk = Disk::default();
-    let store = Store::over(disk.open(), MANY).unwrap();
+    let store = Store::over(disk.open(), MANY, SWEEP).unwrap();
     store.create(session("a"), Vec::new()).await.unwrap();
     store.append(turn("a", "one", "s")).await.unwrap();
     disk.is_full(true);
