@@ -11,7 +11,6 @@
 mod config;
 mod cost;
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -173,20 +172,16 @@ impl Picked {
 struct Choice<'a> {
     server: &'a Arc<Server>,
     runner: Option<&'a Arc<Runner>>,
-    weight: NonZeroU32,
     cost: Cost,
+    /// Calls per unit of weight, this one included, from whomever they are.
+    load: f64,
     is_loaded: bool,
     has_room: bool,
 }
 
 impl Choice<'_> {
     fn is_less_loaded(&self, other: &Self) -> bool {
-        self.load() < other.load()
-    }
-
-    /// Calls per unit of weight, this one included, from whomever they are.
-    fn load(&self) -> f64 {
-        f64::from(self.server.load.total().saturating_add(1)) / f64::from(self.weight.get())
+        self.load < other.load
     }
 
     fn has_fewer_calls(&self, other: &Self) -> bool {
@@ -290,7 +285,8 @@ impl Picking {
                 }
                 None => Cost::default(),
             };
-            Choice { server, runner, weight, cost, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
+            let load = (server.load.lately() + 1.0) / f64::from(weight.get());
+            Choice { server, runner, cost, load, is_loaded, has_room: runner.is_none_or(|runner| runner.has_room()) }
         };
         call.candidates.iter().map(choice).collect()
     }
@@ -407,9 +403,9 @@ fn preferred(choices: &Choices<'_>, call: &Call) -> Option<usize> {
     let cost = |at: usize| choices[at].cost.total();
     let first = *places.first()?;
     let cheapest = cheapest(choices);
-    let least = choices.iter().map(Choice::load).reduce(f64::min).unwrap_or(f64::INFINITY);
+    let least = choices.iter().map(|choice| choice.load).reduce(f64::min).unwrap_or(f64::INFINITY);
     // Where a conversation begins is worth less than a shorter wait, and less than an even spread of the work to come.
-    let is_worth_it = |choice: &Choice<'_>| choice.cost.is_near(&cheapest) && choice.load() <= least * BUSIER;
+    let is_worth_it = |choice: &Choice<'_>| choice.cost.is_near(&cheapest) && choice.load <= least * BUSIER;
     let will_do = |at: &usize| choices[*at].has_room && (!preferred.yields || is_worth_it(&choices[*at]));
     let found = places.iter().copied().find(will_do);
     if preferred.yields {
@@ -595,6 +591,7 @@ mod tests {
     use crate::testing;
     use crate::tiers::Tiers;
     use std::collections::HashMap;
+    use std::num::NonZeroU32;
 
     fn pick(cluster: &Arc<crate::Cluster>, model: &str) -> Picked {
         Picking::default().pick(&mut testing::call_in(cluster, model)).unwrap()

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -17,11 +17,39 @@ use tokio::time::Instant;
 
 use crate::runner::Runner;
 
+/// How long it may take until one hears of a call that others have sent.
+const UNHEARD: Duration = Duration::from_millis(20);
+/// What a call counts for that has ended within that time: perhaps its conversation goes on by way of others.
+const GOES_ON: f64 = 0.5;
+/// How long after their last call others are reckoned with.
+const REMEMBERED: Duration = Duration::from_secs(10);
+/// Calls that have ended just now which are counted, at most.
+const ENDS: usize = 8;
+
 /// What one server is doing, for us and for others. Lives beside the snapshots of the cluster, not in them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Load {
     in_flight: AtomicU32,
     others: AtomicU32,
+    born: Instant,
+    /// When others had calls there, in milliseconds since its birth; 0: never.
+    others_at: AtomicU64,
+    /// When the last calls ended, in the same way.
+    ends: [AtomicU64; ENDS],
+    next_end: AtomicUsize,
+}
+
+impl Default for Load {
+    fn default() -> Self {
+        Self {
+            in_flight: AtomicU32::new(0),
+            others: AtomicU32::new(0),
+            born: Instant::now(),
+            others_at: AtomicU64::new(0),
+            ends: [const { AtomicU64::new(0) }; ENDS],
+            next_end: AtomicUsize::new(0),
+        }
+    }
 }
 
 impl Load {
@@ -37,6 +65,9 @@ impl Load {
 
     /// Somebody told how many calls of others there are: its agent, or those others.
     pub fn tell_others(&self, calls: u32) {
+        if calls > 0 {
+            self.others_at.store(self.now(), Ordering::Relaxed);
+        }
         self.others.store(calls, Ordering::Relaxed);
     }
 
@@ -45,11 +76,48 @@ impl Load {
         self.in_flight().saturating_add(self.others())
     }
 
+    /// All calls that it is answering and, where others send some too, a part of those of ours that have ended a moment ago.
+    /// A conversation that goes on by way of another proxy seems to have gone until the server's agent tells of that, and who
+    /// looks for the least busy server finds just the one that is taken for less busy than it is.
+    pub fn lately(&self) -> f64 {
+        let total = f64::from(self.total());
+        if !self.is_shared() {
+            return total;
+        }
+        let now = self.now();
+        let has_just_ended = |at: &&AtomicU64| is_within(at.load(Ordering::Relaxed), UNHEARD, now);
+        total + self.ends.iter().filter(has_just_ended).map(|_| GOES_ON).sum::<f64>()
+    }
+
+    /// Whether others send calls there.
+    fn is_shared(&self) -> bool {
+        let last = self.others_at.load(Ordering::Relaxed);
+        self.others() > 0 || last > 0 && is_within(last, REMEMBERED, self.now())
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
+    /// A call has ended.
+    fn end(&self) {
+        if self.is_shared() {
+            let at = self.next_end.fetch_add(1, Ordering::Relaxed) % ENDS;
+            self.ends[at].store(self.now(), Ordering::Relaxed);
+        }
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// Takes a place that has no slot: for calls that are not about a model.
     pub fn lease(self: &Arc<Self>) -> Lease {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         Lease { load: self.clone(), runner: None }
     }
+}
+
+/// Whether something was, and no longer ago than that.
+fn is_within(at: u64, time: Duration, now: u64) -> bool {
+    at > 0 && u128::from(now.saturating_sub(at)) < time.as_millis()
 }
 
 /// A place at a server: a slot of one of its runners, if the call is one for a model.
@@ -84,7 +152,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.load.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.load.end();
         if let Some(runner) = &self.runner {
             runner.leave();
         }

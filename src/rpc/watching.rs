@@ -17,8 +17,11 @@ use tonic::Status;
 
 use super::turns::{Followed, Turns};
 
-/// Time between two looks at what others have this server do, while it does anything.
-const LOAD_EVERY: Duration = Duration::from_millis(25);
+/// The shortest time between two words on what others have this server do: where a conversation begins depends on it, and
+/// what is not known yet is not counted.
+const LOAD_EVERY: Duration = Duration::from_millis(5);
+/// The shortest time between two whole states that are told for that.
+const WHOLE_EVERY: Duration = Duration::from_millis(25);
 /// Callers that are told apart; the calls of any more count as those of others, for everybody.
 const MOST_CALLERS: usize = 256;
 /// The longest name of a caller, bytes; one with a longer one has none.
@@ -53,8 +56,8 @@ impl Told {
 pub struct Callers {
     known: ArcSwap<Vec<Arc<Caller>>>,
     in_flight: AtomicU32,
-    /// The first call after a rest has come.
-    begins: Notify,
+    /// A call has come or gone.
+    moves: Notify,
     watchers: watch::Sender<usize>,
     turns: Turns,
 }
@@ -77,7 +80,7 @@ impl Default for Callers {
         Self {
             known: ArcSwap::default(),
             in_flight: AtomicU32::new(0),
-            begins: Notify::new(),
+            moves: Notify::new(),
             watchers: watch::Sender::new(0),
             turns: Turns::default(),
         }
@@ -91,9 +94,8 @@ impl Callers {
         if let Some(caller) = &caller {
             caller.in_flight.fetch_add(1, Ordering::SeqCst);
         }
-        if self.in_flight.fetch_add(1, Ordering::SeqCst) == 0 {
-            self.begins.notify_waiters();
-        }
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.moves.notify_waiters();
         Calling { all: self.clone(), caller }
     }
 
@@ -160,10 +162,11 @@ pub struct Calling {
 
 impl Drop for Calling {
     fn drop(&mut self) {
-        self.all.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.all.in_flight.fetch_sub(1, Ordering::SeqCst);
         if let Some(caller) = &self.caller {
-            caller.in_flight.fetch_sub(1, Ordering::Relaxed);
+            caller.in_flight.fetch_sub(1, Ordering::SeqCst);
         }
+        self.all.moves.notify_waiters();
     }
 }
 
@@ -177,7 +180,7 @@ struct Watching {
 impl Watching {
     /// Calls on their way that are not its own.
     fn others(&self) -> u32 {
-        let own = self.caller.as_ref().map_or(0, |caller| caller.in_flight.load(Ordering::Relaxed));
+        let own = self.caller.as_ref().map_or(0, |caller| caller.in_flight.load(Ordering::SeqCst));
         self.all.in_flight().saturating_sub(own)
     }
 }
@@ -197,8 +200,12 @@ struct Watcher {
     watching: Watching,
     interval: Duration,
     deltas: bool,
-    /// What it was told last, and when.
+    /// The last state that it was told whole, and when.
     last: Option<(Arc<Told>, Instant)>,
+    /// When it was told anything.
+    told: Instant,
+    /// Whether that was no whole state.
+    is_brief: bool,
     /// The models from here on it is still to be told.
     rest: Option<usize>,
     others: u32,
@@ -223,7 +230,9 @@ pub(super) fn states(
     })?;
     let turns = (request.deltas && request.turns).then(|| callers.turns.follow(request.caller.as_bytes()));
     let deltas = request.deltas;
-    let watcher = Watcher { states, watching, interval, deltas, last: None, rest: None, others: 0, turns };
+    let told = Instant::now();
+    let (last, rest, is_brief, others) = (None, None, false, 0);
+    let watcher = Watcher { states, watching, interval, deltas, last, told, is_brief, rest, others, turns };
     Ok(futures_util::stream::unfold(watcher, |mut watcher| async move {
         let state = watcher.next().await?;
         Some((Ok(state), watcher))
@@ -237,12 +246,11 @@ impl Watcher {
         }
         loop {
             let all = self.watching.all.clone();
-            let begins = all.begins.notified();
-            tokio::pin!(begins);
-            begins.as_mut().enable();
-            let rests = self.others == 0 && all.in_flight() == 0;
-            let left = self.last.as_ref().map_or(LOAD_EVERY, |(_, at)| self.interval.saturating_sub(at.elapsed()));
-            let pause = if rests { left } else { left.min(LOAD_EVERY) };
+            let moved = all.moves.notified();
+            tokio::pin!(moved);
+            moved.as_mut().enable();
+            let is_moved = self.watching.others() != self.others;
+            let next = self.next_at(is_moved);
             let turns = async {
                 match &mut self.turns {
                     // The first message is the whole state.
@@ -255,25 +263,38 @@ impl Watcher {
                     changed.ok()?;
                     true
                 }
-                () = tokio::time::sleep(pause) => false,
-                () = begins => false,
+                () = tokio::time::sleep_until(next) => false,
                 () = turns => false,
+                // When it is told of that is known now.
+                () = moved, if !is_moved => continue,
             };
-            let others = self.watching.others();
-            let is_due = self.last.as_ref().is_none_or(|(_, at)| at.elapsed() >= self.interval);
-            let is_whole = is_news || is_due || others != self.others;
+            let is_moved = is_moved && self.watching.others() != self.others;
+            let is_whole = is_news || self.whole_at(is_moved) <= Instant::now();
             let Some(told) = self.states.borrow_and_update().clone() else { continue };
             let (turns, forgets_turns) = match &mut self.turns {
                 Some(turns) => turns.take(&all.turns),
                 None => (Vec::new(), false),
             };
-            if !is_whole && turns.is_empty() && !forgets_turns {
+            if !is_whole && !is_moved && turns.is_empty() && !forgets_turns {
                 continue;
             }
-            self.others = others;
+            self.others = self.watching.others();
+            (self.told, self.is_brief) = (Instant::now(), !is_whole);
             let state = if is_whole { self.tell(told) } else { self.load(&told) };
             return Some(ServerState { turns, forgets_turns, only_turns: !is_whole, ..state });
         }
+    }
+
+    /// When it is told of something at the latest, if nothing more happens.
+    fn next_at(&self, is_moved: bool) -> Instant {
+        let whole = self.whole_at(is_moved);
+        if is_moved && self.turns.is_some() { whole.min(self.told + LOAD_EVERY) } else { whole }
+    }
+
+    /// When it is told a whole state at the latest.
+    fn whole_at(&self, is_moved: bool) -> Instant {
+        let last = self.last.as_ref().map_or_else(Instant::now, |(_, at)| *at);
+        last + if is_moved || self.is_brief { self.interval.min(WHOLE_EVERY) } else { self.interval }
     }
 
     /// What it is doing now, and nothing else.
@@ -384,9 +405,33 @@ mod tests {
         let begun = Instant::now();
         let next = watch.next().await.unwrap().unwrap();
         assert_eq!((next.in_flight, next.others), (4, 2));
-        assert!(begun.elapsed() <= LOAD_EVERY);
+        assert!(begun.elapsed() <= WHOLE_EVERY);
         drop((before, theirs, nobodys));
         assert_eq!(watch.next().await.unwrap().unwrap().others, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_told_of_turns_is_told_of_every_call_of_others_within_a_moment() {
+        let (_tell, receiver) = watch::channel(Some(told(&["tiny"])));
+        let callers: Arc<Callers> = Arc::default();
+        let request = WatchRequest { interval_ms: 60_000, caller: "me".into(), deltas: true, turns: true };
+        let mut watch = Box::pin(states(receiver, &callers, &request).unwrap());
+        watch.next().await.unwrap().unwrap();
+        let begun = Instant::now();
+        let mut calls = Vec::new();
+        for number in 1..=2 {
+            let before = Instant::now();
+            calls.push(callers.enter(Some(b"they")));
+            let state = watch.next().await.unwrap().unwrap();
+            assert_eq!((state.others, state.only_turns), (number, true));
+            assert!(before.elapsed() <= LOAD_EVERY);
+        }
+        drop(calls);
+        assert_eq!(watch.next().await.unwrap().unwrap().others, 0);
+        let whole = watch.next().await.unwrap().unwrap();
+        assert!(!whole.only_turns && whole.same_models && begun.elapsed() <= 2 * WHOLE_EVERY, "and the rest follows");
+        let nothing = tokio::time::timeout(Duration::from_secs(59), watch.next());
+        assert!(nothing.await.is_err(), "nothing happens, and nothing is told");
     }
 
     #[tokio::test]

@@ -121,7 +121,7 @@ impl Balance {
     /// Whether a server should take no further conversation.
     pub(super) fn is_full(&self, server: &Server) -> bool {
         // Sooner than it has to give up others: a conversation that begins elsewhere costs nothing.
-        calls(server) > self.room(server) || self.has_had_more(server, 1.0 + (self.factor - 1.0) / 4.0)
+        lately(server) > self.room(server) || self.has_had_more(server, 1.0 + (self.factor - 1.0) / 4.0)
     }
 
     /// Whether a server should give up those that it has.
@@ -167,6 +167,11 @@ impl Balance {
 /// Calls at a server, this one included.
 fn calls(server: &Server) -> f64 {
     f64::from(server.load.total()) + 1.0
+}
+
+/// The same with those that have only just ended, as far as that matters.
+fn lately(server: &Server) -> f64 {
+    server.load.lately() + 1.0
 }
 
 fn weight(server: &Server) -> f64 {

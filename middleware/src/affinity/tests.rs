@@ -274,6 +274,28 @@ async fn a_turn_that_comes_by_another_proxy_finds_its_server() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_conversation_that_may_go_on_by_way_of_another_proxy_still_has_its_place() {
+    // How many of 40 conversations begin where a call has ended so long before.
+    let begun_there = async |others: u32, after: u64| {
+        let (cluster, layer) = (servers(2).await, layer());
+        let (snapshot, mut count) = (cluster.snapshot(), 0);
+        for number in 0..40 {
+            // What was before is over.
+            tokio::time::advance(Duration::from_secs(60)).await;
+            snapshot.servers.iter().for_each(|server| server.load.tell_others(others));
+            drop(snapshot.servers[0].load.lease());
+            tokio::time::advance(Duration::from_millis(after)).await;
+            let begun = chat(&cluster, &turns(&number.to_string(), 1));
+            count += u32::from(home(&layer, begun).await.0 == "0");
+        }
+        count
+    };
+    assert_eq!(begun_there(2, 10).await, 0, "it is between two turns, perhaps");
+    assert!((5..=35).contains(&begun_there(2, 30).await), "it has ended");
+    assert!((5..=35).contains(&begun_there(0, 10).await), "there is no other proxy");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_another_proxy_has_sent_is_known_when_it_is_told() {
     let cluster = servers(4).await;
     let [one, other] = [7, 7].map(|key| {
