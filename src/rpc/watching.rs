@@ -95,8 +95,16 @@ impl Callers {
             caller.in_flight.fetch_add(1, Ordering::SeqCst);
         }
         self.in_flight.fetch_add(1, Ordering::SeqCst);
-        self.moves.notify_waiters();
+        self.moved(caller.as_ref());
         Calling { all: self.clone(), caller }
+    }
+
+    /// A call of somebody has come or gone. Who sends it knows that.
+    fn moved(&self, caller: Option<&Arc<Caller>>) {
+        let own = caller.map_or(0, |caller| caller.watching.load(Ordering::Relaxed));
+        if *self.watchers.borrow() > own as usize {
+            self.moves.notify_waiters();
+        }
     }
 
     /// Calls that are on their way.
@@ -166,7 +174,7 @@ impl Drop for Calling {
         if let Some(caller) = &self.caller {
             caller.in_flight.fetch_sub(1, Ordering::SeqCst);
         }
-        self.all.moves.notify_waiters();
+        self.all.moved(self.caller.as_ref());
     }
 }
 
