@@ -188,8 +188,10 @@ struct Watching {
 impl Watching {
     /// Calls on their way that are not its own.
     fn others(&self) -> u32 {
-        let own = self.caller.as_ref().map_or(0, |caller| caller.in_flight.load(Ordering::SeqCst));
-        self.all.in_flight().saturating_sub(own)
+        let own = || self.caller.as_ref().map_or(0, |caller| caller.in_flight.load(Ordering::SeqCst));
+        // One of its own that comes or goes just now is nobody else's.
+        let (before, all) = (own(), self.all.in_flight());
+        all.saturating_sub(before.max(own()))
     }
 }
 
