@@ -383,8 +383,10 @@ async fn a_manifest_that_tells_of_more_than_the_disk_has_is_not_begun_with() {
     until("the room is known", || olol.vitals(0).is_some_and(|vitals| vitals.disk_free.is_some())).await;
     let mut taker = harness::grpc::client(agent.address()).await;
     let (layer, small) = (Digest::of(b"weights"), Digest::of(b"{}"));
-    let manifest =
-        format!(r#"{{"config":{{"digest":"{small}","size":2}},"layers":[{{"digest":"{layer}","size":{}}}]}}"#, 1_u64 << 60);
+    let manifest = format!(
+        r#"{{"config":{{"digest":"{small}","size":2}},"layers":[{{"digest":"{layer}","size":{}}}]}}"#,
+        1_u64 << 60
+    );
     let order = CopyOrder {
         model: "tiny:latest".to_owned(),
         digest: Digest::of(manifest.as_bytes()).hex().to_owned(),
@@ -406,7 +408,10 @@ async fn a_manifest_that_tells_of_more_than_the_disk_has_is_not_begun_with() {
             Err(status) => break status,
         }
     };
-    assert!(refused.message().starts_with("not enough space on the disk: by its manifest 1099511627777 MiB"), "{refused}");
+    assert!(
+        refused.message().starts_with("not enough space on the disk: by its manifest 1099511627777 MiB"),
+        "{refused}"
+    );
     assert_eq!((keeper.pulls(), keeper.holds().len(), keeper.blobs().len()), (0, 1, 1));
 }
 
