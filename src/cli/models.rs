@@ -203,21 +203,20 @@ fn entry<'a>(models: &'a Value, name: &str) -> Option<&'a Value> {
 
 /// What a pin lacks, where so many servers are meant, and so many have the model.
 fn lacks(name: &str, replicas: Replicas, meant: usize, holders: usize) -> String {
-    let mut lacks = String::new();
     let are = if meant == 1 { "server is" } else { "servers are" };
-    match replicas {
+    let few = match replicas {
         Replicas::Count(count) if (meant as u64) < u64::from(count) => {
-            lacks = format!("olol: {meant} {are} there that {name} may be on, and {count} are wanted\n");
+            format!("olol: {meant} {are} there that {name} may be on, and {count} are wanted\n")
         }
-        Replicas::All if meant == 0 => {
-            lacks = format!("olol: no server is there that {name} may be on\n");
-        }
-        _ => {}
-    }
-    if holders == 0 && meant > 0 {
-        lacks += &format!("olol: no server has {name} yet: it is asked of its registry\n");
-    }
-    lacks
+        Replicas::All if meant == 0 => format!("olol: no server is there that {name} may be on\n"),
+        _ => String::new(),
+    };
+    let none = if holders == 0 && meant > 0 {
+        format!("olol: no server has {name} yet: it is asked of its registry\n")
+    } else {
+        String::new()
+    };
+    few + &none
 }
 
 /// Deletes models, and goes on where one cannot be deleted.
