@@ -17,6 +17,7 @@ mod status;
 mod token;
 mod up;
 
+use std::fmt;
 use std::io::Write;
 use std::time::Duration;
 
@@ -63,7 +64,7 @@ enum Command {
     /// Have a server of a running proxy finish what it has, and give it nothing new
     Drain(drain::Arguments),
     /// Let a server take calls again
-    Undrain(drain::Arguments),
+    Undrain(drain::At),
     /// Make, list and remove the keys of clients
     Keys(keys::Arguments),
     /// Print the token that the machines of a cluster share
@@ -92,8 +93,8 @@ pub fn run() -> anyhow::Result<()> {
         Command::Explain(arguments) => arguments.run(),
         Command::Status(arguments) => arguments.run(),
         Command::Models(arguments) => arguments.run(),
-        Command::Drain(arguments) => arguments.run(true),
-        Command::Undrain(arguments) => arguments.run(false),
+        Command::Drain(arguments) => arguments.run(),
+        Command::Undrain(arguments) => arguments.run(),
         Command::Keys(arguments) => arguments.run(),
         Command::Token(arguments) => arguments.run(),
         Command::Certs(arguments) => arguments.run(),
@@ -224,11 +225,22 @@ fn announce(agent: &Agent, config: &discovery::Config) -> Option<discovery::Anno
         .ok()
 }
 
-/// An Ollama, or a proxy, at a host and a port; `https://` may stand before the host.
-fn ollama_at(host: &str, port: u16, tls: &TlsFlags) -> anyhow::Result<Ollama> {
-    let is_bare_v6 = host.contains(':') && !host.starts_with('[') && !host.contains("://");
-    let address = if is_bare_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-    reach(&address, Endpoint::parse(&address, port)?, tls)
+/// Whom a command asks.
+#[derive(Clone, Copy, Debug)]
+enum Whom {
+    /// A proxy of ours.
+    Proxy,
+    /// A proxy, or any Ollama.
+    Ollama,
+}
+
+impl fmt::Display for Whom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Proxy => "the proxy",
+            Self::Ollama => "the proxy or the Ollama",
+        })
+    }
 }
 
 /// An Ollama, or a proxy; over TLS as the flags say.
@@ -238,7 +250,7 @@ fn reach(name: &str, endpoint: Endpoint, tls: &TlsFlags) -> anyhow::Result<Ollam
 }
 
 /// Sends a call to it, which may be answered in whichever way.
-async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
+async fn send(ollama: &Ollama, ask: Ask, whom: Whom) -> anyhow::Result<Reply> {
     ollama.send(ask).await.map_err(|error| {
         let reason = match error {
             olol_middleware::Error::Server { source, .. } => tls::told(source.to_string(), source.source()),
@@ -252,9 +264,10 @@ async fn send(ollama: &Ollama, ask: Ask) -> anyhow::Result<Reply> {
         } else {
             ""
         };
-        anyhow::anyhow!(
-            "no Ollama answers at {}: {reason}{hint} (is it running? `olol up` starts one)",
-            ollama.endpoint()
-        )
+        let (nobody, start) = match whom {
+            Whom::Proxy => ("no proxy", "`olol proxy` or `olol up`"),
+            Whom::Ollama => ("no Ollama", "`olol up`"),
+        };
+        anyhow::anyhow!("{nobody} answers at {}: {reason}{hint} (is it running? {start} starts one)", ollama.endpoint())
     })
 }

@@ -40,12 +40,12 @@ const HEADER: &str = "\
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
     /// It cannot be read.
-    #[error("the file of keys {path} cannot be read: {source}", path = path.display())]
+    #[error("the file of keys {path} cannot be read: {why}", path = path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. It stands in the message, and so is no source.
+        why: std::io::Error,
     },
     /// It is not what it should be. The message repeats nothing that could be secret.
     #[error("{path}: {place}{message}", path = path.display(), place = line.map(|line| format!("line {line}: ")).unwrap_or_default())]
@@ -75,7 +75,7 @@ pub fn start(config: &auth::Config, keys: &Arc<Keys>) -> Result<JoinSet<()>, Key
     if let Some(path) = path(config) {
         let changes = watch(&path);
         match read(&path) {
-            Err(KeysError::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Err(KeysError::File { why, .. }) if why.kind() == std::io::ErrorKind::NotFound => {
                 tracing::debug!(file = %path.display(), "there are no keys yet");
             }
             read => take(keys, read?, &path),
@@ -124,7 +124,7 @@ async fn follow(mut changes: Receiver<()>, path: PathBuf, keys: Arc<Keys>) {
 
 /// Reads a file.
 pub fn read(path: &Path) -> Result<Vec<(Digest, Key)>, KeysError> {
-    let text = std::fs::read_to_string(path).map_err(|source| KeysError::File { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|why| KeysError::File { path: path.to_owned(), why })?;
     parse(&text, path)
 }
 
@@ -233,7 +233,7 @@ impl<'de> Deserialize<'de> for Expires {
 }
 
 /// A date, or a date and a time; without a zone it is that of Greenwich.
-fn time_of(told: &Datetime) -> Result<SystemTime, String> {
+pub(crate) fn time_of(told: &Datetime) -> Result<SystemTime, String> {
     let midnight = toml::value::Time { hour: 0, minute: 0, second: Some(0), nanosecond: None };
     let (date, time) = (told.date.ok_or("a time without a date says nothing")?, told.time.unwrap_or(midnight));
     let offset = told.offset.map_or_else(|| "Z".to_owned(), |offset| offset.to_string());
@@ -486,7 +486,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut DocumentMut, &[Key]) -> anyhow::Re
     let _one_at_a_time = lock(folder)?;
     let text = match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => HEADER.to_owned(),
-        read => read.map_err(|source| KeysError::File { path: path.clone(), source })?,
+        read => read.map_err(|why| KeysError::File { path: path.clone(), why })?,
     };
     let known: Vec<Key> = parse(&text, path)?.into_iter().map(|(_, key)| key).collect();
     let mut document: DocumentMut = text.parse().context("the file of keys cannot be changed")?;

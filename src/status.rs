@@ -88,8 +88,8 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             },
             "servers": {
                 "total": servers.len(),
-                // Those that are degraded or being drained answer, too.
-                "up": servers.iter().filter(|server| servers::is_online(server)).count(),
+                // Those that are degraded answer, too; those that are being drained finish what they have.
+                "up": servers.iter().filter(|server| is_up(server)).count(),
                 "degraded": in_condition(Condition::Degraded),
                 "draining": in_condition(Condition::Draining),
                 "down": in_condition(Condition::Down),
@@ -173,6 +173,11 @@ fn config(running: &Config, about: &About) -> Value {
     })
 }
 
+/// Whether a server is up: it answers, and is not being drained. `olol_server_up` says the same.
+fn is_up(server: &olol_middleware::Server) -> bool {
+    servers::is_online(server) && !server.draining
+}
+
 /// Whether calls are sent to a server.
 fn takes_calls(server: &olol_middleware::Server) -> bool {
     servers::is_online(server) && server.is_usable()
@@ -182,8 +187,9 @@ fn takes_calls(server: &olol_middleware::Server) -> bool {
 pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
     let count =
         |is: &dyn Fn(&olol_middleware::Server) -> bool| snapshot.servers.iter().filter(|server| is(server)).count();
-    let up = count(&servers::is_online);
-    let mut told = format!("{up} of {} servers up\n", snapshot.servers.len());
+    let (up, all) = (count(&is_up), snapshot.servers.len());
+    let servers = if all == 1 { "server" } else { "servers" };
+    let mut told = format!("{up} of {all} {servers} up\n");
     if count(&takes_calls) > 0 {
         return (true, told);
     }
@@ -191,10 +197,7 @@ pub fn readiness(snapshot: &Snapshot) -> (bool, String) {
         (count(&|server| server.state == State::Unknown), "not asked yet"),
         (count(&|server| server.state != State::Unknown && !servers::is_online(server)), "down"),
         (count(&|server| servers::is_online(server) && server.draining), "being drained"),
-        (
-            count(&|server| servers::is_online(server) && !server.draining && !server.is_usable()),
-            "left alone for a while after failed calls",
-        ),
+        (count(&|server| is_up(server) && !server.is_usable()), "left alone for a while after failed calls"),
     ];
     let why: Vec<String> =
         why.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();

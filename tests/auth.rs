@@ -452,10 +452,11 @@ async fn what_is_wrong_with_keys_is_said_with_its_place() {
         (&["keys", "add", "ada", "--expires", "soon"], 2, "--expires"),
         (&["keys", "add", " ada"], 2, "the name of a key must be"),
         (&["keys", "add", "ada", "--rpm", "0"], 2, "--rpm"),
+        (&["keys", "add", "ada", "--expires", "12:00:00"], 2, "without a date"),
         (
-            &["keys", "add", "ada", "--expires", "12:00:00", "--file", "/tmp/olol-no-such-file.toml"],
-            1,
-            "without a date",
+            &["keys", "add", "ada", "--expires", "2020-01-31", "--file", "/tmp/olol-no-such-file.toml"],
+            2,
+            "nobody could use the key",
         ),
     ] {
         let (_, error) = run(arguments, code).await;

@@ -333,7 +333,7 @@ async fn the_command_shows_and_changes_what_is_where() {
     let (is_good, _, error) = run(&["pull", "new", "--to", "9"]).await;
     assert!(!is_good && error.contains("there is no server '9'"), "{error}");
     let pinned = good(&["pin", "new", "--replicas", "all", "--keep-loaded"]).await;
-    assert!(pinned.starts_with("new:latest is kept on all servers, and in memory there"), "{pinned}");
+    assert!(pinned.starts_with("new:latest will be kept on all servers, and in memory there"), "{pinned}");
     until("it is there", || cluster.server(0).still_has("new")).await;
     let page: Value = serde_json::from_str(&good(&["--json"]).await).unwrap();
     let models = page["models"].as_array().unwrap();
@@ -342,6 +342,16 @@ async fn the_command_shows_and_changes_what_is_where() {
     assert_eq!(good(&["unpin", "new"]).await, "new:latest is not pinned any more; what is there stays\n");
     assert_eq!(good(&["rm", "new", "mine"]).await, "new is deleted\nmine is deleted\n");
     assert!(!cluster.server(0).still_has("new"));
+    let (is_good, out, error) = run(&["rm", "one", "tiny", "two"]).await;
+    assert!(!is_good && out == "tiny is deleted\n" && !cluster.server(0).still_has("tiny"), "{out}");
+    assert!(error.contains("2 of 3 models are not deleted: one, two") && error.contains("olol: one: "), "{error}");
+    let (is_good, _, error) = run(&["pin", "nobodys", "--replicas", "3", "--to", "none*"]).await;
+    assert!(
+        is_good && error.contains("0 servers are there that nobodys:latest may be on, and 3 are wanted"),
+        "{error}"
+    );
+    assert_eq!(good(&["rm", "nobodys"]).await, "nobodys was on no server, and is not wanted any more\n");
+    assert!(!run(&["unpin", "nobodys"]).await.0);
     for (arguments, says) in [
         (&["rm", "new"][..], "not found"),
         (&["unpin", "new"], "is not pinned: nobody wants it"),

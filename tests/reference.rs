@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Mutex;
 
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use olol_middleware::instruments;
 
 fn read(path: &Path) -> String {
@@ -69,6 +71,55 @@ fn all_metrics_are_told_of() {
     let told =
         section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`')).map(|(name, _)| name.to_owned());
     same(&told.collect(), &instruments::NAMES.iter().map(|name| (*name).to_owned()).collect(), "metrics");
+}
+
+/// Keeps what metrics are said to mean.
+#[derive(Default)]
+struct Meanings(Mutex<BTreeMap<String, String>>);
+
+impl Meanings {
+    fn keep(&self, name: &KeyName, meaning: &SharedString) {
+        self.0.lock().unwrap().insert(name.as_str().to_owned(), meaning.to_string());
+    }
+}
+
+impl Recorder for Meanings {
+    fn describe_counter(&self, name: KeyName, _: Option<Unit>, meaning: SharedString) {
+        self.keep(&name, &meaning);
+    }
+
+    fn describe_gauge(&self, name: KeyName, _: Option<Unit>, meaning: SharedString) {
+        self.keep(&name, &meaning);
+    }
+
+    fn describe_histogram(&self, name: KeyName, _: Option<Unit>, meaning: SharedString) {
+        self.keep(&name, &meaning);
+    }
+
+    fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
+        Counter::noop()
+    }
+
+    fn register_gauge(&self, _: &Key, _: &Metadata<'_>) -> Gauge {
+        Gauge::noop()
+    }
+
+    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+        Histogram::noop()
+    }
+}
+
+#[test]
+fn metrics_are_told_of_in_their_own_words() {
+    let meanings = Meanings::default();
+    metrics::with_local_recorder(&meanings, instruments::describe);
+    let meanings = meanings.0.into_inner().unwrap();
+    assert!(meanings.contains_key("olol_model_arrivals_total"));
+    let reference = reference();
+    for (name, meaning) in meanings {
+        let row = format!("| `{name}` | {meaning} |");
+        assert!(reference.contains(&row), "docs/reference.md does not say so:\n{row}");
+    }
 }
 
 #[test]

@@ -214,6 +214,15 @@ async fn a_token_is_taken_from_a_flag_then_the_environment_then_the_folder() {
     assert!(code == Some(1) && error.contains("OLOL_TOKEN"), "{error}");
     let file = File::with(token().reveal());
     let (path, ollama) = (file.path(), format!("http://{}", cluster.server(0).address()));
+    let flag = ["token", "--token-file", path.to_str().unwrap()];
+    assert_eq!(ended(&Process::run_with(&environment, &flag).await).1.trim(), token().reveal());
+    let other_file = File::with(ANOTHER);
+    let other = other_file.path();
+    let turn = ["token", "--rotate", "--token-file", other.to_str().unwrap()];
+    let (code, made, _) = ended(&Process::run_with(&environment, &turn).await);
+    assert!(code == Some(0) && std::fs::read_to_string(&other).unwrap() == made && made.trim() != ANOTHER);
+    let (code, _, error) = ended(&Process::run_with(&environment, &["token", "--token-file", "/nowhere/token"]).await);
+    assert!(code == Some(1) && error.matches("No such file").count() == 1, "{error}");
     let arguments = ["server", "--port", "0", "--ollama-host", &ollama];
     let by_environment = Process::start_with(&environment, &arguments).await;
     let named = [&arguments[..], &["--token-file", path.to_str().unwrap()]].concat();

@@ -115,7 +115,7 @@ async fn without_any_server_the_summary_says_so_and_nobody_is_ready() {
     let ready = olol.get("/readyz").await;
     assert_eq!(ready.status, 503);
     let told = ready.text();
-    assert!(told.starts_with("0 of 1 servers up\nnot ready: 1 ") && told.contains("detail=servers"), "{told}");
+    assert!(told.starts_with("0 of 1 server up\nnot ready: 1 ") && told.contains("detail=servers"), "{told}");
     assert!(!told.contains("127.0.0.1"), "anybody may ask, and is told of nobody: {told}");
     assert_eq!(olol.get("/healthz").await.text(), "ok\n");
 }
@@ -400,15 +400,67 @@ async fn the_command_says_what_is_wrong_and_how_to_mend_it() {
     let (url, ollama) = (format!("http://{}", olol.address()), format!("http://{}", cluster.server(0).address()));
     for (arguments, says) in [
         (["--url", &url], "--key-file or OLOL_KEY"),
-        (["--url", "http://127.0.0.1:1"], "is it running?"),
-        (["--url", &ollama], "an older one"),
+        (["--url", "http://127.0.0.1:1"], "no proxy answers at 127.0.0.1:1"),
+        (["--url", "http://127.0.0.1:1"], "(is it running? `olol proxy` or `olol up` starts one)"),
+        (["--url", &ollama], "is an Ollama, and no OLOL proxy"),
         (["--url", "http://a/b"], "--url must say where the proxy is"),
+        (["--url", "ftp://a"], "in place of 'ftp://'"),
         (["--watch", "never"], "say how many seconds"),
     ] {
         let ended = Process::run(&[&["status"], &arguments[..]].concat()).await;
         let error = String::from_utf8(ended.stderr).unwrap();
         assert!(!ended.status.success() && error.contains(says), "{arguments:?}: {error}");
     }
+}
+
+#[tokio::test]
+async fn every_command_that_asks_a_proxy_takes_its_url_and_a_key() {
+    let cluster = Cluster::of(1).await.all_have("tiny");
+    let olol = Olol::start(&cluster, "auth.anonymous = \"deny\"").await;
+    let (url, nobody) = (format!("http://{}", olol.address()), "http://127.0.0.1:1");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "olol_no_key\n").unwrap();
+    let no_key = file.path().to_str().unwrap();
+    for command in [
+        &["status"][..],
+        &["models"],
+        &["drain", "0"],
+        &["undrain", "0"],
+        &["explain", "--model", "tiny"],
+        &["client", "--model", "tiny", "--prompt", "hi"],
+    ] {
+        for (flags, says) in [
+            (&["--url", &url][..], "give the key as --key, --key-file or OLOL_KEY"),
+            (&["--url", &url, "--key-file", no_key], "status 401"),
+            (&["--url", nobody], "answers at 127.0.0.1:1"),
+            (&["--host", &url], "say --url http://127.0.0.1:"),
+            (&["--url", &url, "--port", "80"], "cannot be used with"),
+        ] {
+            let ended = Process::run(&[command, flags].concat()).await;
+            let [out, error] = [ended.stdout, ended.stderr].map(|text| String::from_utf8(text).unwrap());
+            // Anybody may ask what would become of his request.
+            let is_told = out.contains("would be refused");
+            let is_refused = !ended.status.success() && error.contains(says);
+            assert!(is_told || is_refused, "{command:?} {flags:?}: {out}{error}");
+        }
+    }
+    let help = Process::run(&["undrain", "--help"]).await;
+    assert!(!String::from_utf8(help.stdout).unwrap().contains("--wait"));
+}
+
+#[tokio::test]
+async fn a_server_that_is_drained_is_not_among_those_that_are_up() {
+    let cluster = Cluster::of(2).await.all_have("tiny");
+    let olol = Olol::start(&cluster, "").await;
+    let url = format!("http://{}", olol.address());
+    assert!(Process::run(&["drain", &olol.names()[0], "--url", &url]).await.status.success());
+    assert_eq!(olol.get("/readyz").await.text(), "1 of 2 servers up\n");
+    let servers = &olol.get("/api/status").await.json()["olol"]["servers"];
+    assert_eq!((&servers["up"], &servers["draining"], &servers["total"]), (&json!(1), &json!(1), &json!(2)));
+    let shown = String::from_utf8(Process::run(&["status", "--url", &url]).await.stdout).unwrap();
+    assert!(shown.contains("1 of 2 servers up, 1 draining, 1 model,") && shown.contains("1 up"), "{shown}");
+    let metrics = olol.get("/metrics").await.text();
+    assert!(metrics.contains("olol_server_up{server=\"0\"} 0") && metrics.contains("olol_server_up{server=\"1\"} 1"));
 }
 
 #[tokio::test]

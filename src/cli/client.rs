@@ -5,38 +5,29 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use http::{HeaderValue, header};
 use olol_middleware::{Reply, ServerId};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::flags::TlsFlags;
+use super::at::{Place, Proxy, hint};
 use super::{print, say};
-use crate::ollama::{Ask, Ollama};
+use crate::ollama::Ask;
 
 /// The longest answer in one object, bytes.
 const LONGEST: usize = 16 << 20;
 
 /// Ask a model.
 #[derive(Debug, Args)]
+#[command(mut_arg("url", |url| url.help("Where the proxy is, or any Ollama [default: http://127.0.0.1:8000]")))]
 pub(super) struct Arguments {
-    /// Host of the proxy, or of any Ollama
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Its port
-    #[arg(long, default_value_t = 8000)]
-    port: u16,
     /// Model to ask [default: the first that the server lists]
     #[arg(long)]
     model: Option<String>,
     /// What to ask; - reads standard input; without it a terminal gets a chat, and a pipe is read
     #[arg(long)]
     prompt: Option<String>,
-    /// Key to show, if one is needed (`olol keys add` makes it)
-    #[arg(long, env = "OLOL_KEY", hide_env_values = true, value_parser = bearer)]
-    key: Option<HeaderValue>,
     #[command(flatten)]
-    tls: TlsFlags,
+    place: Place,
     /// Print tokens per second, times, and which server answered
     #[arg(long)]
     stats: bool,
@@ -48,7 +39,7 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let ollama = Asked { ollama: super::ollama_at(&self.host, self.port, &self.tls)?, key: self.key };
+            let ollama = self.place.ollama()?;
             let model = match self.model {
                 Some(model) => model,
                 None => first_model(&ollama).await?,
@@ -67,24 +58,11 @@ impl Arguments {
     }
 }
 
-/// Who is asked, and what it is shown.
-struct Asked {
-    ollama: Ollama,
-    key: Option<HeaderValue>,
-}
-
-/// The header that shows a key.
-fn bearer(key: &str) -> Result<HeaderValue, &'static str> {
-    super::at::bearer(key).map_err(|_| "this is no key")
-}
-
 /// The model that the server lists first.
-async fn first_model(ollama: &Asked) -> anyhow::Result<String> {
+async fn first_model(ollama: &Proxy) -> anyhow::Result<String> {
     let tags = object(send(ollama, Ask::get("/api/tags")).await?).await?;
     let first = tags["models"][0]["name"].as_str().map(str::to_owned);
-    first.with_context(|| {
-        format!("the server at {} has no model; pull one: ollama pull llama3.2", ollama.ollama.endpoint())
-    })
+    first.with_context(|| format!("the server at {} has no model; pull one: ollama pull llama3.2", ollama.endpoint()))
 }
 
 async fn object(reply: Reply) -> anyhow::Result<Value> {
@@ -92,9 +70,8 @@ async fn object(reply: Reply) -> anyhow::Result<Value> {
 }
 
 /// Sends a call; what is no good answer is an error in the server's words.
-async fn send(asked: &Asked, mut ask: Ask) -> anyhow::Result<Reply> {
-    ask.headers.extend(asked.key.clone().map(|key| (header::AUTHORIZATION, key)));
-    let reply = super::send(&asked.ollama, ask).await?;
+async fn send(ollama: &Proxy, ask: Ask) -> anyhow::Result<Reply> {
+    let reply = ollama.answer(ask).await?;
     if reply.status.is_success() {
         return Ok(reply);
     }
@@ -102,11 +79,11 @@ async fn send(asked: &Asked, mut ask: Ask) -> anyhow::Result<Reply> {
     let body = reply.body.collect(LONGEST).await?;
     let parsed: Value = serde_json::from_slice(&body).unwrap_or_default();
     let text = parsed["error"].as_str().map_or_else(|| String::from_utf8_lossy(&body).into_owned(), str::to_owned);
-    bail!("{text} (status {})", status.as_u16())
+    bail!("{text} (status {}){}", status.as_u16(), hint(status.as_u16()))
 }
 
 struct Client {
-    ollama: Asked,
+    ollama: Proxy,
     model: String,
     stats: bool,
 }
@@ -120,7 +97,7 @@ impl Client {
 
     /// Questions and answers, with all that was said before.
     async fn chat(&self) -> anyhow::Result<()> {
-        say(&format!("{} at {}; an empty line or Ctrl-D ends the chat\n", self.model, self.ollama.ollama.endpoint()));
+        say(&format!("{} at {}; an empty line or Ctrl-D ends the chat\n", self.model, self.ollama.endpoint()));
         let mut messages = Vec::new();
         loop {
             say(">>> ");

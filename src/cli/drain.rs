@@ -4,52 +4,64 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::at::At;
-use crate::ollama::{Ask, Ollama};
+use super::at::{Place, Proxy};
+use crate::ollama::Ask;
 
 /// Time between two looks whether a server has finished.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// Which server, and where the proxy is.
+/// Which server is drained, and where the proxy is.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// Name of the server, as /api/status/servers shows it
-    server: String,
+    #[command(flatten)]
+    at: At,
     /// Wait until the server has finished what it has
     #[arg(long)]
     wait: bool,
+}
+
+/// Which server, and where the proxy is.
+#[derive(Debug, Args)]
+pub(super) struct At {
+    /// Name of the server, as `olol status` shows it
+    server: String,
     #[command(flatten)]
-    at: At,
+    place: Place,
 }
 
 impl Arguments {
     /// Tells the proxy, and the person what came of it.
-    pub(super) fn run(self, drains: bool) -> anyhow::Result<()> {
+    pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let proxy = self.at.proxy()?;
-            let mut left = self.tell(&proxy, drains).await?;
-            if !drains {
-                return super::print(&format!("{} takes calls again\n", self.server));
-            }
+            let proxy = self.at.place.proxy()?;
+            let mut left = self.at.tell(&proxy, "drain").await?;
             while self.wait && left > 0 {
                 tokio::time::sleep(LOOK_EVERY).await;
-                left = self.tell(&proxy, drains).await?;
+                left = self.at.tell(&proxy, "drain").await?;
             }
             let more = match left {
                 0 => "has nothing left to do".to_owned(),
                 1 => "finishes 1 call".to_owned(),
                 left => format!("finishes {left} calls"),
             };
-            super::print(&format!("{} gets nothing new, and {more}\n", self.server))
+            super::print(&format!("{} gets nothing new, and {more}\n", self.at.server))
+        })
+    }
+}
+
+impl At {
+    /// Lets the server in again.
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        super::runtime(1)?.block_on(async {
+            self.tell(&self.place.proxy()?, "undrain").await?;
+            super::print(&format!("{} takes calls again\n", self.server))
         })
     }
 
     /// Returns how many calls the server is answering. To say the same twice changes nothing.
-    async fn tell(&self, proxy: &Ollama, drains: bool) -> anyhow::Result<u64> {
-        let what = if drains { "drain" } else { "undrain" };
+    async fn tell(&self, proxy: &Proxy, what: &str) -> anyhow::Result<u64> {
         let path = format!("/api/status/servers/{}/{what}", super::explain::escaped(&self.server).replace('/', "%2F"));
         let ask = Ask { path: path.parse()?, infers: false, ..Ask::post("/", Vec::new()) };
-        let told = self.at.told(proxy, ask).await?;
-        Ok(told["in_flight"].as_u64().unwrap_or_default())
+        Ok(proxy.told(ask).await?["in_flight"].as_u64().unwrap_or_default())
     }
 }

@@ -9,7 +9,7 @@ use clap::Args;
 use http::Uri;
 use serde_json::{Value, json};
 
-use super::at::At;
+use super::at::Place;
 use crate::ollama::Ask;
 
 /// Ask a running proxy what it would do with a request, or what it did with one.
@@ -31,7 +31,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ID", conflicts_with = "model")]
     request: Option<String>,
     #[command(flatten)]
-    at: At,
+    place: Place,
     /// Print JSON, as the proxy says it
     #[arg(long)]
     json: bool,
@@ -40,7 +40,7 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::runtime(1)?.block_on(async {
-            let told = self.at.told(&self.at.proxy()?, self.ask()?).await?;
+            let told = self.place.proxy()?.told(self.ask()?).await?;
             let text = if self.json { format!("{told:#}\n") } else { shown(&told)? };
             super::print(&text)
         })
@@ -142,11 +142,23 @@ fn end(told: &Value) -> String {
     }
     match (&told["error"], &told["server"]) {
         (Value::Null, Value::Null) => "would be answered by no single server".to_owned(),
+        (Value::Null, server) if is_nobodys(told) => {
+            let server = text(server);
+            format!("would be refused with status 404 by {server}: nobody is known to have the model")
+        }
         (Value::Null, server) => format!("would go to {}", text(server)),
         (error, _) => {
             format!("would be refused with status {status} ({}): {}", text(&error["reason"]), text(&error["message"]))
         }
     }
+}
+
+/// Whether nobody has the model that would be asked in the end: then a server is asked all the same, so that the refusal is
+/// Ollama's own.
+fn is_nobodys(told: &Value) -> bool {
+    let trail = told["trail"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let routed = trail.iter().rev().find(|note| note["layer"] == "model-route");
+    routed.is_some_and(|note| note["decision"] == "nobody is known to have the model")
 }
 
 /// A value without quotes; several with commas.
@@ -243,6 +255,16 @@ mod tests {
 
         answered with status 200 by gpu1, then attic: whole, 31 ms, attempts 2, tokens 5 + 9
         ");
+    }
+
+    #[test]
+    fn a_model_that_nobody_has_is_told_to_be_refused() {
+        let nobody = json!({"layer": "model-route", "decision": "nobody is known to have the model", "facts": {}});
+        let told = json!({"status": 200, "server": "gpu1", "error": null, "trail": [nobody]});
+        assert_eq!(end(&told), "would be refused with status 404 by gpu1: nobody is known to have the model");
+        let other = json!({"layer": "model-route", "decision": "those that have it", "facts": {}});
+        let told = json!({"status": 200, "server": "gpu1", "error": null, "trail": [nobody, other]});
+        assert_eq!(end(&told), "would go to gpu1");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use olol_middleware::keys::{Key, Rights};
 use olol_middleware::pattern::PatternError;
 use olol_middleware::rate_limit::Limits;
 use olol_middleware::slots::Priority;
+use toml::value::{Datetime, DatetimeParseError};
 
 use super::{print, say};
 use crate::config::Config;
@@ -75,8 +76,8 @@ struct Add {
     #[arg(long, value_name = "COUNT")]
     tpd: Option<NonZeroU64>,
     /// Day, or time, at which it ends: 2027-01-31, 2027-01-31T18:00:00Z
-    #[arg(long, value_name = "DATE")]
-    expires: Option<toml::value::Datetime>,
+    #[arg(long, value_name = "DATE", value_parser = ahead)]
+    expires: Option<Datetime>,
 }
 
 impl Arguments {
@@ -103,7 +104,7 @@ impl Arguments {
                 print(&format!("{key}\n"))
             }
             Action::List => match keys::read(&file) {
-                Err(KeysError::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Err(KeysError::File { why, .. }) if why.kind() == std::io::ErrorKind::NotFound => {
                     say(&format!("There are no keys in {}; `olol keys add NAME` makes one\n", file.display()));
                     Ok(())
                 }
@@ -150,6 +151,15 @@ fn right(text: &str) -> Result<String, String> {
     Rights::try_from(text.to_owned()).map(|_| text.to_owned())
 }
 
+/// A time that is still to come.
+fn ahead(text: &str) -> Result<Datetime, String> {
+    let told: Datetime = text.parse().map_err(|error: DatetimeParseError| error.to_string())?;
+    if keys::time_of(&told)? <= SystemTime::now() {
+        return Err("that is over: nobody could use the key; say a day to come".to_owned());
+    }
+    Ok(told)
+}
+
 fn priority(text: &str) -> Result<Priority, &'static str> {
     let all = [Priority::High, Priority::Normal, Priority::Low];
     all.into_iter().find(|priority| priority.as_str() == text).ok_or("say high, normal or low")
@@ -191,6 +201,15 @@ fn day(time: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_key_ends_in_time_to_come() {
+        assert!(ahead("9999-01-31").is_ok() && ahead("9999-01-31T18:00:00Z").is_ok());
+        for (text, why) in [("2020-01-31", "is over"), ("12:00:00", "without a date"), ("soon", "")] {
+            let error = ahead(text).unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn keys_are_listed_in_columns() {

@@ -2,20 +2,23 @@
 
 mod bars;
 
-use std::io::Write as _;
-
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use http::Method;
 use http::header::HeaderValue;
+use http::{Method, StatusCode};
+use olol_middleware::Pattern;
 use serde_json::{Value, json};
 
+use super::at::{Place, Proxy};
 use super::explain::escaped;
+use super::status::List;
 use super::status::table::{Look, inventory};
-use super::status::{List, Place, Proxy};
 use crate::models::desired::{KeepLoaded, Name, Replicas, SERVERS};
 use crate::ollama::Ask;
 use bars::Bars;
+
+/// The longest answer to a wish, bytes.
+const LONGEST: usize = 64 << 10;
 
 /// Which models the servers have, and which they should have.
 #[derive(Debug, Args)]
@@ -121,20 +124,15 @@ impl Arguments {
                     let body = json!({"model": model, "insecure": insecure});
                     pull(&proxy, &body, replicas.as_deref(), &to, self.json).await
                 }
-                Command::Rm { models } => {
-                    for model in models {
-                        let body = json!({"model": model}).to_string();
-                        change(&proxy, Ask { method: Method::DELETE, ..Ask::post("/api/delete", body) }).await?;
-                        said(self.json, &json!({"model": model, "deleted": true}), || format!("{model} is deleted\n"))?;
-                    }
-                    Ok(())
-                }
+                Command::Rm { models } => remove(&proxy, &models, self.json).await,
                 Command::Pin { model, replicas, to, keep_loaded } => {
                     let keep_loaded = keep_loaded.unwrap_or_default();
                     let body = json!({"replicas": replicas, "servers": to, "keep_loaded": keep_loaded}).to_string();
                     let ask = Ask { method: Method::PUT, path: path(&model)?, ..Ask::post("/", body) };
                     let told = proxy.told(ask).await?;
-                    said(self.json, &told, || pinned(&told, replicas))
+                    said(self.json, &told, || pinned(&told, replicas))?;
+                    super::say(&missing(&proxy, &told, replicas, &to).await);
+                    Ok(())
                 }
                 Command::Unpin { model } => {
                     let ask = Ask { method: Method::DELETE, path: path(&model)?, ..Ask::get("/") };
@@ -174,7 +172,118 @@ fn pinned(told: &Value, replicas: Replicas) -> String {
         Replicas::All => "all servers".to_owned(),
     };
     let loaded = if told["keep_loaded"] == false { "" } else { ", and in memory there" };
-    format!("{name} is kept on {count}{among}{loaded}; `olol models` shows how far that is\n")
+    format!("{name} will be kept on {count}{among}{loaded}; `olol models` shows how far that is\n")
+}
+
+/// What stands in the way of a pin now, if anything does. Who may not look is told nothing.
+async fn missing(proxy: &Proxy, told: &Value, replicas: Replicas, to: &[String]) -> String {
+    let name = told["model"].as_str().unwrap_or_default();
+    if replicas == Replicas::Count(0) {
+        return String::new();
+    }
+    let (Ok(servers), Ok(models)) = (proxy.list(List::Servers).await, proxy.list(List::Models).await) else {
+        return String::new();
+    };
+    let patterns: Vec<Pattern> = to.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
+    let names = servers["servers"].as_array().into_iter().flatten().filter_map(|server| server["server"].as_str());
+    let meant = names.filter(|name| patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(name)));
+    lacks(name, replicas, meant.count(), holders(&models, name))
+}
+
+/// On how many servers a model is.
+fn holders(models: &Value, name: &str) -> usize {
+    let holders = entry(models, name).and_then(|entry| entry["compatible_servers"]["installed"].as_array());
+    holders.map_or(0, Vec::len)
+}
+
+/// What a page says of a model.
+fn entry<'a>(models: &'a Value, name: &str) -> Option<&'a Value> {
+    models["models"].as_array()?.iter().find(|entry| entry["name"] == name)
+}
+
+/// What a pin lacks, where so many servers are meant, and so many have the model.
+fn lacks(name: &str, replicas: Replicas, meant: usize, holders: usize) -> String {
+    let are = if meant == 1 { "server is" } else { "servers are" };
+    let few = match replicas {
+        Replicas::Count(count) if (meant as u64) < u64::from(count) => {
+            format!("olol: {meant} {are} there that {name} may be on, and {count} are wanted\n")
+        }
+        Replicas::All if meant == 0 => format!("olol: no server is there that {name} may be on\n"),
+        _ => String::new(),
+    };
+    let none = if holders == 0 && meant > 0 {
+        format!("olol: no server has {name} yet: it is asked of its registry\n")
+    } else {
+        String::new()
+    };
+    few + &none
+}
+
+/// Deletes models, and goes on where one cannot be deleted.
+async fn remove(proxy: &Proxy, models: &[String], json: bool) -> anyhow::Result<()> {
+    let mut failed = Vec::new();
+    for model in models {
+        match delete(proxy, model).await {
+            Ok(true) => said(json, &json!({"model": model, "deleted": true}), || format!("{model} is deleted\n"))?,
+            Ok(false) => said(json, &json!({"model": model, "deleted": false, "pinned": false}), || {
+                format!("{model} was on no server, and is not wanted any more\n")
+            })?,
+            Err(error) if models.len() == 1 => return Err(error),
+            Err(error) => {
+                super::say(&format!("olol: {model}: {error:#}\n"));
+                failed.push(model.as_str());
+            }
+        }
+    }
+    match failed.as_slice() {
+        [] => Ok(()),
+        [one] => bail!("{one} is not deleted"),
+        all => bail!("{} of {} models are not deleted: {}", all.len(), models.len(), all.join(", ")),
+    }
+}
+
+/// Deletes a model wherever it is, or, if it is nowhere, takes away the wish for it; whether it was anywhere.
+async fn delete(proxy: &Proxy, model: &str) -> anyhow::Result<bool> {
+    let body = json!({"model": model}).to_string();
+    let ask = Ask { method: Method::DELETE, infers: false, ..Ask::post("/api/delete", body) };
+    let reply = proxy.answer(ask).await?;
+    if reply.status.is_success() {
+        return Ok(true);
+    }
+    let is_nowhere = reply.status == StatusCode::NOT_FOUND;
+    let refusal = proxy.refusal(reply).await;
+    // Who may not unpin, or asks an Ollama, learns what the deletion came to.
+    if is_nowhere && unwish(proxy, model).await.unwrap_or(false) { Ok(false) } else { Err(refusal) }
+}
+
+/// Has a model wanted no more; whether it was.
+async fn unwish(proxy: &Proxy, model: &str) -> anyhow::Result<bool> {
+    let path = path(model)?;
+    let models = proxy.list(List::Models).await?;
+    let canonical = Name::parse(model).map(|name| name.model().as_str().to_owned()).unwrap_or_default();
+    let desired = entry(&models, &canonical).map_or(&Value::Null, |entry| &entry["desired"]);
+    // A wish for none is the memory of a deletion: it stays.
+    if desired["replicas"] == 0 {
+        return Ok(false);
+    }
+    // Also one of a moment ago, which no page tells of yet.
+    let unpin = Ask { method: Method::DELETE, path: path.clone(), ..Ask::get("/") };
+    let reply = proxy.answer(unpin).await?;
+    let in_file = if reply.status.is_success() {
+        let told: Value = serde_json::from_slice(&reply.body.collect(LONGEST).await?).unwrap_or_default();
+        if told["replicas"].is_null() {
+            return Ok(true);
+        }
+        told["replicas"] != 0
+    } else {
+        desired["source"] == "file"
+    };
+    if in_file {
+        // As the proxy itself does when a wanted model is deleted.
+        let body = json!({"replicas": 0}).to_string();
+        proxy.told(Ask { method: Method::PUT, path, infers: false, ..Ask::post("/", body) }).await?;
+    }
+    Ok(in_file)
 }
 
 /// The path of a pin.
@@ -212,7 +321,7 @@ async fn pull(proxy: &Proxy, body: &Value, replicas: Option<&str>, to: &[String]
         while let Some(end) = memchr::memchr(b'\n', &rest) {
             let line: Vec<u8> = rest.drain(..=end).collect();
             if is_json {
-                std::io::stdout().lock().write_all(&line)?;
+                super::print(&String::from_utf8_lossy(&line))?;
             }
             bars.hear(&serde_json::from_slice(&line).unwrap_or_default())?;
         }
@@ -222,4 +331,28 @@ async fn pull(proxy: &Proxy, body: &Value, replicas: Option<&str>, to: &[String]
         super::say(&format!("olol: without {absent}, which did not take part\n"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_says_what_will_be_and_what_it_lacks() {
+        let told = json!({"model": "nope:latest", "servers": [], "keep_loaded": false});
+        let said = pinned(&told, Replicas::Count(1));
+        assert_eq!(said, "nope:latest will be kept on 1 server; `olol models` shows how far that is\n");
+        for (replicas, meant, holders, says) in [
+            (Replicas::Count(1), 1, 1, &[][..]),
+            (Replicas::All, 3, 3, &[]),
+            (Replicas::Count(1), 2, 0, &["no server has nope yet: it is asked of its registry"]),
+            (Replicas::Count(3), 1, 1, &["1 server is there that nope may be on, and 3 are wanted"]),
+            (Replicas::Count(3), 2, 0, &["2 servers are there", "no server has nope"]),
+            (Replicas::All, 0, 1, &["no server is there that nope may be on"]),
+        ] {
+            let said = lacks("nope", replicas, meant, holders);
+            assert_eq!(said.lines().count(), says.len(), "{said}");
+            assert!(says.iter().all(|part| said.contains(part)), "{said}");
+        }
+    }
 }

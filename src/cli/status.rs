@@ -3,24 +3,17 @@
 pub(super) mod table;
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::{Args, ValueEnum};
-use http::header::{self, HeaderValue};
-use olol_middleware::Reply;
 use serde_json::Value;
 
 use super::Stop;
-use super::at::{bearer, refusal};
-use super::flags::TlsFlags;
-use crate::ollama::{Ask, Endpoint, Ollama};
+use super::at::{Place, Proxy};
 use table::Look;
 
-/// The longest page, bytes.
-const LONGEST: usize = 256 << 20;
 /// Entries of a page.
 const PAGE: usize = 1000;
 /// The most entries that are shown or printed, so that a proxy that never ends does not fill the memory.
@@ -41,42 +34,6 @@ pub(super) struct Arguments {
     /// Look again and again, every so many seconds [default: 2], until Ctrl-C
     #[arg(long, num_args = 0..=1, default_missing_value = "2", value_name = "SECONDS")]
     watch: Option<Watch>,
-}
-
-/// Where the proxy is, and what it is shown.
-#[derive(Debug, Args)]
-pub(super) struct Place {
-    /// Where the proxy is
-    #[arg(long, default_value = "http://127.0.0.1:8000", value_name = "URL", global = true)]
-    url: String,
-    /// Key to ask with, if the proxy wants an admin's
-    #[arg(long, env = "OLOL_KEY", hide_env_values = true, global = true)]
-    key: Option<String>,
-    /// File whose first line is that key
-    #[arg(long, value_name = "FILE", conflicts_with = "key", global = true)]
-    key_file: Option<PathBuf>,
-    #[command(flatten)]
-    tls: TlsFlags,
-}
-
-impl Place {
-    /// The proxy there.
-    pub(super) fn proxy(&self) -> anyhow::Result<Proxy> {
-        Ok(Proxy { at: at(&self.url, &self.tls)?, key: self.shown_key()?, url: self.url.clone() })
-    }
-
-    fn shown_key(&self) -> anyhow::Result<Option<HeaderValue>> {
-        let key = match (&self.key, &self.key_file) {
-            (Some(key), _) => key.clone(),
-            (None, Some(file)) => {
-                let text = std::fs::read_to_string(file);
-                let text = text.with_context(|| format!("cannot read the key in {}", file.display()))?;
-                text.lines().next().unwrap_or_default().to_owned()
-            }
-            (None, None) => return Ok(None),
-        };
-        Ok(Some(bearer(&key).context("the key has characters that no key has")?))
-    }
 }
 
 /// What is listed.
@@ -141,34 +98,20 @@ impl Arguments {
     }
 }
 
-/// The proxy at a URL.
-fn at(url: &str, tls: &TlsFlags) -> anyhow::Result<Ollama> {
-    let endpoint = Endpoint::parse(url, 8000)
-        .context("--url must say where the proxy is: http://HOST:PORT or https://HOST:PORT")?;
-    super::reach(url, endpoint, tls)
-}
-
-/// A running proxy.
-pub(super) struct Proxy {
-    at: Ollama,
-    url: String,
-    key: Option<HeaderValue>,
-}
-
 impl Proxy {
     /// What is printed.
     async fn text(&self, list: Option<List>, json: bool) -> anyhow::Result<String> {
         if json {
             let told = match list {
                 Some(list) => self.list(list).await?,
-                None => self.get("/api/status").await?,
+                None => self.summary().await?,
             };
             return Ok(format!("{told:#}\n"));
         }
         let look = Look::of_stdout();
         match list.unwrap_or(List::Servers) {
             List::Servers => {
-                let summary = self.get("/api/status").await?;
+                let summary = self.summary().await?;
                 Ok(format!("{}\n{}", table::headline(&summary), table::servers(&self.list(List::Servers).await?, look)))
             }
             List::Models => Ok(table::models(&self.list(List::Models).await?, look)),
@@ -196,12 +139,32 @@ impl Proxy {
         }
     }
 
+    /// What it says of itself.
+    async fn summary(&self) -> anyhow::Result<Value> {
+        let told = self.get("/api/status").await?;
+        self.is_proxy(&told)?;
+        Ok(told)
+    }
+
+    /// Whether it is a proxy that tells this: the summary of an Ollama has nothing of ours.
+    fn is_proxy(&self, told: &Value) -> anyhow::Result<()> {
+        if told["olol"].is_object() {
+            return Ok(());
+        }
+        bail!(
+            "what answers at {} is an Ollama, and no OLOL proxy: `olol proxy --servers {}` puts one before it",
+            self.url(),
+            self.url()
+        )
+    }
+
     /// A whole list, page after page, as one page.
     pub(super) async fn list(&self, list: List) -> anyhow::Result<Value> {
         let path = format!("/api/status?detail={}&limit={PAGE}", list.as_str());
         let mut whole = self.get(&path).await?;
         if !whole[list.as_str()].is_array() {
-            bail!("the proxy at {} is an older one: it has no pages of {}", self.url, list.as_str());
+            self.is_proxy(&whole)?;
+            bail!("the proxy at {} is an older one: it has no pages of {}", self.url(), list.as_str());
         }
         while let Some(next) = whole["next"].as_str() {
             let page = self.get(&format!("{path}&after={}", super::explain::escaped(next))).await?;
@@ -214,40 +177,6 @@ impl Proxy {
             whole["next"] = if is_over { Value::Null } else { page["next"].clone() };
         }
         Ok(whole)
-    }
-
-    async fn get(&self, path: &str) -> anyhow::Result<Value> {
-        let told = self.told(Ask { path: path.parse()?, ..Ask::get("/") }).await?;
-        if told.is_object() { Ok(told) } else { bail!("{}: what answers there is no OLOL proxy", self.url) }
-    }
-
-    /// The answer to something, whatever it is.
-    pub(super) async fn answer(&self, mut ask: Ask) -> anyhow::Result<Reply> {
-        ask.headers.extend(self.key.clone().map(|key| (header::AUTHORIZATION, key)));
-        super::send(&self.at, ask).await
-    }
-
-    /// What it tells; that it refuses is an error.
-    pub(super) async fn told(&self, ask: Ask) -> anyhow::Result<Value> {
-        let reply = self.answer(ask).await?;
-        if reply.status.is_success() {
-            return Ok(serde_json::from_slice(&reply.body.collect(LONGEST).await?).unwrap_or_default());
-        }
-        Err(self.refusal(reply).await)
-    }
-
-    /// Why it refuses.
-    pub(super) async fn refusal(&self, reply: Reply) -> anyhow::Error {
-        let status = reply.status;
-        let error = match reply.body.collect(LONGEST).await {
-            Ok(body) => refusal(&body),
-            Err(error) => return error.into(),
-        };
-        let hint = match status.as_u16() {
-            401 | 403 => "; give the key as --key, --key-file or OLOL_KEY",
-            _ => "",
-        };
-        anyhow::anyhow!("{}: {error} (status {}){hint}", self.url, status.as_u16())
     }
 }
 

@@ -72,6 +72,9 @@ impl Endpoint {
         let secure = text.strip_prefix("https://");
         let default_port = if secure.is_some() { TLS_PORT } else { default_port };
         let rest = secure.or(text.strip_prefix("http://")).unwrap_or(text).trim_end_matches('/');
+        if let Some((scheme, _)) = rest.split_once("://") {
+            return Err(bad(&format!("say http:// or https:// in place of '{scheme}://', or nothing")));
+        }
         if let Some((_, after)) = rest.split_once('/') {
             return Err(bad(&format!("remove the path '/{after}'")));
         }
@@ -384,6 +387,7 @@ mod tests {
             ("[fe80::1%]:80", "interface is missing"),
             ("http://a/path", "remove the path '/path'"),
             ("https://a/path", "remove the path '/path'"),
+            ("ftp://a", "say http:// or https:// in place of 'ftp://'"),
             ("a b", "no blanks"),
             ("a\u{1b}[2Jb", "no control characters"),
         ] {

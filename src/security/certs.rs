@@ -1,9 +1,10 @@
 //! Makes a CA for the cluster, and certificates of it.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
@@ -68,8 +69,10 @@ pub fn issue(folder: &Path, order: &Order) -> anyhow::Result<Made> {
     let made = Made::at(folder, &order.name);
     refuse_to_overwrite(&made)?;
     let ca = Made::at(folder, "ca");
-    let text = std::fs::read_to_string(&ca.key)
-        .with_context(|| format!("there is no CA in {}; `olol certs init` makes one", folder.display()))?;
+    let text = std::fs::read_to_string(&ca.key).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => anyhow!("there is no CA in {}; `olol certs init` makes one", folder.display()),
+        _ => anyhow!("the key of the CA, {}, cannot be read: {error}", ca.key.display()),
+    })?;
     // The reader's own words could repeat some of the key.
     let ca_key = KeyPair::from_pem(&text).ok().with_context(|| format!("{} has no key in it", ca.key.display()))?;
     let issuer = Issuer::new(authority(&ca_key), ca_key);

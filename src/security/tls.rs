@@ -547,6 +547,8 @@ enum To {
     Agent,
     Proxy,
     Ollama,
+    /// The Ollama of an agent, which has no list of CAs for it.
+    Own,
     /// The proxy that a command asks.
     Command,
     /// What proxies share.
@@ -579,10 +581,14 @@ impl Connector {
         Ok(Some(Self { live: Arc::new(Live::start(&files, move || config.client_side(protocols))?), to }))
     }
 
-    /// Goes to an Ollama whose certificate is of a CA that the system trusts.
+    /// Goes from an agent to its Ollama, whose certificate is of a CA that the system trusts.
     pub fn of_system() -> Result<Self, TlsError> {
+        Self::trusting_system(To::Own)
+    }
+
+    fn trusting_system(to: To) -> Result<Self, TlsError> {
         let made = anonymous(system_roots()).map_err(|error| TlsError::None(error.to_string()))?;
-        Ok(Self { live: Arc::new(Live::fixed(made)), to: To::Ollama })
+        Ok(Self { live: Arc::new(Live::fixed(made)), to })
     }
 
     /// Goes to a proxy whose certificate is of a CA that the system trusts, or of one in this file, if there is such a file; and
@@ -669,6 +675,7 @@ impl To {
                 "name its CA in `server-ca` of [tls], or in SSL_CERT_FILE",
                 "whoever runs it must have a new one",
             ),
+            Self::Own => ("say http://", "name its CA in SSL_CERT_FILE", "whoever runs it must have a new one"),
             Self::Command => {
                 ("say http://", "name its CA in --tls-ca, or in SSL_CERT_FILE", "`olol certs issue` makes one")
             }
@@ -687,7 +694,7 @@ impl To {
             }
             rustls::Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
                 match self {
-                    Self::Ollama | Self::Store => "name it as its certificate does".to_owned(),
+                    Self::Ollama | Self::Own | Self::Store => "name it as its certificate does".to_owned(),
                     _ => format!("name it as its certificate does, or issue one with --host {host}"),
                 }
             }
@@ -788,7 +795,7 @@ impl Web {
             return Some(own.clone());
         }
         let system = || {
-            let made = Connector::of_system();
+            let made = Connector::trusting_system(To::Ollama);
             made.inspect_err(|error| tracing::error!(%error, "no server at https:// can be reached")).ok()
         };
         self.0.system.get_or_init(system).clone()

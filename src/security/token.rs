@@ -42,20 +42,20 @@ pub enum TokenError {
         what: String,
     },
     /// Its file cannot be read.
-    #[error("the token of the cluster cannot be read from {path}: {source}; `olol token` on another machine prints it", path = path.display())]
+    #[error("the token of the cluster cannot be read from {path}: {why}; `olol token` on another machine prints it", path = path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
+        /// Why. It stands in the message, and so is no source.
+        why: io::Error,
     },
     /// Its file cannot be written.
-    #[error("the token of the cluster cannot be written to {path}: {source}; set OLOL_TOKEN, or name a file that holds it with --token-file", path = path.display())]
+    #[error("the token of the cluster cannot be written to {path}: {why}; set OLOL_TOKEN, or name a file that holds it with --token-file", path = path.display())]
     Unwritable {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
+        /// Why. It stands in the message, and so is no source.
+        why: io::Error,
     },
     /// There is no place for it.
     #[error(
@@ -173,7 +173,7 @@ pub fn file() -> Option<PathBuf> {
 pub fn of_folder() -> Result<Token, TokenError> {
     let path = file().ok_or(TokenError::NoFolder)?;
     match read(&path) {
-        Err(TokenError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => make(&path),
+        Err(TokenError::Unreadable { why, .. }) if why.kind() == io::ErrorKind::NotFound => make(&path),
         read => read.map(first),
     }
 }
@@ -185,7 +185,7 @@ pub(super) fn first((first, _): (Token, Vec<Token>)) -> Token {
 
 /// The token in a file, which nobody else on this machine may read, and others in further lines, which count as well.
 pub fn read(path: &Path) -> Result<(Token, Vec<Token>), TokenError> {
-    let unreadable = |source| TokenError::Unreadable { path: path.to_owned(), source };
+    let unreadable = |why| TokenError::Unreadable { path: path.to_owned(), why };
     let wrong = |what: String| TokenError::Wrong { place: path.display().to_string(), what };
     let file = std::fs::File::open(path).map_err(unreadable)?;
     #[cfg(unix)]
@@ -220,14 +220,14 @@ fn make(path: &Path) -> Result<Token, TokenError> {
             Ok(token)
         }
         Ok(false) => read(path).map(first),
-        Err(source) => Err(TokenError::Unwritable { path: path.to_owned(), source }),
+        Err(why) => Err(TokenError::Unwritable { path: path.to_owned(), why }),
     }
 }
 
 /// Makes a new token in the place of that of a file.
 pub fn rotate(path: &Path) -> Result<Token, TokenError> {
     let token = Token::make()?;
-    files::replace(path, &token.line()).map_err(|source| TokenError::Unwritable { path: path.to_owned(), source })?;
+    files::replace(path, &token.line()).map_err(|why| TokenError::Unwritable { path: path.to_owned(), why })?;
     Ok(token)
 }
 

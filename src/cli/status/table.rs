@@ -60,17 +60,19 @@ impl Look {
 /// A line about the proxy as a whole.
 pub(super) fn headline(summary: &Value) -> String {
     let olol = &summary["olol"];
-    let count = |name: &str| text(&olol[name]);
+    let (count, servers) = (|name: &str| text(&olol[name]), &olol["servers"]);
+    let draining = servers["draining"].as_u64().unwrap_or_default();
     let mut line = format!(
-        "olol {} at {}: {} of {} servers up, {} models, {} in flight, {} waiting, {} clients",
+        "olol {} at {}: {} of {} up{}, {}, {} in flight, {} waiting, {}",
         count("version"),
         count("address"),
-        text(&olol["servers"]["up"]),
-        text(&olol["servers"]["total"]),
-        count("models"),
+        text(&servers["up"]),
+        counted(&servers["total"], "server"),
+        if draining > 0 { format!(", {draining} draining") } else { String::new() },
+        counted(&olol["models"], "model"),
         count("in_flight"),
         count("queued"),
-        count("clients"),
+        counted(&olol["clients"], "client"),
     );
     if let Some(error) = olol["config"]["last_reload"]["error"].as_str() {
         let _ = write!(line, "\nthe configuration was not reloaded: {}", clean(error));
@@ -120,7 +122,7 @@ pub(super) fn servers(page: &Value, look: Look) -> String {
         ]);
     }
     let total = |path: fn(&Value) -> &Value| added(entries.iter().filter_map(|entry| path(entry).as_f64()));
-    let up = entries.iter().filter(|entry| entry["online"] == true).count();
+    let up = entries.iter().filter(|entry| entry["online"] == true && entry["state"] != "draining").count();
     let loaded: usize = entries.iter().map(|entry| entry["loaded_models"].as_array().map_or(0, Vec::len)).sum();
     let memory = total(|entry| &entry["gpu_memory"]);
     table.add_row(totals([
@@ -378,7 +380,8 @@ fn totals<const N: usize>(cells: [String; N]) -> Vec<Cell> {
 /// The state of a server, as one word that says most.
 fn state(entry: &Value) -> Cell {
     let state = text(&entry["state"]);
-    if entry["online"] == true && entry["usable"] == false {
+    // One that is drained is not used either, but by an operator's wish.
+    if entry["online"] == true && entry["usable"] == false && state != "draining" {
         return Cell::new("left alone").fg(Color::Yellow);
     }
     let colour = match state.as_str() {
@@ -389,10 +392,16 @@ fn state(entry: &Value) -> Cell {
     Cell::new(state).fg(colour)
 }
 
+/// So many of something.
+fn counted(count: &Value, what: &str) -> String {
+    format!("{} {what}{}", text(count), if *count == 1 { "" } else { "s" })
+}
+
 /// A value without quotes, with nothing in it that a terminal would obey.
 fn text(value: &Value) -> String {
     match value {
         Value::Null => dash(),
+        Value::String(text) if text.is_empty() => dash(),
         Value::String(text) => clean(text),
         other => other.to_string(),
     }
@@ -511,6 +520,40 @@ mod tests {
         2 in all  1 up      4       4  2 in memory                      48.0 GiB    3.2                         1.5k
 
         attic: connection refused?[2J
+        ");
+    }
+
+    #[test]
+    fn a_server_that_is_drained_is_told_as_draining_and_not_as_up() {
+        let with = |state: &str| {
+            let mut entry = server("gpu1", "up", &json!(null));
+            entry["state"] = json!(state);
+            entry["usable"] = json!(false);
+            servers(&json!({"servers": [entry]}), PLAIN)
+        };
+        let drained = with("draining");
+        assert!(
+            drained.contains("draining") && drained.contains("0 up") && !drained.contains("left alone"),
+            "{drained}"
+        );
+        assert!(with("degraded").contains("left alone"));
+        let summary = json!({"olol": {
+            "version": "0.1.0", "address": "127.0.0.1:8000", "servers": {"total": 1, "up": 0, "draining": 1}, "models": 1,
+            "in_flight": 0, "queued": 0, "clients": 1,
+        }});
+        let told =
+            "olol 0.1.0 at 127.0.0.1:8000: 0 of 1 server up, 1 draining, 1 model, 0 in flight, 0 waiting, 1 client\n";
+        assert_eq!(headline(&summary), told);
+    }
+
+    #[test]
+    fn a_session_without_a_server_has_a_dash_in_its_place() {
+        let session = json!({"session_id": "s1", "model_name": "tiny", "server_host": "", "status": "idle",
+            "message_count": 1, "last_active": "2026-11-25T12:00:00.000Z", "created_at": "2026-11-25T12:00:00.000Z"});
+        insta::assert_snapshot!(sessions(&json!({"sessions": [session]}), PLAIN), @r"
+        SESSION   MODEL  SERVER  STATUS  MESSAGES  LAST ACTIVE           SINCE
+        s1        tiny   -       idle           1  2026-11-25 12:00:00Z  2026-11-25 12:00:00Z
+        1 in all
         ");
     }
 
