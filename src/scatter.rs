@@ -16,7 +16,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+use futures_util::stream;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
 use olol_middleware::pick::{Fleet, Pick};
@@ -26,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use crate::models::Models;
+use crate::models::pull::NEWS;
 use crate::status::About;
 
 /// How long silent servers are waited for when lists are merged.
@@ -159,12 +162,22 @@ impl<F: Fleet> Scatter<F> {
         let Some(server) = call.candidates.snapshot().servers.first().cloned() else {
             return self.pick.clone().call(call).await;
         };
+        let waits = call.route == Route::Pull;
         let news = News { cluster: self.shared.cluster.clone(), servers: vec![server.clone()] };
         let reply = if matches!(call.payload, olol_middleware::Payload::Stream { .. }) {
             self.pick.clone().call(call).await?
         } else {
             self.to(call, &server).await?
         };
+        if waits && reply.status.is_success() {
+            // The stream ends when it is known what has come: who reads to the end sees it in every list.
+            let cluster = self.shared.cluster.clone();
+            let known = stream::once(async move {
+                cluster.refresh_those(NEWS, |other| other.id == server.id).await;
+            });
+            let known = known.filter_map(|()| std::future::ready(None));
+            return Ok(Reply { body: reply.body.through(|chunks| chunks.chain(known)), ..reply }.hold(news));
+        }
         Ok(reply.hold(news))
     }
 

@@ -184,7 +184,8 @@ mod tests {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let mut asked = [0; 4096];
                 let _ = stream.read(&mut asked).await.unwrap();
-                let answer = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                let answer =
+                    format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
                 stream.write_all(answer.as_bytes()).await.unwrap();
             }
         });

@@ -29,6 +29,8 @@ const PER_SOURCE: usize = 3;
 const LONGEST: usize = 1 << 20;
 /// How long a server may take to say what it has: the others wait for it.
 const LOOK: Duration = Duration::from_secs(10);
+/// How long the end of a pull waits for what the servers say of themselves then.
+pub(crate) const NEWS: Duration = Duration::from_secs(2);
 /// Ollama's word for what the registry does not have.
 const NOT_THERE: &str = "file does not exist";
 
@@ -341,6 +343,9 @@ impl Work {
             }
             self.send_on(&mut tasks);
         }
+        // Those who took part say what they have now, so that who hears of the end sees it.
+        let (servers, cluster) = (self.tell.borrow().servers.clone(), self.models.cluster().clone());
+        cluster.refresh_those(NEWS, |server| servers.contains(&server.id)).await;
         let end = Arc::new(self.judge());
         self.tell.send_modify(|state| state.end = Some(end));
     }

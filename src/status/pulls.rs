@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use olol_middleware::{ModelName, Server, ServerId, Snapshot};
 use serde::Serialize;
 
+use super::servers::is_heard;
 use super::time::share;
 
 /// Pulls that a summary names.
@@ -34,7 +35,7 @@ impl Pulls {
 
     /// Those at a server, by name: its agent sees also those of others.
     pub(super) fn at(&self, server: &Server) -> Vec<(String, f32)> {
-        match server.vitals.load_full() {
+        match server.vitals.load_full().filter(|_| is_heard(server)) {
             Some(vitals) => vitals.pending_pulls.clone(),
             None => {
                 self.0.get(&server.id).into_iter().flatten().map(|(name, done)| (name.to_string(), *done)).collect()
