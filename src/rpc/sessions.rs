@@ -48,7 +48,8 @@ impl Face {
             wanted.server = server.map(ToString::to_string).unwrap_or_default();
             // The model is there when the answer is over.
             typed::object(reply).await?;
-        } else {
+        } else if wanted.id.is_empty() || self.sessions.find(&visitor, &wanted.id).await.is_err() {
+            // One that there is already is found, whatever has become of its model.
             self.is_there(metadata, &wanted.model).await?;
         }
         let (session, _) = self.sessions.create(&visitor, wanted).await.map_err(|error| refusal(&error))?;
