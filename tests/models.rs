@@ -130,7 +130,7 @@ async fn a_pull_asks_the_registry_once_and_brings_the_same_model_everywhere() {
 #[tokio::test]
 async fn who_hears_of_the_end_of_a_pull_sees_all_that_there_is_to_say_of_the_model() {
     for (agents, bare) in [(1, 0), (0, 1), (2, 1)] {
-        let lab = Lab::of(agents, bare, "pool.check-interval-ms = 60000").await;
+        let lab = Lab::of(agents, bare, "").await;
         assert_eq!(last(&lab.olol.ask(&lab.pull()).await)["status"], "success");
         let model = lab.olol.model(&lab.hub.name("tiny")).await;
         assert_eq!(

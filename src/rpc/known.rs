@@ -21,7 +21,9 @@ pub(super) enum Known {
 impl Face {
     /// Fills in what the lists leave out.
     pub(super) fn complete(&self, models: &mut [Model], loaded: &mut [LoadedModel]) {
-        models.iter_mut().for_each(|model| self.complete_one(model));
+        for model in models {
+            self.complete_one(model);
+        }
         for loaded in loaded {
             if let Some(name) = ModelName::parse(&loaded.name) {
                 loaded.slots = self.slots(&name);
