@@ -22,6 +22,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use http::{HeaderValue, header};
 use olol_middleware::{Reply, ServerId};
 
 use crate::agent::Agent;
@@ -250,7 +251,9 @@ fn reach(name: &str, endpoint: Endpoint, tls: &TlsFlags) -> anyhow::Result<Ollam
 }
 
 /// Sends a call to it, which may be answered in whichever way.
-async fn send(ollama: &Ollama, ask: Ask, whom: Whom) -> anyhow::Result<Reply> {
+async fn send(ollama: &Ollama, mut ask: Ask, whom: Whom) -> anyhow::Result<Reply> {
+    let name = HeaderValue::from_static(concat!("olol/", env!("CARGO_PKG_VERSION")));
+    ask.headers.entry(header::USER_AGENT).or_insert(name);
     ollama.send(ask).await.map_err(|error| {
         let reason = match error {
             olol_middleware::Error::Server { source, .. } => tls::told(source.to_string(), source.source()),

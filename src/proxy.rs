@@ -311,7 +311,8 @@ impl Edge {
             let api = api.clone();
             Box::pin(async move { api.ask(ask, Some(client)).await })
         });
-        rpc::service(send, None, self.0.api.sessions().clone(), Some(self.0.api.keys().clone()))
+        let proxy = (self.0.api.keys().clone(), self.0.api.cluster().clone());
+        rpc::service(send, None, self.0.api.sessions().clone(), Some(proxy))
     }
 }
 

@@ -4,6 +4,7 @@
 //! an agent, or down the proxy's stack.
 
 mod active;
+mod known;
 mod sessions;
 mod turns;
 mod typed;
@@ -18,7 +19,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Stream, StreamExt};
 use olol_middleware::call::{Body, Pieces};
 use olol_middleware::keys::Keys;
-use olol_middleware::{Chunk, Error, Payload, Reply, Route, keys};
+use olol_middleware::{Chunk, Cluster, Error, Payload, Reply, Route, keys};
 use olol_proto::v1::server_server::{Server, ServerServer};
 use olol_proto::v1::{
     ChatMessageRequest, ChatRequest, ChatResponse, CopyModelRequest, CopyModelResponse, CreateSessionRequest,
@@ -37,6 +38,8 @@ use crate::models::local::Local;
 use crate::ollama::{Ask, HOP};
 use crate::pool::{LARGEST_MESSAGE, PHASE, from_wire, to_wire};
 use crate::sessions::Sessions;
+
+use known::Known;
 
 pub use active::Active;
 pub use turns::{told, wire};
@@ -79,16 +82,22 @@ pub struct Face {
     sessions: Sessions,
     /// The keys that sessions are told apart by; an agent has none.
     keys: Option<Arc<Keys>>,
+    known: Known,
 }
 
-/// A face that sends calls there, ready to be served.
+/// A face that sends calls there, ready to be served. `proxy` is what a proxy tells sessions apart by, and its servers; an
+/// agent has `about`.
 pub fn service(
     send: Send,
     about: Option<SelfDescription>,
     sessions: Sessions,
-    keys: Option<Arc<Keys>>,
+    proxy: Option<(Arc<Keys>, Arc<Cluster>)>,
 ) -> ServerServer<Face> {
-    ServerServer::new(Face { send, about, sessions, keys }).max_decoding_message_size(LARGEST_MESSAGE)
+    let (keys, known) = match proxy {
+        Some((keys, cluster)) => (Some(keys), Known::Cluster(cluster)),
+        None => (None, Known::Itself),
+    };
+    ServerServer::new(Face { send, about, sessions, keys, known }).max_decoding_message_size(LARGEST_MESSAGE)
 }
 
 #[tonic::async_trait]
@@ -190,13 +199,19 @@ impl Server for Face {
         let list = |path| self.good(self.showing(request.metadata(), Ask::get(path)));
         let (tags, ps) = tokio::try_join!(list("/api/tags"), list("/api/ps"))?;
         let (tags, ps) = tokio::try_join!(typed::object(tags), typed::object(ps))?;
-        Ok(Response::new(typed::listed(&tags, &ps)))
+        let mut listed = typed::listed(&tags, &ps);
+        self.complete(&mut listed.models, &mut listed.loaded);
+        Ok(Response::new(listed))
     }
 
     async fn show_model(&self, request: Request<ShowModelRequest>) -> Result<Response<ShowModelResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
         let shown = typed::object(self.good(self.showing(&metadata, typed::show(&request))).await?).await?;
-        Ok(Response::new(typed::shown(&request.model, &shown)))
+        let mut shown = typed::shown(&request.model, &shown);
+        if let Some(details) = &mut shown.details {
+            self.complete_one(details);
+        }
+        Ok(Response::new(shown))
     }
 
     async fn pull_model(&self, request: Request<PullModelRequest>) -> Result<Response<Self::PullModelStream>, Status> {
@@ -215,8 +230,9 @@ impl Server for Face {
         request: Request<ChatMessageRequest>,
     ) -> Result<Response<Self::ChatMessageStream>, Status> {
         let (metadata, _, request) = request.into_parts();
-        self.saw(&request.session_id);
+        let id = request.session_id.clone();
         let reply = self.turn(&metadata, request).await?;
+        self.saw(&id);
         Ok(Response::new(typed::lines(reply, typed::chatted)))
     }
 

@@ -13,23 +13,29 @@ mod tell;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use futures_util::{Stream, StreamExt, stream};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
+use olol_middleware::call::Chunks;
 use olol_middleware::pick::{Fleet, Pick};
 use olol_middleware::units::SomeSeconds;
-use olol_middleware::{Call, Candidates, Cluster, Error, ModelName, Reply, Route, Scope, Server};
+use olol_middleware::{Call, Candidates, Chunk, Cluster, Error, ModelName, Reply, Route, Scope, Server, ServerId};
 use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use crate::models::Models;
+use crate::models::pull::catch_up;
 use crate::status::About;
 
 /// How long silent servers are waited for when lists are merged.
 const MERGE_LIMIT: Duration = Duration::from_secs(1);
+/// What the last line of a pull says when the model is there.
+const SUCCESS: &[u8] = b"\"success\"";
 /// Ollama's content type for its own JSON.
 const NATIVE: &str = "application/json; charset=utf-8";
 /// The longest answer that is read as a whole, bytes.
@@ -159,12 +165,20 @@ impl<F: Fleet> Scatter<F> {
         let Some(server) = call.candidates.snapshot().servers.first().cloned() else {
             return self.pick.clone().call(call).await;
         };
+        let pulled = call.place.model.clone().filter(|_| call.route == Route::Pull);
         let news = News { cluster: self.shared.cluster.clone(), servers: vec![server.clone()] };
         let reply = if matches!(call.payload, olol_middleware::Payload::Stream { .. }) {
             self.pick.clone().call(call).await?
         } else {
             self.to(call, &server).await?
         };
+        if let Some(model) = pulled.filter(|_| reply.status.is_success()) {
+            // The stream ends when it is known what has come: who reads to the end sees it in every list.
+            let body = reply
+                .body
+                .through(|chunks| known_at_the_end(chunks, self.shared.cluster.clone(), server.id.clone(), model));
+            return Ok(Reply { body, ..reply }.hold(news));
+        }
         Ok(reply.hold(news))
     }
 
@@ -177,6 +191,29 @@ impl<F: Fleet> Scatter<F> {
             Err(Error::NoServer(format!("server {} did not answer within {} s", server.id, limit.as_secs())))
         })
     }
+}
+
+/// A pull whose stream ends when it is known what has come to its server.
+fn known_at_the_end(
+    chunks: Chunks,
+    cluster: Arc<Cluster>,
+    server: ServerId,
+    model: ModelName,
+) -> impl Stream<Item = Result<Chunk, Error>> + Send {
+    let is_there = Arc::new(AtomicBool::new(false));
+    let sees = is_there.clone();
+    let chunks = chunks.inspect(move |chunk| {
+        let says_so = |chunk: &Chunk| chunk.bytes.windows(SUCCESS.len()).any(|part| part == SUCCESS);
+        if chunk.as_ref().is_ok_and(says_so) {
+            sees.store(true, Ordering::Relaxed);
+        }
+    });
+    let known = stream::once(async move {
+        let server = [server];
+        let having: &[ServerId] = if is_there.load(Ordering::Relaxed) { &server } else { &[] };
+        catch_up(&cluster, &server, having, &model).await;
+    });
+    chunks.chain(known.filter_map(|()| std::future::ready(None)))
 }
 
 /// The same call once more: for one of several servers.

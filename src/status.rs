@@ -20,7 +20,7 @@ use std::time::SystemTime;
 use http::StatusCode;
 use olol_middleware::cluster::{Condition, State};
 use olol_middleware::time::unix_ms;
-use olol_middleware::{Shared, Snapshot};
+use olol_middleware::{ServerId, Shared, Snapshot};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -98,7 +98,7 @@ pub fn summary(shared: &Shared, snapshot: &Snapshot, about: &About) -> Value {
             },
             "refused_agents": about.guests.refused().len(),
             "models": snapshot.models.len(),
-            "loaded_models": servers.iter().map(|server| server.report.loaded.len()).sum::<usize>(),
+            "loaded_models": servers.iter().map(|server| servers::in_memory(server).len()).sum::<usize>(),
             "in_flight": in_flight,
             "queued": shared.queue.len(),
             "clients": shared.clients.len(),
@@ -240,6 +240,15 @@ pub async fn page(shared: &Shared, about: &About, wanted: &Wanted) -> Result<Vec
             written(about, wanted, &entries, total, next.as_deref())
         }
     }
+}
+
+/// One server as JSON, as it stands in the page of the servers; `None`: there is none of that name.
+pub fn server(shared: &Shared, about: &About, name: &ServerId) -> Option<serde_json::Result<Vec<u8>>> {
+    let snapshot = shared.cluster.snapshot();
+    let running = about.running.state();
+    let pulls = Pulls::of(about.models.under_way());
+    let entry = servers::one(&snapshot, name, &running.config, &about.pool.specs(), &pulls)?;
+    Some(serde_json::to_vec(&entry))
 }
 
 fn written<T: Serialize>(

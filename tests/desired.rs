@@ -115,6 +115,18 @@ async fn what_is_not_kept_loaded_any_more_may_leave() {
 }
 
 #[tokio::test]
+async fn what_was_in_memory_before_it_was_pinned_may_leave_when_it_is_not_any_more() {
+    let cluster = Cluster::of(1).await.all_have_loaded("tiny");
+    let olol = Olol::start(&cluster, QUICK).await;
+    pin(&olol, "tiny", &json!({"keep_loaded": true})).await;
+    let said =
+        |what: Value| cluster.server(0).seen("/api/generate").iter().any(|seen| seen.json()["keep_alive"] == what);
+    until("it is told to stay", || said(json!(-1))).await;
+    assert_eq!(olol.ask(&Request::new("DELETE", "/api/status/models/tiny")).await.status, 200);
+    until("it is told that it may leave", || said(json!("5m"))).await;
+}
+
+#[tokio::test]
 async fn what_need_not_stay_in_memory_is_told_so_when_its_server_is_back() {
     let cluster = Cluster::of(1).await.all_have("tiny");
     let olol = Olol::start(&cluster, QUICK).await;

@@ -11,8 +11,9 @@ use harness::grpc::{Client, client};
 use harness::{Cluster, Olol, Request, Server, Way, patiently, until};
 use olol::ollama::Endpoint;
 use olol_proto::v1::{
-    ChatRequest, DescribeRequest, EmbedRequest, GenerateRequest, Header, ListModelsRequest, Message, PullModelRequest,
-    RelayHead, RelayRequest, RelayResponse, ShowModelRequest, WatchRequest,
+    ChatMessageRequest, ChatRequest, CreateSessionRequest, DescribeRequest, EmbedRequest, GenerateRequest, Header,
+    ListModelsRequest, Message, PullModelRequest, RelayHead, RelayRequest, RelayResponse, ShowModelRequest,
+    WatchRequest,
 };
 use serde_json::json;
 use tonic::{Code, Status, Streaming};
@@ -80,8 +81,23 @@ async fn embed_returns_vectors() {
 
 #[tokio::test]
 async fn models_are_listed_with_what_is_in_memory() {
-    for client in &mut Places::start().await.clients().await {
-        let listed = client.list_models(ListModelsRequest {}).await.unwrap().into_inner();
+    let cluster = Cluster::of(1).await.over(Way::Agents);
+    cluster.server(0).has_loaded("tiny").has_like("poet", "tiny").says_at_most(9);
+    let olol = Olol::start(&cluster, "").await;
+    let places = Places { cluster, olol };
+    for client in &mut places.clients().await {
+        // What its runner is started with is asked of the Ollama where models look alike, when there is time.
+        let listing = async {
+            loop {
+                let mut listed = client.list_models(ListModelsRequest {}).await.unwrap().into_inner();
+                listed.models.retain(|model| model.name == "tiny:latest");
+                if !listed.models[0].weights.is_empty() {
+                    return listed;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        let listed = patiently("all is known of the model", listing).await;
         let model = &listed.models[0];
         assert_eq!(
             (model.name.as_str(), model.tag.as_str(), model.family.as_str()),
@@ -89,6 +105,8 @@ async fn models_are_listed_with_what_is_in_memory() {
         );
         assert_eq!((model.size_bytes, model.context_length, model.digest.len()), (1000, 2048, 64));
         assert_eq!((listed.loaded[0].name.as_str(), listed.loaded[0].context_length), ("tiny:latest", 2048));
+        assert_eq!(model.architecture, "llama");
+        assert!(model.bits_per_weight > 0.0 && model.parameters_json.starts_with('{'), "{model:?}");
     }
 }
 
@@ -100,10 +118,52 @@ async fn a_model_is_shown() {
         let details = shown.details.unwrap();
         assert_eq!(
             (details.name.as_str(), details.architecture.as_str(), shown.license.as_str()),
-            ("tiny", "llama", "MIT")
+            ("tiny:latest", "llama", "MIT")
         );
         assert_eq!(details.capabilities, ["completion"]);
+        assert_eq!((details.tag.as_str(), details.size_bytes, details.digest.len()), ("latest", 1000, 64));
+        assert!(details.bits_per_weight > 0.0, "{details:?}");
     }
+}
+
+#[tokio::test]
+async fn a_session_with_a_model_that_nobody_has_is_not_made() {
+    for client in &mut Places::start().await.clients().await {
+        for preload in [false, true] {
+            let session_id = format!("talk-{preload}");
+            let wanted = CreateSessionRequest { session_id, model: "nosuch".into(), preload, ..Default::default() };
+            let refused = client.create_session(wanted).await.unwrap_err();
+            assert_eq!(refused.code(), Code::NotFound, "{refused:?}");
+            assert!(refused.message().contains("nosuch"), "{refused:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_there_is_not_is_not_active() {
+    let places = Places::start().await;
+    let [mut agent, _] = places.clients().await;
+    let message = Some(Message { role: "user".into(), content: "hi".into(), ..Default::default() });
+    for (session_id, is_active) in [("nosuch", false), ("talk", true)] {
+        let wanted = CreateSessionRequest { session_id: "talk".into(), model: "tiny".into(), ..Default::default() };
+        let turn = ChatMessageRequest { session_id: session_id.into(), message: message.clone(), ..Default::default() };
+        if is_active {
+            agent.create_session(wanted).await.unwrap();
+            all(agent.chat_message(turn).await.unwrap().into_inner()).await.unwrap();
+        } else {
+            assert_eq!(agent.chat_message(turn).await.unwrap_err().code(), Code::NotFound);
+        }
+    }
+    let mut states = agent.watch(WatchRequest::default()).await.unwrap().into_inner();
+    let hearing = async {
+        loop {
+            let state = states.message().await.unwrap().unwrap();
+            if !state.active_sessions.is_empty() {
+                return state.active_sessions;
+            }
+        }
+    };
+    assert_eq!(patiently("a session is active", hearing).await, ["talk"]);
 }
 
 #[tokio::test]

@@ -128,6 +128,23 @@ async fn a_pull_asks_the_registry_once_and_brings_the_same_model_everywhere() {
 }
 
 #[tokio::test]
+async fn who_hears_of_the_end_of_a_pull_sees_all_that_there_is_to_say_of_the_model() {
+    for (agents, bare) in [(1, 0), (0, 1), (2, 1)] {
+        let lab = Lab::of(agents, bare, "").await;
+        assert_eq!(last(&lab.olol.ask(&lab.pull()).await)["status"], "success");
+        let model = lab.olol.model(&lab.hub.name("tiny")).await;
+        assert_eq!(
+            model["digest"].as_str().map(|digest| digest.trim_start_matches("sha256:")),
+            Some(lab.digest.trim_start_matches("sha256:")),
+            "{agents} and {bare}"
+        );
+        assert!(model["size"].as_u64() > Some(0) && model["agrees"] == true, "{model:#}");
+        assert_eq!(model["digests"].as_array().map(Vec::len), Some(1), "{model:#}");
+        assert_eq!(model["pending_pulls"], json!([]));
+    }
+}
+
+#[tokio::test]
 async fn a_wanted_model_that_nobody_has_is_asked_of_the_registry_once() {
     let lab = Lab::of(3, 0, "desired.at-once = 8").await;
     let pin = Request::new("PUT", &format!("/api/status/models/{}", lab.hub.name("tiny")));
@@ -207,6 +224,8 @@ async fn who_fails_is_named_and_the_others_have_it() {
     let end: Value = serde_json::from_slice(lines.last().unwrap()).unwrap();
     assert!(end["error"].as_str().unwrap().contains("server 2"), "{end}");
     assert_eq!(lab.having(), 2);
+    let model = lab.olol.model(&lab.hub.name("tiny")).await;
+    assert_eq!(model["pending_pulls"], json!([]), "it is on its way to nobody any more");
 }
 
 #[tokio::test]

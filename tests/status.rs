@@ -7,7 +7,7 @@ mod harness;
 use std::process::Stdio;
 
 use harness::olol::{chat, v1_chat};
-use harness::{Cluster, Olol, Process, Request, Way, patiently};
+use harness::{Cluster, Olol, Process, Request, Way, patiently, until};
 use olol::keys::{self, Order};
 use olol_middleware::Pattern;
 use olol_proto::v1::ListModelsRequest;
@@ -77,6 +77,35 @@ async fn the_summary_is_there_before_any_silent_server_is_given_up() {
         assert_eq!((&status["cloud"]["disabled"], &told["source"]), (&json!(true), &json!("remembered")), "{way:?}");
         assert!(told["server"].is_string() && told["age_ms"].is_number(), "{told}");
         assert_eq!(status["olol"]["servers"]["total"], 3);
+    }
+}
+
+#[tokio::test]
+async fn what_the_proxy_looks_up_for_itself_is_no_call_of_a_client() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(2).await.over(way).all_have_loaded("tiny");
+        let olol = Olol::start(&cluster, "pool.check-timeout-ms = 10000").await;
+        heard(&olol).await;
+        for _ in 0..20 {
+            assert_eq!(olol.get("/api/status").await.json()["olol"]["in_flight"], 0, "{way:?}");
+        }
+        let asked = cluster.servers().iter().map(|server| server.seen("/api/status").len()).sum::<usize>();
+        assert!(asked > 1, "the servers were asked: {asked}");
+        for server in cluster.servers() {
+            server.is_silent();
+        }
+        // These questions go on.
+        for _ in 0..4 {
+            assert_eq!(olol.get("/api/status").await.json()["olol"]["in_flight"], 0, "{way:?}");
+        }
+        let (servers, _) = all(&olol, "servers", 100).await;
+        for server in &servers {
+            let metrics = &server["metrics"];
+            assert_eq!((&metrics["requests"], &metrics["requests_per_second"]), (&json!(0), &json!(0.0)), "{way:?}");
+            assert_eq!((&metrics["errors"], &server["current_load"]), (&json!(0), &json!(0)), "{way:?}");
+            let everybody = &metrics["from_everybody"];
+            assert!(everybody.is_null() || everybody["requests_per_second"] == 0.0, "{everybody}");
+        }
     }
 }
 
@@ -199,6 +228,44 @@ async fn a_server_that_is_down_says_why() {
 }
 
 #[tokio::test]
+async fn who_is_down_shows_nothing_of_before() {
+    for way in Way::BOTH {
+        let cluster = Cluster::of(2).await.over(way).all_have_loaded("tiny");
+        let olol = Olol::start(&cluster, "pool = { check-interval-ms = 100, check-failures = 1 }").await;
+        until("both have it in memory", || (0..2).all(|at| olol.knows_of(at, "tiny").1)).await;
+        cluster.server(1).dies();
+        until("it is down", || !olol.is_server_up(1)).await;
+        let (servers, _) = all(&olol, "servers", 100).await;
+        let [here, gone] = &servers[..] else { panic!("{servers:?}") };
+        for name in ["cpu_usage", "memory_usage", "memory", "gpu_memory", "active_sessions"] {
+            assert!(gone[name].is_null(), "{way:?}: {name} in {gone:#}");
+        }
+        assert_eq!((&gone["loaded_models"], &gone["models"]), (&json!([]), &json!(["tiny:latest"])), "{way:?}");
+        assert_eq!(here["loaded_models"][0]["name"], "tiny:latest");
+        let places = olol.model("tiny:latest").await["compatible_servers"].clone();
+        assert_eq!((&places["loaded"], &places["installed"]), (&json!(["0"]), &json!(["0", "1"])), "{way:?}");
+        assert_eq!(olol.get("/api/status").await.json()["olol"]["loaded_models"], 1, "{way:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_server_can_be_asked_for() {
+    let cluster = Cluster::of(2).await;
+    cluster.server(1).has("b").has("c").has("a");
+    let olol = Olol::start(&cluster, "").await;
+    let one = olol.get("/api/status/servers/1").await;
+    assert_eq!((one.status, one.header("content-type")), (200, "application/json"));
+    let one = one.json();
+    assert_eq!((&one["server"], &one["models"]), (&json!("1"), &json!(["a:latest", "b:latest", "c:latest"])));
+    let (servers, _) = all(&olol, "servers", 100).await;
+    assert_eq!(one.as_object().unwrap().len(), servers[1].as_object().unwrap().len());
+    let nobody = olol.get("/api/status/servers/nosuch").await;
+    assert_eq!((nobody.status, nobody.error().as_str()), (404, "there is no server 'nosuch'; the servers are 0, 1"));
+    let nothing = olol.get("/api/status/nosuch").await;
+    assert!(nothing.status == 404 && nothing.error().contains("no page '/api/status/nosuch'"), "{}", nothing.text());
+}
+
+#[tokio::test]
 async fn many_servers_come_page_by_page() {
     let servers: Vec<String> = (1..=57).rev().map(|port| format!("s{port:02}@http://127.0.0.1:{port}")).collect();
     let olol = Olol::at(servers, "").await;
@@ -243,13 +310,13 @@ async fn models_come_page_by_page_with_who_has_them() {
 #[tokio::test]
 async fn two_digests_under_one_name_are_shown() {
     let cluster = Cluster::of(3).await.all_have("tiny");
-    cluster.server(2).has_another("tiny");
+    cluster.server(2).has("other").has_another("tiny").describes("tiny", "llama", "1.36M", "F16");
     let olol = Olol::start(&cluster, "").await;
     let differing = async {
         loop {
             let (models, _) = all(&olol, "models", 10).await;
-            if models[0]["agrees"] == false {
-                return models[0].clone();
+            if models.last().is_some_and(|model| model["agrees"] == false) {
+                return models[models.len() - 1].clone();
             }
         }
     };
@@ -257,6 +324,14 @@ async fn two_digests_under_one_name_are_shown() {
     assert_eq!(model["digests"][0]["servers"], json!(["0", "1"]));
     assert_eq!(model["digests"][1]["servers"], json!(["2"]));
     assert_eq!(model["digest"], model["digests"][0]["digest"]);
+    // What stands beside the digest is that of the digest.
+    let [usual, other] = [&model["digests"][0], &model["digests"][1]];
+    assert_eq!(
+        (&model["size"], &model["size_mb"], &model["parameters"]["parameter_size"]),
+        (&json!(1000), &json!(1), &json!("1.5M"))
+    );
+    assert_eq!((&usual["size"], &usual["quantization"]), (&json!(1000), &model["quantization"]["level"]));
+    assert!(other["size"].as_u64() > Some(1000) && other["quantization"] == "F16", "{other}");
 }
 
 #[tokio::test]

@@ -211,6 +211,11 @@ impl Variant {
     pub fn digest(&self) -> &str {
         &self.held.digest
     }
+
+    /// The model, as one of them lists it.
+    pub fn model(&self) -> &Model {
+        &self.held
+    }
 }
 
 /// What some servers say a model is: those that say it of the same family, size and quantization.

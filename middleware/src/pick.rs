@@ -81,6 +81,20 @@ impl<F: Fleet> Pick<F> {
     pub fn new(fleet: F, picking: Arc<Picking>) -> Self {
         Self { fleet, picking }
     }
+
+    /// Asks a server what the proxy itself wants to know. That is no call of a client: it takes no slot, no figures tell of it,
+    /// and the server is not judged by it.
+    pub fn look_up(&self, call: Call, server: &Server) -> Answer {
+        match self.fleet.service(server) {
+            Some(service) => stack::send(service, call),
+            None => Box::pin(std::future::ready(Err(left(server)))),
+        }
+    }
+}
+
+/// Why nobody can be asked at a server of an older snapshot.
+fn left(server: &Server) -> Error {
+    Error::NoServer(format!("server {} has left", server.id))
 }
 
 impl<F: Fleet> Service<Call> for Pick<F> {
@@ -117,7 +131,7 @@ impl<F: Fleet> Service<Call> for Pick<F> {
                 let answer = stack::send(service, call);
                 Box::pin(follow(visit, attempts, meters, answer))
             }
-            None => Box::pin(std::future::ready(Err(Error::NoServer(format!("server {} has left", server.id))))),
+            None => Box::pin(std::future::ready(Err(left(server)))),
         }
     }
 }

@@ -175,10 +175,13 @@ impl Watch {
     pub(super) async fn follow(&self, ask: Ask, ollama: &Ollama) -> Result<Reply, Error> {
         let route = Route::find(ask.path.path());
         let changes = self.may_change(route).then(|| Looking(self.shared.clone()));
-        let calling = self.shared.callers.enter(ask.headers.get(HOP).map(http::HeaderValue::as_bytes));
-        let mut running = Running::begin(calling, &self.shared.figures);
+        // What proxies look up for themselves is no work.
+        let mut running = (route != Some(Route::Status)).then(|| {
+            let calling = self.shared.callers.enter(ask.headers.get(HOP).map(http::HeaderValue::as_bytes));
+            Running::begin(calling, &self.shared.figures)
+        });
         if route == Some(Route::Pull)
-            && let Some(model) = model_of(&ask)
+            && let (Some(model), Some(running)) = (model_of(&ask), &mut running)
         {
             running.pulls(&self.shared.pulls, model);
         }
@@ -188,7 +191,9 @@ impl Watch {
             (Err(Error::Server { reused: true, .. }), Some(spare)) => ollama.send(Ask { fresh: true, ..spare }).await,
             (answer, _) => answer,
         };
-        if answer.as_ref().map_or(true, |reply| reply.status.is_server_error()) {
+        if answer.as_ref().map_or(true, |reply| reply.status.is_server_error())
+            && let Some(running) = &mut running
+        {
             running.fails();
         }
         let reply = answer?;
@@ -196,7 +201,10 @@ impl Watch {
         if changes.is_some() {
             self.shared.look();
         }
-        let reply = reply.watch(running);
+        let reply = match running {
+            Some(running) => reply.watch(running),
+            None => reply,
+        };
         Ok(match changes {
             Some(looking) => reply.hold(looking),
             None => reply,

@@ -55,10 +55,12 @@ impl Own {
             .route("/readyz", get(ready))
             .route("/api/status", get(details))
             .route("/api/status/servers", get(servers))
+            .route("/api/status/servers/{server}", get(server))
             .route("/api/status/servers/{server}/{what}", post(drain))
             .route("/api/status/requests/{id}", get(request))
             .route("/api/status/models/{*model}", put(pin).delete(unpin))
             .route("/api/status/reload", post(reload))
+            .fallback(nothing)
             .layer(DefaultBodyLimit::max(LONGEST_BODY))
             .with_state(Known { shared: shared.clone(), about, metrics, reloader, sessions });
         Self { router, shared }
@@ -151,6 +153,28 @@ async fn servers(State(known): State<Known>, uri: Uri) -> Response<axum::body::B
     listed(known, Wanted::read(&uri, Some(Detail::Servers))).await
 }
 
+/// One server, as it stands in the page of them.
+async fn server(State(known): State<Known>, Path(name): Path<String>) -> Response<axum::body::Body> {
+    match status::server(&known.shared, &known.about, &ServerId::new(&name)) {
+        Some(Ok(server)) => ([(header::CONTENT_TYPE, "application/json")], server).into_response(),
+        Some(Err(error)) => refused(StatusCode::INTERNAL_SERVER_ERROR, error),
+        None => refused(StatusCode::NOT_FOUND, no_server(&known, &name)),
+    }
+}
+
+/// Says of a name which servers there are.
+fn no_server(known: &Known, name: &str) -> String {
+    let snapshot = known.shared.cluster.snapshot();
+    let names: Vec<&str> = snapshot.servers.iter().map(|server| server.id.as_str()).take(20).collect();
+    format!("there is no server '{name}'; the servers are {}", names.join(", "))
+}
+
+/// There is no such page.
+async fn nothing(uri: Uri) -> Response<axum::body::Body> {
+    let path: String = uri.path().chars().take(60).collect();
+    refused(StatusCode::NOT_FOUND, format!("there is no page '{path}'; GET /api/status names those that there are"))
+}
+
 async fn details(State(known): State<Known>, uri: Uri) -> Response<axum::body::Body> {
     listed(known, Wanted::read(&uri, None)).await
 }
@@ -187,10 +211,7 @@ async fn drain(State(known): State<Known>, Path((server, what)): Path<(String, S
     let cluster = &known.shared.cluster;
     let id = ServerId::new(&server);
     if !cluster.drain(&id, draining) {
-        let snapshot = cluster.snapshot();
-        let names: Vec<&str> = snapshot.servers.iter().map(|server| server.id.as_str()).take(20).collect();
-        let error = format!("there is no server '{server}'; the servers are {}", names.join(", "));
-        return (StatusCode::NOT_FOUND, axum::Json(json!({"error": error}))).into_response();
+        return refused(StatusCode::NOT_FOUND, no_server(&known, &server));
     }
     if let Some(state) = &known.about.state {
         state.drain(&id, draining);

@@ -253,6 +253,11 @@ impl Api {
     pub fn keys(&self) -> &Arc<olol_middleware::keys::Keys> {
         &self.shared.keys
     }
+
+    /// What is known of the servers.
+    pub fn cluster(&self) -> &Arc<olol_middleware::Cluster> {
+        &self.shared.cluster
+    }
 }
 
 /// What a body gets: what was said before, and the options of its session.

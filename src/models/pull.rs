@@ -12,10 +12,11 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use http::HeaderMap;
-use olol_middleware::cluster::Cluster;
+use olol_middleware::cluster::{self, Cluster};
 use olol_middleware::instruments::{Arrival, arrived};
 use olol_middleware::{Error, ModelName, Reply, Server, ServerId};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::replicas::ranked;
@@ -29,6 +30,10 @@ const PER_SOURCE: usize = 3;
 const LONGEST: usize = 1 << 20;
 /// How long a server may take to say what it has: the others wait for it.
 const LOOK: Duration = Duration::from_secs(10);
+/// How long the end of a pull waits for what the servers say of themselves then.
+const NEWS: Duration = Duration::from_secs(2);
+/// Time between two looks whether they have said it.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Ollama's word for what the registry does not have.
 const NOT_THERE: &str = "file does not exist";
 
@@ -257,6 +262,8 @@ struct Work {
     /// Who asks the registry for all who wait.
     leader: Option<usize>,
     done: usize,
+    /// Those who have it now.
+    having: Vec<ServerId>,
     wanted: usize,
     left_out: Vec<(ServerId, String)>,
     failures: Vec<(ServerId, String)>,
@@ -296,6 +303,7 @@ impl Work {
             copying: 0,
             leader: None,
             done: 0,
+            having: Vec::new(),
             wanted: number,
             left_out: Vec::new(),
             failures: Vec::new(),
@@ -341,6 +349,9 @@ impl Work {
             }
             self.send_on(&mut tasks);
         }
+        // Those who took part say what they have now, so that who hears of the end sees it.
+        let (servers, cluster) = (self.tell.borrow().servers.clone(), self.models.cluster().clone());
+        catch_up(&cluster, &servers, &self.having, &self.model).await;
         let end = Arc::new(self.judge());
         self.tell.send_modify(|state| state.end = Some(end));
     }
@@ -418,6 +429,7 @@ impl Work {
 
     fn has_it(&mut self, part: &Part) {
         self.done += 1;
+        self.having.push(part.server.id.clone());
         self.models.has_now(&part.server, &self.model);
         self.tell.send_modify(|state| state.board.finish(part.course));
     }
@@ -489,6 +501,26 @@ impl Work {
             Some(refusal) if !has_begun => End::Refused(Mutex::new(Some(refusal)), text),
             _ => End::Failed(text),
         }
+    }
+}
+
+/// Asks servers what they have now, and waits until those that have a model say so. No longer than [`NEWS`].
+pub(crate) async fn catch_up(known: &Cluster, servers: &[ServerId], having: &[ServerId], model: &ModelName) {
+    let until = Instant::now() + NEWS;
+    known.refresh_those(NEWS, |server| servers.contains(&server.id)).await;
+    // An agent looks at its disk when a pull is over, and tells what it has seen by itself.
+    while Instant::now() < until {
+        let snapshot = known.snapshot();
+        let has_told = |id: &ServerId| {
+            let is_it = |held: &cluster::Held| held.canonical() == Some(model) && !held.digest.is_empty();
+            snapshot
+                .server(id)
+                .is_none_or(|server| server.state != cluster::State::Up || server.report.models.iter().any(is_it))
+        };
+        if having.iter().all(has_told) {
+            return;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

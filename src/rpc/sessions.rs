@@ -5,7 +5,7 @@ use olol_middleware::Reply;
 use olol_middleware::time::unix_ms_now;
 use olol_proto::v1::{
     ChatHistory, ChatMessageRequest, CreateSessionRequest, EndSessionResponse, GetSessionRequest, Message, Session,
-    session,
+    ShowModelRequest, session,
 };
 use serde_json::{Map, Value, json};
 use tonic::metadata::MetadataMap;
@@ -48,9 +48,21 @@ impl Face {
             wanted.server = server.map(ToString::to_string).unwrap_or_default();
             // The model is there when the answer is over.
             typed::object(reply).await?;
+        } else if wanted.id.is_empty() || self.sessions.find(&visitor, &wanted.id).await.is_err() {
+            // One that there is already is found, whatever has become of its model.
+            self.is_there(metadata, &wanted.model).await?;
         }
         let (session, _) = self.sessions.create(&visitor, wanted).await.map_err(|error| refusal(&error))?;
         Ok(shown(&session, false, Vec::new()))
+    }
+
+    /// A model that nobody has is said at once, not at the first turn. Who cannot be asked now may be later.
+    async fn is_there(&self, metadata: &MetadataMap, model: &str) -> Result<(), Status> {
+        let ask = typed::show(&ShowModelRequest { model: model.to_owned(), verbose: false });
+        match self.good(self.showing(metadata, ask)).await {
+            Err(status) if status.code() == Code::NotFound => Err(status),
+            _ => Ok(()),
+        }
     }
 
     pub(super) async fn turn(&self, metadata: &MetadataMap, request: ChatMessageRequest) -> Result<Reply, Status> {

@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::StreamExt;
-use olol_middleware::Reply;
+use olol_middleware::{ModelName, Reply};
 use olol_proto::v1::{
     ChatRequest, ChatResponse, EmbedRequest, EmbedResponse, Embedding, GenerateRequest, GenerateResponse,
     ListModelsResponse, LoadedModel, Message, Model, PullModelRequest, PullModelResponse, ShowModelRequest,
@@ -298,7 +298,12 @@ pub(super) fn listed(tags: &Value, ps: &Value) -> ListModelsResponse {
 
 pub(super) fn shown(name: &str, value: &Value) -> ShowModelResponse {
     let mut details = model(value);
-    name.clone_into(&mut details.name);
+    if let Some(canonical) = ModelName::parse(name) {
+        canonical.as_str().clone_into(&mut details.name);
+        canonical.tag().clone_into(&mut details.tag);
+    } else {
+        name.clone_into(&mut details.name);
+    }
     details.architecture = text(&value["model_info"], "general.architecture");
     details.parameters_json = value["parameters"].as_str().map(parameters).unwrap_or_default();
     ShowModelResponse {

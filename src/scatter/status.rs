@@ -12,7 +12,7 @@ use http::uri::PathAndQuery;
 use http::{Method, StatusCode};
 use olol_middleware::cluster::State;
 use olol_middleware::pick::Fleet;
-use olol_middleware::{Call, Error, Head, Payload, Reply, Route, ServerId, Shared};
+use olol_middleware::{Call, Error, Head, Payload, Reply, Route, Server, ServerId, Shared};
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -98,7 +98,7 @@ impl<F: Fleet> Scatter<F> {
         let asking = async move {
             let _question = question;
             let answer = async {
-                let reply = self.to(call, &server).await.ok().filter(|reply| reply.status.is_success())?;
+                let reply = self.looked_up(call, &server).await.ok().filter(|reply| reply.status.is_success())?;
                 reply.body.collect(LONGEST).await.ok()
             };
             let bytes = tokio::time::timeout(MERGE_LIMIT, answer).await.ok().flatten()?;
@@ -107,5 +107,18 @@ impl<F: Fleet> Scatter<F> {
             Some(heard)
         };
         tokio::spawn(asking).await.ok().flatten()
+    }
+
+    /// Asks a server for the proxy itself, which no figures tell of; and once more on a fresh connection if a pooled one had died.
+    async fn looked_up(&self, mut call: Call, server: &Server) -> Result<Reply, Error> {
+        call.candidates.only(server.index);
+        let spare = call.again();
+        match (self.pick.look_up(call, server).await, spare) {
+            (Err(Error::Server { reused: true, .. }), Some(mut spare)) => {
+                spare.fresh = true;
+                self.pick.look_up(spare, server).await
+            }
+            (answer, _) => answer,
+        }
     }
 }

@@ -12,7 +12,7 @@ use olol_middleware::instruments::ModelMeters;
 
 use super::page::Wanted;
 use super::pulls::Pulls;
-use super::servers::Running;
+use super::servers::{self, Running};
 use super::time::{Figures, share, some};
 use crate::models::desired::Standing;
 
@@ -24,7 +24,7 @@ pub(super) struct Entry<'a> {
     tag: &'a str,
     family: Option<&'a str>,
     architecture: Option<&'a str>,
-    /// The most that a server says, bytes and millions of them.
+    /// That of the digest, bytes and begun millions of them.
     size: u64,
     size_mb: u64,
     /// The digest that most servers have; of as many the newest.
@@ -48,6 +48,8 @@ pub(super) struct Entry<'a> {
 #[derive(Debug, Serialize)]
 struct Variant<'a> {
     digest: &'a str,
+    size: u64,
+    quantization: Option<&'a str>,
     servers: Vec<&'a str>,
 }
 
@@ -159,8 +161,12 @@ fn machine(server: &olol_middleware::Server) -> Option<Machine<'_>> {
     Some(Machine { name: server.id.as_str(), room })
 }
 
+fn variant<'a>((digest, model, servers): (&'a str, &'a Held, Vec<&'a str>)) -> Variant<'a> {
+    Variant { digest, size: model.size, quantization: some(&model.quantization), servers }
+}
+
 fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines: &[Machine<'a>]) -> Entry<'a> {
-    let mut variants: Vec<(&str, &Held, Vec<&str>)> =
+    let mut variants: Vec<(&'a str, &'a Held, Vec<&'a str>)> =
         said.by_digest.into_iter().map(|(digest, (model, servers))| (digest, model, servers)).collect();
     // What is meant by the name stands first, then what most servers have.
     let usual = known.usual().map(olol_middleware::cluster::Variant::digest);
@@ -169,6 +175,12 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
     let names = |bits: &Bits| -> Vec<&'a str> {
         bits.iter().filter_map(|index| Some(snapshot.servers.get(index)?.id.as_str())).collect()
     };
+    let is_heard = |index: &usize| snapshot.servers.get(*index).is_some_and(|server| servers::is_heard(server));
+    let mut loaded = Bits::default();
+    known.loaded.iter().filter(is_heard).for_each(|index| loaded.insert(index));
+    let size = model.map_or(known.size, |model| model.size);
+    // Who has just got it has not told a digest yet.
+    let told = variants.iter().filter(|(digest, ..)| !digest.is_empty()).count();
     let runners = known.runners.all();
     let place = |index: usize| snapshot.servers.get(index).map(|server| server.id.as_str());
     let text = |of: fn(&Held) -> &str| model.and_then(|model| some(of(model)));
@@ -177,10 +189,10 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
         tag: known.name.tag(),
         family: text(|model| &model.family),
         architecture: text(|model| model.architecture()),
-        size: known.size,
-        size_mb: known.size / 1_000_000,
+        size,
+        size_mb: size.div_ceil(1_000_000),
         digest: text(|model| &model.digest),
-        agrees: variants.len() < 2,
+        agrees: told < 2,
         modified_at: text(|model| &model.modified_at),
         parameters: Parameters {
             parameter_size: text(|model| &model.parameter_size),
@@ -194,14 +206,14 @@ fn entry<'a>(known: &'a Known, said: Said<'a>, snapshot: &'a Snapshot, machines:
         },
         compatible_servers: Places {
             installed: names(&known.installed),
-            loaded: names(&known.loaded),
-            fits: machines.iter().filter(|machine| machine.room >= known.size).map(|machine| machine.name).collect(),
+            loaded: names(&loaded),
+            fits: machines.iter().filter(|machine| machine.room >= size).map(|machine| machine.name).collect(),
         },
         waiting: known.runners.line().len(),
         runners: runners.iter().map(|runner| Running::of(runner, None, place(runner.server))).collect(),
         pending_pulls: Vec::new(),
         desired: None,
         stats: known.meters.stats().map(|stats| Figures::of(stats)),
-        digests: variants.into_iter().map(|(digest, _, servers)| Variant { digest, servers }).collect(),
+        digests: variants.into_iter().map(variant).collect(),
     }
 }

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use olol_middleware::cluster::State;
 use olol_middleware::{ModelName, Server, ServerId, Snapshot};
 use serde::Serialize;
 
+use super::servers::is_heard;
 use super::time::share;
 
 /// Pulls that a summary names.
@@ -35,8 +35,7 @@ impl Pulls {
 
     /// Those at a server, by name: its agent sees also those of others. What one told that went goes on no more.
     pub(super) fn at(&self, server: &Server) -> Vec<(String, f32)> {
-        match server.vitals.load_full() {
-            Some(_) if server.state == State::Down => Vec::new(),
+        match server.vitals.load_full().filter(|_| is_heard(server)) {
             Some(vitals) => vitals.pending_pulls.clone(),
             None => {
                 self.0.get(&server.id).into_iter().flatten().map(|(name, done)| (name.to_string(), *done)).collect()

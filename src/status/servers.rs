@@ -6,7 +6,7 @@ use olol_middleware::cluster::{Condition, Loaded, State};
 use olol_middleware::judge::Verdict;
 use olol_middleware::runner::Runner;
 use olol_middleware::vitals::Vitals;
-use olol_middleware::{Server, Snapshot};
+use olol_middleware::{Server, ServerId, Snapshot};
 use serde::Serialize;
 
 use super::page::Wanted;
@@ -237,6 +237,20 @@ pub(super) fn page<'a>(
     (entries.collect(), has_more)
 }
 
+/// One server, if there is one of that name.
+pub(super) fn one<'a>(
+    snapshot: &'a Snapshot,
+    name: &ServerId,
+    config: &Config,
+    specs: &[ServerSpec],
+    pulls: &Pulls,
+) -> Option<Entry<'a>> {
+    let server = snapshot.server(name)?;
+    let runners = runners(snapshot).remove(&server.index).unwrap_or_default();
+    let spec = specs.iter().find(|spec| spec.id == *name);
+    Some(entry(server, spec, runners, pulls, config))
+}
+
 /// The runners that were needed so far, by server. Names of the same weights share theirs, which stands under the first.
 fn runners(snapshot: &Snapshot) -> HashMap<usize, Vec<Running<'_>>> {
     let mut by_server: HashMap<usize, Vec<Running<'_>>> = HashMap::new();
@@ -262,6 +276,8 @@ fn entry<'a>(
     let report = &server.report;
     let vitals = server.vitals.load_full();
     let vitals = vitals.as_deref();
+    // What changes from moment to moment is told only of who answers; what its machine is stays.
+    let live = vitals.filter(|_| is_heard(server));
     let (kind, endpoint) = match spec.map(|spec| &spec.way) {
         Some(Way::Agent(endpoint)) => (Some("agent"), Some(endpoint)),
         Some(Way::Ollama(endpoint)) => (Some("ollama"), Some(endpoint)),
@@ -278,8 +294,10 @@ fn entry<'a>(
         None => (None, None),
     };
     let in_flight = server.load.in_flight();
-    let others = vitals.map(|vitals| vitals.others);
-    let usage = usage(vitals);
+    let others = live.map(|vitals| vitals.others);
+    let usage = usage(live);
+    let mut models: Vec<&str> = report.models.iter().map(|model| model.name.as_str()).collect();
+    models.sort_unstable();
     let health = &server.meters.health;
     Entry {
         server: server.id.as_str(),
@@ -298,20 +316,20 @@ fn entry<'a>(
         current_load: in_flight.saturating_add(others.unwrap_or(0)),
         in_flight,
         others_in_flight: others,
-        queued: vitals.map(|vitals| vitals.queued),
+        queued: live.map(|vitals| vitals.queued),
         runners,
         version: some(&report.version),
-        models: report.models.iter().map(|model| model.name.as_str()).collect(),
-        loaded_models: report.loaded.iter().map(InMemory::from).collect(),
-        active_sessions: vitals.map(|vitals| vitals.active_sessions.clone()),
+        models,
+        loaded_models: in_memory(server).iter().map(InMemory::from).collect(),
+        active_sessions: live.map(|vitals| vitals.active_sessions.clone()),
         pending_pulls: pulls.at(server).into_iter().map(|(model, done)| Pull { model, done: share(done) }).collect(),
         cpu_usage: usage.cpu,
         cpu_count: vitals.map(|vitals| vitals.cpu_count).filter(|count| *count > 0),
         memory_usage: usage.memory,
-        memory: vitals.and_then(|vitals| vitals.memory).map(|space| Space { used: space.used, total: space.total }),
-        gpu_memory: vitals.map(|vitals| vitals.gpus.iter().map(|gpu| gpu.memory.total).sum()),
-        gpus: vitals.map(gpus),
-        disk_free: vitals.and_then(|vitals| vitals.disk_free),
+        memory: live.and_then(|vitals| vitals.memory).map(|space| Space { used: space.used, total: space.total }),
+        gpu_memory: live.map(|vitals| vitals.gpus.iter().map(|gpu| gpu.memory.total).sum()),
+        gpus: live.map(gpus),
+        disk_free: live.and_then(|vitals| vitals.disk_free),
         os: vitals.and_then(|vitals| some(&vitals.os)).map(str::to_owned),
         arch: vitals.and_then(|vitals| some(&vitals.arch)).map(str::to_owned),
         olol_version: vitals.and_then(|vitals| some(&vitals.olol_version)).map(str::to_owned),
@@ -321,7 +339,7 @@ fn entry<'a>(
             server_id: server.id.as_str(),
             figures: Figures::of(&server.meters.stats),
             resource_usage: usage,
-            from_everybody: vitals.and_then(|vitals| vitals.figures).map(|figures| Everybody {
+            from_everybody: live.and_then(|vitals| vitals.figures).map(|figures| Everybody {
                 requests_per_second: share(figures.requests_per_second),
                 response_time: share(figures.response_time),
                 error_rate: share(figures.error_rate),
@@ -330,6 +348,16 @@ fn entry<'a>(
         },
         health: check(server, kind, config),
     }
+}
+
+/// Whether what a server says of itself is of now.
+pub(super) fn is_heard(server: &Server) -> bool {
+    server.state == State::Up
+}
+
+/// What is in a server's memory, as far as it is heard.
+pub(super) fn in_memory(server: &Server) -> &[Loaded] {
+    if is_heard(server) { &server.report.loaded } else { &[] }
 }
 
 /// Whether a server answers.

@@ -142,6 +142,7 @@ where
         self.forget(&wanted, snapshot, config);
         self.notice(&wanted, snapshot);
         let view = self.view(&wanted, snapshot);
+        self.adopt(&wanted, &view, snapshot);
         let Plan { actions, mut standings } = plan(&wanted, &view, config, running.config.pull.margin());
         let mut has_begun = false;
         for action in actions {
@@ -182,9 +183,8 @@ where
             .map(|(wanted, _)| (wanted.name.model(), wanted))
             .collect();
         for going in self.going.values() {
-            let (Action::Bring { name, server, .. } | Action::Load { name, server, .. }) = &going.action else {
-                continue;
-            };
+            // A load goes on without us, and what it has loaded is let go afterwards.
+            let Action::Bring { name, server, .. } = &going.action else { continue };
             if models.get(name.model()).is_none_or(|wanted| !wanted.means(server)) {
                 going.abort.abort();
             }
@@ -203,6 +203,28 @@ where
         self.gone.retain(|model| models.contains_key(model) && !asked.contains(model));
         self.holders.retain(|model, _| models.contains_key(model) && !asked.contains(model));
         self.release(&models, snapshot);
+    }
+
+    /// What stays in memory as it is wanted to is let go when it need not any more, whoever has loaded it: another proxy, or
+    /// this one before it was started anew.
+    fn adopt(&mut self, wanted: &[(Wanted, &'static str)], view: &View, snapshot: &Snapshot) {
+        for (wanted, _) in wanted.iter().filter(|(wanted, _)| wanted.keep_loaded != KeepLoaded::No) {
+            let model = wanted.name.model();
+            let Some(held) = view.models.get(model) else { continue };
+            for (at, _) in held.loaded.iter().filter(|(_, stays)| *stays) {
+                let Some(server) = view.places.get(*at).and_then(|place| snapshot.server(&place.id)) else { continue };
+                // What we load is kept when that is over.
+                if wanted.means(&server.id) && !view.loading.contains(&(model.clone(), server.id.clone())) {
+                    self.kept(model, server, held.embeds);
+                }
+            }
+        }
+    }
+
+    /// A model stays in a server's memory.
+    fn kept(&mut self, model: &ModelName, server: &Server, embeds: bool) {
+        let kept = Kept { at: Instant::now(), since: server.since, embeds };
+        self.loaded.entry((model.clone(), server.id.clone())).or_insert(kept);
     }
 
     /// Lets models leave the memory as usual that need not stay there any more, which they would not by themselves.
@@ -414,7 +436,12 @@ where
                         tracing::warn!(model = %name.model(), %server, why, "a wanted model could not be loaded");
                         self.failed(deed, format!("loading it failed: {why}"), config, 1);
                     }
-                    (Ok(()), _) if again => self.rest(deed, AGAIN, "it was told to stay".to_owned()),
+                    (Ok(()), _) if again => {
+                        if let Some(server) = self.cluster.snapshot().server(&server) {
+                            self.kept(name.model(), server, embeds);
+                        }
+                        self.rest(deed, AGAIN, "it was told to stay".to_owned());
+                    }
                     (Ok(()), since) => {
                         let now = Instant::now();
                         let before = since.and_then(|since| self.loaded.insert(key, Kept { at: now, since, embeds }));
@@ -537,7 +564,8 @@ mod tests {
     use std::num::NonZeroU32;
     use std::sync::{Mutex, PoisonError};
 
-    use olol_middleware::cluster::{Member, Report, Source};
+    use olol_middleware::Payload;
+    use olol_middleware::cluster::{Member, Model, Report, Source};
 
     use super::*;
     use crate::reload::Running;
@@ -575,5 +603,38 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_somebody_else_has_loaded_to_stay_is_let_go_when_it_need_not_stay_any_more() {
+        let member = Member { id: ServerId::new("a"), weight: NonZeroU32::MIN, source: Source::Static };
+        let cluster = Cluster::new(vec![member]);
+        let name = "tiny:latest".to_owned();
+        let held = Model { name: name.clone(), digest: "1".to_owned(), ..Model::default() };
+        let stays = Loaded { name, expires_at: "2319-01-01T00:00:00Z".to_owned(), ..Loaded::default() };
+        cluster.report(0, Report { version: "0.33.0".to_owned(), models: vec![held], loaded: vec![stays] });
+        cluster.refresh(Duration::ZERO).await;
+        let folder = tempfile::tempdir().unwrap();
+        let running = Running::new(crate::config::Config::default());
+        let desired = Desired::open(running.clone(), Some(folder.path().join("pins.toml")), false).unwrap();
+        let bring: Bring = Arc::new(|_, _| Box::pin(std::future::pending()));
+        let said: Arc<Mutex<Vec<String>>> = Arc::default();
+        let hears = said.clone();
+        let service = tower::service_fn(move |call: Call| {
+            let Payload::Whole(pieces) = call.payload else { panic!("it is short") };
+            let body = pieces.concat();
+            hears.lock().unwrap_or_else(PoisonError::into_inner).push(String::from_utf8(body).unwrap());
+            std::future::ready(Err::<Reply, _>(Error::busy()))
+        });
+        let waker = Waker::new(running, cluster.clone());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Driver::new(desired.clone(), cluster, waker, bring, service).run());
+        desired.pin(pin("name = \"tiny\"\nkeep-loaded = true")).await.unwrap();
+        tokio::time::sleep(TICK * 2).await;
+        assert!(said.lock().unwrap().is_empty(), "it stays as it is: {said:?}");
+        desired.unpin(&ModelName::parse("tiny").unwrap()).await.unwrap();
+        tokio::time::sleep(TICK * 2).await;
+        let said = said.lock().unwrap().clone();
+        assert!(said.len() == 1 && said[0].contains("\"keep_alive\":\"5m\""), "{said:?}");
     }
 }
