@@ -26,7 +26,7 @@ use tokio::time::Instant;
 
 /// Panels that cannot have data here, each with the reason.
 const WITHOUT_DATA: [(&str, &str); 8] = [
-    ("olol/Certificates read again", "nothing is behind TLS here"),
+    ("olol/Certificates, and callers given up", "nothing is behind TLS here, and whoever calls asks for something"),
     ("olol/Servers that were woken", "no server is asleep here"),
     ("olol/Agents that dial in", "no agent is here"),
     ("olol/Servers that come and go", "all are named from the beginning"),
