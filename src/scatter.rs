@@ -21,7 +21,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt, stream};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
-use olol_middleware::call::Chunks;
+use olol_middleware::call::{Answer, Chunks};
 use olol_middleware::pick::{Fleet, Pick};
 use olol_middleware::units::SomeSeconds;
 use olol_middleware::{Call, Candidates, Chunk, Cluster, Error, ModelName, Reply, Route, Scope, Server, ServerId};
@@ -138,13 +138,17 @@ impl<F: Fleet> Service<Call> for Scatter<F> {
 impl<F: Fleet> Scatter<F> {
     /// Sends a call to one certain server, and once more on a fresh connection if a pooled one had died.
     async fn to(&self, call: Call, server: &Server) -> Result<Reply, Error> {
-        let mut call = call;
+        Self::sent(call, server, |call| self.pick.clone().call(call)).await
+    }
+
+    /// Sends a call meant for one server in this way, and once more on a fresh connection if a pooled one had died.
+    async fn sent(mut call: Call, server: &Server, send: impl Fn(Call) -> Answer) -> Result<Reply, Error> {
         call.candidates.only(server.index);
         let spare = call.again();
-        match (self.pick.clone().call(call).await, spare) {
+        match (send(call).await, spare) {
             (Err(Error::Server { reused: true, .. }), Some(mut spare)) => {
                 spare.fresh = true;
-                self.pick.clone().call(spare).await
+                send(spare).await
             }
             (answer, _) => answer,
         }

@@ -109,16 +109,8 @@ impl<F: Fleet> Scatter<F> {
         tokio::spawn(asking).await.ok().flatten()
     }
 
-    /// Asks a server for the proxy itself, which no figures tell of; and once more on a fresh connection if a pooled one had died.
-    async fn looked_up(&self, mut call: Call, server: &Server) -> Result<Reply, Error> {
-        call.candidates.only(server.index);
-        let spare = call.again();
-        match (self.pick.look_up(call, server).await, spare) {
-            (Err(Error::Server { reused: true, .. }), Some(mut spare)) => {
-                spare.fresh = true;
-                self.pick.look_up(spare, server).await
-            }
-            (answer, _) => answer,
-        }
+    /// Asks a server for the proxy itself, which no figures tell of.
+    async fn looked_up(&self, call: Call, server: &Server) -> Result<Reply, Error> {
+        Self::sent(call, server, |call| self.pick.look_up(call, server)).await
     }
 }
